@@ -1,0 +1,90 @@
+# Everything runs in the .venv of this checkout, which the targets make themselves.
+#   PYTHON=python3.12   another interpreter for a new .venv
+#   UVG_NATIVE=1 or 0   demand or leave out the native core (default: auto)
+#   ARGS="..."          passed on to pytest or the bench
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+UVG := $(BIN)/uvg
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+INPUTS = pyproject.toml constraints.txt setup.py CMakeLists.txt $(CXX_FILES)
+RUNTIME := $(VENV)/.uvg-runtime
+DEV := $(VENV)/.uvg-dev
+DOCS := $(VENV)/.uvg-docs
+BUILD_TOOLS := setuptools pybind11 cmake ninja
+DEMO := demo_out
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench docs clean
+
+help:
+	@echo "make demo    generate a video from a sentence, caption it, make both at once; files in $(DEMO)/"
+	@echo "make test    build the native core, run the C++ and the Python tests"
+	@echo "make lint    ruff, clang-format, codespell, mypy at the versions of constraints.txt"
+	@echo "make bench   time the ops against their peers"
+	@echo "make docs    build the documentation into site/"
+	@echo "make clean   remove what was built (the .venv stays)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: Python 3.10 or newer is needed, got: $$($(PYTHON) --version 2>&1); set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON) has no venv module (Debian: apt-get install python3-venv); or set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# $(call install,EXTRAS,CMAKE_ARGS): the package in place with its pinned dependencies, the native core where it builds.
+define install
+@echo "Installing uvg_engine$(1) into $(VENV) (the first time takes minutes)"
+@$(PIP) install -qq --disable-pip-version-check -c constraints.txt $(BUILD_TOOLS)
+@UVG_BUILD_DIR=build/native UVG_CMAKE_ARGS="$(2)" $(PIP) install -qq --disable-pip-version-check \
+  --no-build-isolation -c constraints.txt -e '.$(1)'
+@$(BIN)/python -m uvg_engine.backends.native
+@touch $@
+endef
+
+$(RUNTIME): $(INPUTS) | $(BIN)/python
+	$(call install,,-DUVG_TESTS=OFF)
+
+$(DEV): $(INPUTS) | $(BIN)/python
+	$(call install,[dev],-DUVG_TESTS=ON)
+	@touch $(RUNTIME)
+
+$(DOCS): $(DEV)
+	$(call install,[docs],-DUVG_TESTS=ON)
+	@touch $(RUNTIME) $(DEV) $@
+
+demo: $(RUNTIME)
+	@mkdir -p $(DEMO)
+	$(UVG) generate "a red seven moving right, fast" -o $(DEMO)/seven.mp4
+	$(UVG) generate "a red seven moving right, fast" -o $(DEMO)/seven.png
+	$(UVG) caption $(DEMO)/seven.mp4
+	$(UVG) joint "a green three moving up, slowly" -o $(DEMO)/joint.mp4
+	@echo "Done. The videos: $(DEMO)/seven.mp4, $(DEMO)/joint.mp4; the first one's frames side by side: $(DEMO)/seven.png"
+
+test: $(DEV)
+	@if $(BIN)/python -c 'import uvg_engine._cpu' 2>/dev/null; then \
+	  $(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error; \
+	else echo "No native core here: its C++ tests are left out."; fi
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/codespell
+	$(BIN)/mypy
+
+bench: $(DEV)
+	$(BIN)/python -m bench $(ARGS)
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Done: site/index.html"
+
+clean:
+	rm -rf build dist site $(DEMO) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f uvg_engine/_cpu.*.so $(RUNTIME) $(DEV) $(DOCS)
+	find uvg_engine kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +

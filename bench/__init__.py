@@ -1,0 +1,1 @@
+"""Timings of the ops: `python -m bench --help`."""

@@ -1,0 +1,143 @@
+"""Calls CMake for the native core; everything else about the package stands in pyproject.toml.
+
+UVG_NATIVE=auto (default): build it; without cmake, pybind11, a C++ compiler or Python's headers install pure Python.
+UVG_NATIVE=1: build it or fail. UVG_NATIVE=0: pure Python. Code that does not compile fails the install in any case
+but 0. UVG_BUILD_DIR keeps the CMake tree at a place of yours, UVG_CMAKE_ARGS is passed on. What came of it:
+`python -m uvg_engine.backends.native`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Distribution, Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
+from setuptools.errors import SetupError
+
+ROOT = Path(__file__).resolve().parent
+PROBE = "#include <Python.h>\n#include <vector>\nint main() { return std::vector<int>(1, 0)[0]; }\n"
+
+
+def find_tool(name: str) -> str | None:
+    """A program on PATH, or the one that pip put beside this interpreter."""
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+
+
+def find_compiler() -> str | None:
+    if "CXX" in os.environ:
+        wish = os.environ["CXX"]
+        if not wish.split() or not shutil.which(shlex.split(wish)[0]):
+            raise SetupError(f"CXX must name a C++ compiler, got {wish!r}")
+        return wish
+    return next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def missing() -> str | None:
+    """What keeps this machine from building native code, or None."""
+    if not find_tool("cmake"):
+        return "no cmake"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    compiler = find_compiler()
+    if compiler is None:
+        return "no C++ compiler"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(PROBE)
+        headers = [f"-I{sysconfig.get_path(kind)}" for kind in ("include", "platinclude")]
+        command = [*shlex.split(compiler), "-std=c++17", *headers, "-c", str(source), "-o", f"{source}.o"]
+        probe = subprocess.run(command, capture_output=True, text=True, check=False)
+    if probe.returncode == 0:
+        return None
+    return f"{compiler} does not compile a program that includes Python.h: {probe.stderr.strip()[:300]}"
+
+
+@functools.cache
+def build_native() -> bool:
+    """Whether to build the native core; says why not."""
+    wish = os.environ.get("UVG_NATIVE", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise SetupError(f"UVG_NATIVE must be auto, 0 or 1, got {wish!r}")
+    reason = "UVG_NATIVE=0" if wish == "0" else missing()
+    if reason and wish == "1":
+        raise SetupError(f"UVG_NATIVE=1 asks for the native core, but: {reason}")
+    state = f"not built, installing pure Python: {reason}" if reason else "building with CMake"
+    print(f"uvg_engine native core: {state}", file=sys.stderr, flush=True)
+    return not reason
+
+
+class UvgDistribution(Distribution):
+    """Has its extension module only where it can be built; asked when something is built, not before."""
+
+    def has_ext_modules(self) -> bool:
+        return build_native()
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build_dir = Path(os.environ.get("UVG_BUILD_DIR", self.build_temp)).resolve()
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
+        forget_foreign_cache(build_dir, "Ninja" if ninja else None)
+        configure = [
+            *(cmake, "-S", str(ROOT), "-B", str(build_dir)),
+            *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DUVG_VERSION={self.distribution.get_version()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            *shlex.split(os.environ.get("UVG_CMAKE_ARGS", "")),
+        ]
+        jobs = ["-j", str(self.parallel)] if self.parallel else []
+        for command in (configure, [cmake, "--build", str(build_dir), *jobs]):
+            if subprocess.run(command, check=False).returncode:
+                told = "the native core did not build (the reason is above; UVG_NATIVE=0 installs without it)"
+                raise SetupError(f"{told}: {shlex.join(command)}")
+
+
+class EditableWheel(editable_wheel):
+    def run(self) -> None:
+        if not build_native():
+            for stale in (ROOT / "uvg_engine").glob("_cpu.*.so"):
+                stale.unlink()  # an earlier build would go on being imported
+        super().run()
+
+
+def forget_foreign_cache(build_dir: Path, generator: str | None) -> None:
+    """Drop a CMake cache of another checkout, Python or generator, or of a cmake that is gone (pip's build
+    environments come and go)."""
+    cache = build_dir / "CMakeCache.txt"
+    if not cache.exists():
+        return
+    entries = dict(line.partition("=")[::2] for line in cache.read_text().splitlines() if "=" in line)
+    ours = (
+        entries.get("CMAKE_HOME_DIRECTORY:INTERNAL") == str(ROOT)
+        and entries.get("Python_EXECUTABLE:UNINITIALIZED", sys.executable) == sys.executable
+        and (generator is None or entries.get("CMAKE_GENERATOR:INTERNAL") == generator)
+        and Path(entries.get("CMAKE_COMMAND:INTERNAL", "")).is_file()
+    )
+    if not ours:
+        cache.unlink()
+        shutil.rmtree(build_dir / "CMakeFiles", ignore_errors=True)
+
+
+setup(
+    packages=[*find_packages(include=["uvg_engine", "uvg_engine.*"]), "uvg_engine.kernels"],
+    package_dir={"uvg_engine.kernels": "kernels"},
+    ext_modules=[Extension("uvg_engine._cpu", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "editable_wheel": EditableWheel},
+    distclass=UvgDistribution,
+)

@@ -1,0 +1,256 @@
+"""What every op is put through. A test file gives the op, its cases and its mistakes, and adds the op's own properties.
+
+The 2x rule (STYLE 8): truth is the reference in fp64 on the same rounded inputs; a backend may err at most twice as much
+as the reference does in the same dtype, plus two ulps of the largest value. NaN fails. Memory that a kernel forgets to
+write is NaN here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from uvg_engine import backends, ops
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+GRADCHECK_ELEMENTS = 400  # numerical differentiation takes one call per element
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one call, as keyword arguments in fp64, made from a generator of fixed seed."""
+
+    name: str
+    make: Callable[[torch.Generator], dict[str, Any]]
+    wide: tuple[str, ...] = ()  # stay in fp32 where the rest is narrower
+    constant: tuple[str, ...] = ()  # floating-point, but get no gradient
+    dtypes: tuple[torch.dtype, ...] = (FP32, BF16)
+    smooth: bool = True  # can be differentiated numerically
+    ulps: int = 64  # a reference worse than this in its own dtype would hide an accumulation in too few bits
+
+    def inputs(self, dtype: torch.dtype, strided: bool = False) -> dict[str, Any]:
+        made = self.make(torch.Generator().manual_seed(1234))
+        for name, value in made.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                wide = name in self.wide and dtype != FP64
+                made[name] = value.to(FP32 if wide else dtype)
+            if strided and isinstance(value, Tensor):
+                made[name] = with_gaps(made[name])
+        return made
+
+    def leaves(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        floats = {n: v for n, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        return {name: value for name, value in floats.items() if name not in self.constant}
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A call that must be refused: the first case's inputs with some of them replaced."""
+
+    match: str  # pattern that the message must contain: argument and rule
+    changes: dict[str, Any] = field(default_factory=dict)  # a callable gets the proper value
+
+    def applied(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs | {n: c(inputs[n]) if callable(c) else c for n, c in self.changes.items()}
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    """The same values, every other element of a buffer whose gaps are poison, first and last dimension swapped."""
+    if x.dim() == 0:
+        return x
+    shape = x.transpose(0, -1).shape
+    buffer = torch.full((*shape[:-1], 2 * shape[-1]), math.nan if x.is_floating_point() else 0, dtype=x.dtype)
+    view = buffer[..., ::2].transpose(0, -1)
+    view.copy_(x)
+    return view
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN (integers: the largest) inside."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def cotangents(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the differentiable outputs, already rounded to their dtypes."""
+    g = torch.Generator().manual_seed(99)
+    return [torch.randn(o.shape, generator=g, dtype=FP64).to(o.dtype) for o in outputs if o.requires_grad]
+
+
+def run(
+    function: Callable[..., Any], case: Case, inputs: dict[str, Any], douts: Sequence[Tensor] | None = None
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor], list[Tensor]]:
+    """(outputs, gradient of each leaf by name, the cotangents used)."""
+    leaves = {name: value.detach().requires_grad_() for name, value in case.leaves(inputs).items()}
+    outputs = as_tuple(function(**(inputs | leaves)))
+    douts = cotangents(outputs) if douts is None else [d.to(FP64) for d in douts]
+    followed = [o for o in outputs if o.requires_grad]
+    grads: Sequence[Tensor] = ()
+    if followed:
+        grads = torch.autograd.grad(followed, list(leaves.values()), douts)
+    return tuple(o.detach() for o in outputs), dict(zip(leaves, grads, strict=bool(followed))), list(douts)
+
+
+def ulp(truth: Tensor, dtype: torch.dtype) -> float:
+    """Spacing of dtype's numbers at the largest value of `truth`."""
+    largest = float(truth.abs().max())
+    info = torch.finfo(dtype)
+    return info.eps * 2.0 ** math.floor(math.log2(max(largest, info.tiny)))
+
+
+def assert_2x(name: str, ulps: int, got: Tensor, same_dtype: Tensor, truth: Tensor, further: int = 0) -> None:
+    """The 2x rule for one tensor. Integers, and what is infinite in truth, must be equal."""
+    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(truth.shape)}"
+    assert got.dtype == same_dtype.dtype, f"{name}: dtype {got.dtype}, not {same_dtype.dtype}"
+    assert got.is_contiguous(), f"{name}: strides {got.stride()}"
+    if not got.is_floating_point():
+        assert torch.equal(got, truth.to(got.dtype)), f"{name}: integers differ"
+        return
+    assert not got.isnan().any(), f"{name}: NaN"
+    finite = truth.isfinite()
+    assert torch.equal(got[~finite].double(), truth[~finite]), f"{name}: infinities differ"
+    got, same, truth, dtype = got[finite].double(), same_dtype[finite].double(), truth[finite], got.dtype
+    if not truth.numel():
+        return
+    error, reference, unit = float((got - truth).abs().max()), float((same - truth).abs().max()), ulp(truth, dtype)
+    assert error <= 2 * reference + (2 + further) * unit, (
+        f"{name}: error {error:.3g}, reference {reference:.3g}, ulp {unit:.3g}"
+    )
+    assert reference <= ulps * unit, f"{name}: the reference errs by {reference / unit:.1f} ulps"
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the calls of torch.ops.uvg made inside, as (op, arguments)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "uvg":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+class OpSuite:
+    """Subclass as Test<Op> with `op`, `cases` and `mistakes`; the first case also goes through compilation and strides."""
+
+    op: str
+    cases: tuple[Case, ...]
+    mistakes: tuple[Mistake, ...]
+    allowed: Mapping[tuple[str, torch.dtype, int], int] = MappingProxyType({})  # (backend, dtype, output): further ulps
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return getattr(ops, self.op)
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        names = set(metafunc.fixturenames)
+        if "backend" in names:
+            metafunc.parametrize("backend", [b for b in backends.ORDER if self.op in backends.table(b)])
+        if "dtype" in names:
+            runs = [(case, dtype, False) for case in self.cases for dtype in case.dtypes]
+            runs += [(self.cases[0], dtype, True) for dtype in self.cases[0].dtypes]
+            ids = [f"{c.name}-{str(d)[6:]}{'-strided' * s}" for c, d, s in runs]
+            metafunc.parametrize("case, dtype, strided", runs, ids=ids)
+        if "smooth_case" in names:
+            small = [
+                c for c in self.cases if c.smooth and c.leaves(c.inputs(FP64)) and _elements(c) <= GRADCHECK_ELEMENTS
+            ]
+            metafunc.parametrize("smooth_case", small, ids=[c.name for c in small])
+        if "mistake" in names:
+            metafunc.parametrize("mistake", self.mistakes, ids=[m.match for m in self.mistakes])
+
+    def test_values(self, case: Case, dtype: torch.dtype, strided: bool, backend: str) -> None:
+        inputs = case.inputs(dtype, strided)
+        with backends.force(backend), poisoned():
+            try:
+                outputs, grads, douts = run(self.function, case, inputs)
+            except backends.BackendRefused as refusal:
+                pytest.skip(str(refusal))
+        with backends.force("reference"):
+            same_outputs, same_grads, _ = run(self.function, case, inputs)
+            exact = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
+            true_outputs, true_grads, _ = run(self.function, case, exact, douts)
+        for i, triple in enumerate(zip(outputs, same_outputs, true_outputs, strict=True)):
+            assert_2x(f"output {i}", case.ulps, *triple, further=self.allowed.get((backend, dtype, i), 0))
+        for name, grad in grads.items():
+            assert grad.dtype == inputs[name].dtype
+            assert_2x(f"gradient of {name}", case.ulps, grad.contiguous(), same_grads[name], true_grads[name])
+
+    def test_gradcheck(self, smooth_case: Case) -> None:
+        inputs = smooth_case.inputs(FP64)
+        leaves = {name: value.requires_grad_() for name, value in smooth_case.leaves(inputs).items()}
+
+        def followed(*values: Tensor) -> tuple[Tensor, ...]:
+            outputs = as_tuple(self.function(**(inputs | dict(zip(leaves, values, strict=True)))))
+            return tuple(o for o in outputs if o.requires_grad)
+
+        assert torch.autograd.gradcheck(followed, tuple(leaves.values()))
+
+    def test_opcheck(self) -> None:
+        """Schema (no mutation, no alias), fake against real (strides included), autograd, and AOT with dynamic shapes."""
+        case = self.cases[0]
+        for strided in (False, True):
+            with Recorder() as recorder:
+                run(self.function, case, case.inputs(FP32, strided))
+            for function, args in recorder.calls:
+                follows = not str(function).removesuffix(".default").endswith("_bwd") and bool(
+                    case.leaves(case.inputs(FP32))
+                )
+                given = [a.detach().requires_grad_(follows) if _is_float(a) else a for a in args]
+                checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+                torch.library.opcheck(function, tuple(given), test_utils=checks if follows else checks[:2])
+
+    @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+    def test_compile(self, dynamic: bool) -> None:
+        case = self.cases[0]
+        inputs = case.inputs(FP32)
+        torch.compiler.reset()
+        compiled = torch.compile(self.function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        outputs, grads, _ = run(compiled, case, inputs)
+        want_outputs, want_grads, _ = run(self.function, case, inputs)
+        assert all(torch.equal(a, b) for a, b in zip(outputs, want_outputs, strict=True))
+        assert all(torch.equal(grads[name], want_grads[name]) for name in want_grads)
+
+    def test_mistake(self, mistake: Mistake) -> None:
+        inputs = self.cases[0].inputs(FP32)
+        self.function(**inputs)
+        with pytest.raises(ValueError, match=rf"^{mistake.match}.*, got .+"):
+            self.function(**mistake.applied(inputs))
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _elements(case: Case) -> int:
+    return sum(value.numel() for value in case.leaves(case.inputs(FP64)).values())
+
+
+def spans(*pairs: tuple[int, ...]) -> Tensor:
+    """int32 rows of (start, len, ...)."""
+    return torch.tensor(pairs, dtype=torch.int32).reshape(len(pairs), -1 if pairs else 2)
+
+
+def normal(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=g, dtype=FP64)

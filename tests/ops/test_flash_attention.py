@@ -1,0 +1,170 @@
+"""flash_attention: the shared suite, and the properties of a softmax over spans, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import BF16, FP16, FP32, FP64, Case, Mistake, OpSuite, normal, spans
+from torch.nn import functional
+
+from uvg_engine import backends
+from uvg_engine.ops import flash_attention
+
+BACKENDS = [b for b in backends.ORDER if "flash_attention" in backends.table(b)]
+
+
+def table(*samples):
+    """int32 [B, M, 2] from a tuple of (start, len) pairs per sample, padded with (0, 0)."""
+    most = max((len(s) for s in samples), default=1)
+    padded = [[*s, *[(0, 0)] * (most - len(s))] for s in samples]
+    return torch.tensor(padded, dtype=torch.int32).reshape(len(samples), most, 2)
+
+
+def attention(g, queries, keys, q_table, k_table, heads, head_dim, gain=1.0):
+    q, k, v = (normal(g, rows, heads, head_dim) for rows in (queries, keys, keys))
+    return {"q": gain * q, "k": k, "v": v, "q_spans": q_table, "k_spans": k_table}
+
+
+def case(name, *args, dtypes=(FP32, BF16), **kwargs):
+    return Case(name, lambda g: attention(g, *args, **kwargs), dtypes=dtypes)
+
+
+TWO = table(((0, 5), (12, 3)), ((5, 7), (15, 4)))  # video of both samples, then text of both: the packed layout
+CROSS = table(((0, 4),), ((4, 9),))
+
+
+class TestFlashAttention(OpSuite):
+    op = "flash_attention"
+    cases = (
+        case("two-streams", 19, 19, TWO, TWO, 2, 4, dtypes=(FP32, BF16, FP16)),
+        case("cross", 19, 13, TWO, CROSS, 3, 7),
+        case("shared-keys", 19, 13, TWO, table(((0, 13),), ((0, 13),)), 2, 8),
+        case("overlapping-keys", 19, 13, TWO, table(((0, 9),), ((3, 9),)), 1, 8),
+        case("no-keys-for-one", 19, 13, TWO, table(((0, 0),), ((2, 11),)), 2, 8),
+        case("no-queries-for-one", 19, 13, table(((0, 0),), ((3, 11),)), CROSS, 2, 8),
+        case("no-queries", 0, 5, table(((0, 0),)), table(((0, 5),)), 2, 8),
+        case("no-keys", 5, 0, table(((0, 5),)), table(((0, 0),)), 2, 8),
+        case("no-samples", 5, 5, table(), table(), 2, 8),
+        case("one-of-each", 1, 1, table(((0, 1),)), table(((0, 1),)), 1, 1),
+        case("block-and-one", 65, 129, table(((0, 65),)), table(((0, 129),)), 1, 64),
+        case("sharp", 11, 31, table(((0, 11),)), table(((0, 31),)), 1, 16, gain=30.0),
+    )
+    # PyTorch's CPU kernel takes a short polynomial for exp where the values are narrow; its lse shows it.
+    allowed = {("sdpa", BF16, 1): 64, ("sdpa", FP16, 1): 64}
+    mistakes = (
+        Mistake(r"q must be a floating-point \(T, N, H\)", {"q": lambda q: q[0]}),
+        Mistake(r"k must be \(19, 2, 4\) torch.float32", {"k": lambda k: k.double()}),
+        Mistake(r"k must be \(19, 2, 4\) torch.float32", {"k": lambda k: k[:, :1]}),
+        Mistake(r"v must be \(19, 2, 4\) torch.float32", {"v": lambda v: v[1:]}),
+        Mistake(r"q_spans must be an int32 \(B, M, 2\)", {"q_spans": lambda s: s[0]}),
+        Mistake(r"k_spans must be an int32 \(B, M, 2\)", {"k_spans": lambda s: s.long()}),
+        Mistake("q_spans and k_spans must have the same B", {"k_spans": lambda s: s[:1]}),
+    )
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with backends.force(request.param):
+        yield request.param
+
+
+def two_streams(dtype=FP32):
+    return TestFlashAttention.cases[0].inputs(dtype)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_equals_attention_of_torch(scale):
+    inputs = two_streams(FP64)
+    rows = [[*range(5), *range(12, 15)], [*range(5, 12), *range(15, 19)]]
+    mask = torch.zeros(19, 19, dtype=torch.bool)
+    for mine in rows:
+        mask[torch.tensor(mine)[:, None], torch.tensor(mine)] = True
+    q, k, v = (inputs[n].transpose(0, 1) for n in "qkv")
+    out, lse = flash_attention(**inputs, scale=scale)
+    want = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    torch.testing.assert_close(out, want.transpose(0, 1))
+    scores = (q @ k.mT * (scale or 0.5)).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+def test_equal_values_come_out_as_they_are(backend):
+    inputs = two_streams()
+    out, _ = flash_attention(**(inputs | {"v": torch.ones_like(inputs["v"])}))
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_masked_keys_change_nothing(backend, dtype):
+    inputs = TestFlashAttention.cases[1].inputs(dtype) | {"k_spans": table(((0, 4),), ((6, 5),))}
+    leaves = [inputs[n].requires_grad_() for n in "qkv"]
+    out, lse = flash_attention(**inputs)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    spoilt = inputs | {n: inputs[n].detach().clone() for n in "kv"}
+    for name in "kv":
+        spoilt[name][[4, 5, 11, 12]] = torch.nan
+    leaves = [spoilt[n].requires_grad_() for n in "qkv"]
+    got_out, got_lse = flash_attention(**spoilt)
+    got_grads = torch.autograd.grad(got_out.sum(), leaves)
+    for got, want in zip((got_out, got_lse, *got_grads), (out, lse, *grads), strict=True):
+        assert torch.equal(got, want)
+    assert not got_grads[1][[4, 5, 11, 12]].any()
+
+
+def test_two_halves_merged_by_lse_equal_the_whole(backend):
+    g = torch.Generator().manual_seed(0)
+    inputs = attention(g, 17, 23, table(((0, 17),)), table(((0, 23),)), 2, 8)
+    inputs = {n: v.float() if v.is_floating_point() else v for n, v in inputs.items()}
+    whole, whole_lse = flash_attention(**inputs)
+    halves = [flash_attention(**(inputs | {"k_spans": table((span,))})) for span in ((0, 10), (10, 13))]
+    lse = torch.logaddexp(halves[0][1], halves[1][1])
+    merged = sum(out * (part - lse).exp().T[..., None] for out, part in halves)
+    torch.testing.assert_close(lse, whole_lse)
+    torch.testing.assert_close(merged, whole)
+
+
+def test_the_order_of_key_spans_does_not_matter(backend):
+    inputs = two_streams()
+    out, _ = flash_attention(**inputs)
+    turned, _ = flash_attention(**(inputs | {"k_spans": TWO.flip(1)}))
+    torch.testing.assert_close(out, turned)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("lengths", [(8, 8, 8), (8, 3, 13)], ids=["equal", "unequal"])
+def test_samples_do_not_see_their_neighbours(backend, dtype, lengths):
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    own = table(*[((start, n),) for start, n in zip(starts, lengths, strict=True)])
+    x = normal(torch.Generator().manual_seed(0), sum(lengths), 2, 16).to(dtype)
+    whole, lse = flash_attention(x, x, x, own, own)
+    for start, length in zip(starts, lengths, strict=True):
+        mine = x[start : start + length].clone()
+        alone, alone_lse = flash_attention(mine, mine, mine, table(((0, length),)), table(((0, length),)))
+        assert torch.equal(alone, whole[start : start + length])
+        assert torch.equal(alone_lse, lse[:, start : start + length])
+
+
+def test_rows_without_keys_and_rows_of_no_span_give_zero(backend):
+    inputs = two_streams() | {
+        "q_spans": table(((0, 5),), ((5, 7),)),
+        "k_spans": table(((0, 0),), ((5, 7),)),
+    }
+    inputs["q"].requires_grad_()
+    out, lse = flash_attention(**inputs)
+    idle = [*range(5), *range(12, 19)]
+    assert not out[idle].any() and bool((lse[:, idle] == -torch.inf).all())
+    assert not torch.autograd.grad(out.sum(), inputs["q"])[0][idle].any()
+
+
+def test_one_backend_may_follow_another():
+    """lse and out mean the same on every backend, so a forward of one serves the backward of the other."""
+    inputs = two_streams()
+    grads = {}
+    for first in BACKENDS:
+        for second in BACKENDS:
+            q = inputs["q"].clone().requires_grad_()
+            with backends.force(first):
+                out, _ = flash_attention(**(inputs | {"q": q}))
+            with backends.force(second):
+                grads[first, second] = torch.autograd.grad(out.square().sum(), q)[0]
+    for grad in grads.values():
+        torch.testing.assert_close(grad, grads["reference", "reference"])

@@ -1,0 +1,124 @@
+"""linear_cross_entropy: the shared suite, both losses against their formulas, and the memory it may hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import BF16, FP16, FP32, FP64, Case, Mistake, OpSuite, normal
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from uvg_engine.ops import linear_cross_entropy
+from uvg_engine.reference import linear_cross_entropy as reference
+
+
+def head(g, rows, width, vocab, gain=1.0):
+    return {
+        "x": gain * normal(g, rows, width),
+        "weight": normal(g, vocab, width) * width**-0.5,
+        "bias": normal(g, vocab),
+        "target": torch.randint(vocab, (rows,), generator=g),
+    }
+
+
+def gkl(g, rows, width, vocab, gain=1.0):
+    made = head(g, rows, width, vocab, gain)
+    current = torch.randint(vocab, (rows,), generator=g)
+    current[::2] = made["target"][::2]  # half of the tokens are there already
+    rate = 20 * torch.rand(rows, generator=g, dtype=FP64)
+    return made | {"current": current, "rate": rate, "loss": "gkl"}
+
+
+def case(name, make, *args, dtypes=(FP32, BF16), **kwargs):
+    return Case(name, lambda g: make(g, *args, **kwargs), ("rate",), constant=("rate",), dtypes=dtypes)
+
+
+class TestLinearCrossEntropy(OpSuite):
+    op = "linear_cross_entropy"
+    cases = (
+        case("gkl", gkl, 6, 3, 7, dtypes=(FP32, BF16, FP16)),
+        case("ce", head, 5, 3, 7, dtypes=(FP32, BF16, FP16)),
+        case("ce-prime", head, 13, 17, 1031),
+        case("gkl-prime", gkl, 13, 17, 1031),
+        case("one-word", head, 3, 4, 1),
+        case("no-rows", gkl, 0, 4, 5),
+        case("sharp", gkl, 9, 16, 129, gain=50.0),
+        case("block-and-one", head, 65, 33, 257),
+    )
+    mistakes = (
+        Mistake(r"x must be a floating-point \(L, D\)", {"x": lambda x: x[0]}),
+        Mistake(r"weight must be a floating-point \(V, D\)", {"weight": lambda w: w[0]}),
+        Mistake(r"weight must be \(7, 3\) torch.float32", {"weight": lambda w: w[:, 1:]}),
+        Mistake(r"weight must be \(7, 3\) torch.float32", {"weight": lambda w: w.double()}),
+        Mistake("weight must have V > 0 rows", {"weight": lambda w: w[:0]}),
+        Mistake(r"bias must be \(7,\) torch.float32", {"bias": lambda b: b[1:]}),
+        Mistake(r"target must be \(6,\) torch.int64", {"target": lambda t: t.int()}),
+        Mistake(r"current must be \(6,\) torch.int64", {"current": lambda t: t[1:]}),
+        Mistake(r"rate must be \(6,\)", {"rate": lambda r: r[1:]}),
+        Mistake(r"rate must be a floating-point \(L\)", {"rate": lambda r: r.int()}),
+        Mistake("rate must not require a gradient", {"rate": lambda r: r.clone().requires_grad_()}),
+        Mistake("loss must be one of ce, gkl", {"loss": "mse"}),
+        Mistake("current and rate must be given for loss='gkl' and only then", {"loss": "ce"}),
+        Mistake("current and rate must be given for loss='gkl' and only then", {"rate": None}),
+        Mistake(r"target must lie in \[0, 7\)", {"target": lambda t: t - 7}),
+        Mistake(r"current must lie in \[0, 7\)", {"current": lambda t: t + 7}),
+    )
+
+
+def test_ce_equals_cross_entropy_of_torch():
+    made = head(torch.Generator().manual_seed(0), 9, 5, 11)
+    logits = functional.linear(made["x"], made["weight"], made["bias"])
+    want = functional.cross_entropy(logits, made["target"], reduction="none")
+    torch.testing.assert_close(linear_cross_entropy(**made), want)
+
+
+def test_gkl_equals_its_formula():
+    made = gkl(torch.Generator().manual_seed(0), 9, 5, 11)
+    p = functional.linear(made["x"], made["weight"], made["bias"]).softmax(-1)
+    moves = (made["current"] != made["target"]).double()
+    p_current, p_target = (p.gather(1, made[n][:, None])[:, 0] for n in ("current", "target"))
+    want = -made["rate"] * (p_current - (1 - moves) + moves * p_target.log())
+    torch.testing.assert_close(linear_cross_entropy(**made), want)
+    assert 0 < moves.sum() < 9 and bool((want >= 0).all())
+
+
+def test_ce_of_a_head_of_zeros_is_log_v():
+    made = head(torch.Generator().manual_seed(0), 5, 3, 7)
+    zero = {n: torch.zeros_like(made[n]) for n in ("weight", "bias")}
+    torch.testing.assert_close(linear_cross_entropy(**(made | zero)), torch.full((5,), 7.0).double().log())
+
+
+@pytest.mark.parametrize("make", [head, gkl])
+def test_chunks_do_not_show(make, monkeypatch):
+    made = make(torch.Generator().manual_seed(0), 11, 4, 7)
+    results = []
+    for elements in (1, 20, 1 << 22):
+        monkeypatch.setattr(reference, "CHUNK_ELEMENTS", elements)
+        leaves = [made[n].detach().requires_grad_() for n in ("x", "weight", "bias")]
+        loss = linear_cross_entropy(*leaves, **{n: v for n, v in made.items() if n not in ("x", "weight", "bias")})
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaves)))
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            torch.testing.assert_close(a, b)
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements of any result made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_never_all_logits_at_once(monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 4096)
+    made = gkl(torch.Generator().manual_seed(0), 64, 4, 512)
+    args = [made[n] for n in ("x", "weight", "bias", "target", "current", "rate", "loss")]
+    with Largest() as largest:
+        loss, lse, p_current = reference.forward(*args)
+        reference.backward(torch.ones_like(loss), lse, p_current, *args)
+    assert largest.elements <= 4096

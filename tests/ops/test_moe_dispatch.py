@@ -1,0 +1,67 @@
+"""moe_dispatch: the shared suite, and the order in which rows stand."""
+
+from __future__ import annotations
+
+import torch
+from harness import BF16, FP16, FP32, Case, Mistake, OpSuite, normal
+
+from uvg_engine.ops import moe_combine, moe_dispatch
+
+
+def case(name, rows, width, num_experts, top_k, dtypes=(FP32, BF16), used=None):
+    def make(g):
+        picked = torch.stack([torch.randperm(used or num_experts, generator=g)[:top_k] for _ in range(rows)] or [])
+        return {"x": normal(g, rows, width), "experts": picked.int(), "num_experts": num_experts}
+
+    def empty(g):
+        return {
+            "x": normal(g, 0, width),
+            "experts": torch.zeros(0, top_k, dtype=torch.int32),
+            "num_experts": num_experts,
+        }
+
+    return Case(name, make if rows else empty, dtypes=dtypes)
+
+
+class TestMoeDispatch(OpSuite):
+    op = "moe_dispatch"
+    cases = (
+        case("two-of-five", 11, 7, 5, 2, dtypes=(FP32, BF16, FP16)),
+        case("one-of-three", 13, 4, 3, 1),
+        case("unused-experts", 5, 3, 9, 2, used=3),
+        case("all", 5, 3, 4, 4),
+        case("no-rows", 0, 8, 3, 2),
+        case("one-element", 1, 1, 1, 1),
+        case("block-and-one", 65, 129, 8, 8),
+    )
+    mistakes = (
+        Mistake(r"x must be a floating-point \(T, D\)", {"x": lambda x: x[0]}),
+        Mistake(r"experts must be \(T, K\) with K > 0", {"experts": lambda e: e[:, :0]}),
+        Mistake(r"experts must be \(11, 2\) torch.int32", {"experts": lambda e: e.long()}),
+        Mistake(r"experts must be \(11, 2\) torch.int32", {"experts": lambda e: e[1:]}),
+        Mistake("num_experts must be positive", {"num_experts": 0}),
+        Mistake(r"experts must lie in \[0, 4\)", {"num_experts": 4, "experts": lambda e: e.clamp(max=4)}),
+        Mistake(r"experts must lie in \[0, 5\)", {"experts": lambda e: e - 1}),
+    )
+
+
+def test_rows_stand_by_expert_then_row_then_choice():
+    x = torch.arange(4.0)[:, None]
+    picked = torch.tensor([[2, 0], [0, 2], [2, 3], [0, 3]], dtype=torch.int32)
+    rows, group_offsets, order = moe_dispatch(x, picked, 5)
+    assert group_offsets.tolist() == [0, 3, 3, 6, 8, 8] and group_offsets.dtype == torch.int32
+    assert order.tolist() == [1, 2, 6, 0, 3, 4, 5, 7] and order.dtype == torch.int32
+    assert rows[:, 0].tolist() == [0, 1, 3, 0, 1, 2, 2, 3]
+
+
+def test_combine_undoes_it():
+    inputs = TestMoeDispatch.cases[0].inputs(FP32)
+    rows, _, order = moe_dispatch(**inputs)
+    torch.testing.assert_close(moe_combine(rows, order, torch.full((11, 2), 0.5)), inputs["x"])
+
+
+def test_one_expert_with_everything_keeps_the_order():
+    x = normal(torch.Generator().manual_seed(0), 9, 3)
+    rows, group_offsets, order = moe_dispatch(x, torch.ones(9, 1, dtype=torch.int32), 3)
+    assert torch.equal(rows, x)
+    assert group_offsets.tolist() == [0, 0, 9, 9] and order.tolist() == list(range(9))

@@ -1,0 +1,97 @@
+"""moe_mlp: the shared suite, and what experts over contiguous groups must keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import BF16, FP16, FP32, FP64, Case, Mistake, OpSuite, normal
+from torch.nn import functional
+
+from uvg_engine.ops import moe_mlp
+
+
+def offsets(*bounds):
+    return torch.tensor(bounds, dtype=torch.int32)
+
+
+def experts(g, bounds, width, hidden):
+    num = len(bounds) - 1
+    return {
+        "x": normal(g, bounds[-1], width),
+        "w1": normal(g, num, hidden, width) * width**-0.5,
+        "b1": normal(g, num, hidden),
+        "w2": normal(g, num, width, hidden) * hidden**-0.5,
+        "b2": normal(g, num, width),
+        "group_offsets": offsets(*bounds),
+    }
+
+
+def case(name, *args, dtypes=(FP32, BF16)):
+    return Case(name, lambda g: experts(g, *args), dtypes=dtypes)
+
+
+class TestMoeMlp(OpSuite):
+    op = "moe_mlp"
+    cases = (
+        case("two-modalities", (0, 5, 8), 6, 9, dtypes=(FP32, BF16, FP16)),
+        case("empty-experts", (0, 0, 7, 7, 9, 9), 13, 31),
+        case("all-with-one", (0, 0, 11, 11), 8, 16),
+        case("no-rows", (0, 0, 0), 8, 16),
+        case("one-element", (0, 1), 1, 1),
+        case("block-and-one", (0, 33, 98), 65, 129),
+    )
+    mistakes = (
+        Mistake(r"x must be a floating-point \(T, D\)", {"x": lambda x: x[0]}),
+        Mistake(r"w1 must be a floating-point \(E, F, D\)", {"w1": lambda w: w[0]}),
+        Mistake(r"w1 must be \(2, 9, 6\) torch.float32", {"w1": lambda w: w[..., 1:]}),
+        Mistake(r"b1 must be \(2, 9\) torch.float32", {"b1": lambda b: b.double()}),
+        Mistake(r"w2 must be \(2, 6, 9\) torch.float32", {"w2": lambda w: w.mT}),
+        Mistake(r"b2 must be \(2, 6\) torch.float32", {"b2": lambda b: b[0]}),
+        Mistake(r"group_offsets must be \(3,\) torch.int32", {"group_offsets": lambda o: o.long()}),
+        Mistake("group_offsets must ascend from 0 to T = 8", {"group_offsets": offsets(0, 5, 7)}),
+        Mistake("group_offsets must ascend from 0 to T = 8", {"group_offsets": offsets(0, 9, 8)}),
+        Mistake("group_offsets must ascend from 0 to T = 8", {"group_offsets": offsets(1, 5, 8)}),
+    )
+
+
+def dense(x, made, e):
+    hidden = functional.gelu(functional.linear(x, made["w1"][e], made["b1"][e]), approximate="tanh")
+    return functional.linear(hidden, made["w2"][e], made["b2"][e])
+
+
+def test_equals_each_expert_alone():
+    made = experts(torch.Generator().manual_seed(0), (0, 5, 5, 12), 6, 9)
+    want = torch.cat([dense(made["x"][:5], made, 0), dense(made["x"][5:], made, 2)])
+    torch.testing.assert_close(moe_mlp(**made), want)
+
+
+def test_identity_experts_return_x():
+    """gelu(u) - gelu(-u) = u, so W1 = [I; -I] and W2 = [I, -I] pass x through."""
+    x, eye = normal(torch.Generator().manual_seed(0), 9, 5), torch.eye(5, dtype=FP64)
+    w1, w2 = torch.cat([eye, -eye]).expand(3, 10, 5), torch.cat([eye, -eye], 1).expand(3, 5, 10)
+    out = moe_mlp(x, w1, torch.zeros(3, 10).double(), w2, torch.zeros(3, 5).double(), offsets(0, 2, 2, 9))
+    torch.testing.assert_close(out, x)
+
+
+def test_permuting_rows_of_a_group_permutes_the_outputs():
+    made = experts(torch.Generator().manual_seed(0), (0, 5, 12), 6, 9)
+    order = torch.cat([torch.randperm(5), 5 + torch.randperm(7)])
+    torch.testing.assert_close(moe_mlp(**(made | {"x": made["x"][order]})), moe_mlp(**made)[order])
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_an_empty_expert_changes_nothing(dtype):
+    made = TestMoeMlp.cases[0].inputs(dtype)
+    names = ("w1", "b1", "w2", "b2")
+    poison = {n: torch.cat([made[n][:1], torch.full_like(made[n][:1], torch.nan), made[n][1:]]) for n in names}
+    got_weights = {n: poison[n].requires_grad_() for n in names}
+    got = moe_mlp(made["x"], **got_weights, group_offsets=offsets(0, 5, 5, 8))
+    assert torch.equal(got, moe_mlp(**made))
+    grads = torch.autograd.grad(got.sum(), list(got_weights.values()))
+    assert all(not grad[1].any() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_one_expert_with_everything_is_the_dense_mlp(dtype):
+    made = TestMoeMlp.cases[2].inputs(dtype)
+    assert torch.equal(moe_mlp(**made), dense(made["x"], made, 1))

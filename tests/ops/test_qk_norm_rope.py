@@ -1,0 +1,124 @@
+"""qk_norm_rope: the shared suite, and rotations checked as complex numbers and by their invariances."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import BF16, FP16, FP32, FP64, Case, Mistake, OpSuite, normal, spans
+
+from uvg_engine.ops import qk_norm_rope
+
+VIDEO, TEXT = 0, 1
+
+
+def table_of(angle):
+    """[2, P, H/2] angles to the [2, P, H/2, 2] table of (cos, sin)."""
+    return torch.stack([angle.cos(), angle.sin()], -1)
+
+
+def made(g, rows, rope_spans, heads, head_dim, positions=16):
+    return {
+        "q": normal(g, rows, heads * head_dim),
+        "k": normal(g, rows, heads * head_dim),
+        "weight_q": 1 + 0.1 * normal(g, heads * head_dim),
+        "weight_k": 1 + 0.1 * normal(g, heads * head_dim),
+        "rope_spans": spans(*rope_spans) if rope_spans else torch.zeros(0, 6, dtype=torch.int32),
+        "rope_table": table_of(normal(g, 2, positions, head_dim // 2)),
+        "num_heads": heads,
+    }
+
+
+def case(name, *args, dtypes=(FP32, BF16)):
+    return Case(name, lambda g: made(g, *args), ("rope_table",), constant=("rope_table",), dtypes=dtypes)
+
+
+MIXED = ((0, 12, VIDEO, 2, 3, 2), (12, 0, VIDEO, 0, 0, 0), (12, 5, TEXT, 0, 0, 0))
+
+
+class TestQkNormRope(OpSuite):
+    op = "qk_norm_rope"
+    cases = (
+        case("mixed", 18, MIXED, 2, 8, dtypes=(FP32, BF16, FP16)),
+        case("text-before-video", 19, ((0, 7, TEXT, 0, 0, 0), (7, 12, VIDEO, 1, 4, 3)), 3, 10),
+        case("narrowest-head", 4, ((0, 4, TEXT, 0, 0, 0),), 1, 2),
+        case("no-rows", 0, ((0, 0, TEXT, 0, 0, 0),), 2, 4),
+        case("no-spans", 3, (), 2, 4),
+        case("one-row", 1, ((0, 1, VIDEO, 1, 1, 1),), 1, 6),
+        case("wan-heads", 31, ((0, 24, VIDEO, 3, 2, 4), (24, 7, TEXT, 0, 0, 0)), 3, 128),
+    )
+    mistakes = (
+        Mistake(r"q must be a floating-point \(T, D\)", {"q": lambda q: q[0]}),
+        Mistake(r"k must be \(18, 16\) torch.float32", {"k": lambda k: k[1:]}),
+        Mistake(r"k must be \(18, 16\) torch.float32", {"k": lambda k: k.double()}),
+        Mistake(r"weight_q must be \(16,\)", {"weight_q": torch.ones(8)}),
+        Mistake(r"weight_k must be \(16,\)", {"weight_k": torch.ones(8)}),
+        Mistake(r"num_heads must divide D = 16 into even head widths", {"num_heads": 3}),
+        Mistake(r"num_heads must divide D = 16 into even head widths", {"num_heads": 16}),
+        Mistake(r"num_heads must divide D = 16 into even head widths", {"num_heads": 0}),
+        Mistake(r"rope_spans must be an int32 \(S, 6\)", {"rope_spans": spans((0, 18))}),
+        Mistake(r"rope_table must be \(2, 16, 4, 2\)", {"rope_table": torch.zeros(2, 16, 3, 2)}),
+    )
+
+
+def rms(x, weight):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def test_text_equals_rotate_half_by_complex_numbers():
+    g = torch.Generator().manual_seed(0)
+    inputs = made(g, 9, ((0, 9, TEXT, 0, 0, 0),), 2, 8)
+    angle = torch.arange(16)[:, None] * 10000.0 ** (-torch.arange(4, dtype=FP64) / 4)
+    inputs["rope_table"] = table_of(torch.stack([torch.zeros_like(angle), angle]))
+    x = rms(inputs["q"], inputs["weight_q"]).unflatten(-1, (2, 2, 4))  # head, half, pair
+    turned = torch.complex(x[:, :, 0], x[:, :, 1]) * torch.polar(torch.ones(9, 1, 4, dtype=FP64), angle[:9, None])
+    want = torch.stack([turned.real, turned.imag], 2).flatten(1)
+    torch.testing.assert_close(qk_norm_rope(**inputs)[0], want)
+
+
+def test_video_equals_interleaved_pairs_by_complex_numbers():
+    frames, height, width, head_dim = 2, 3, 4, 14  # pairs: 3 of the frame, 2 of y, 2 of x
+    rows = frames * height * width
+    g = torch.Generator().manual_seed(0)
+    inputs = made(g, rows, ((0, rows, VIDEO, frames, height, width),), 1, head_dim)
+    angle = normal(g, 16, head_dim // 2)
+    inputs["rope_table"] = table_of(torch.stack([angle, torch.zeros_like(angle)]))
+    grid = torch.cartesian_prod(torch.arange(frames), torch.arange(height), torch.arange(width))
+    turn = torch.cat([angle[grid[:, 0], :3], angle[grid[:, 1], 3:5], angle[grid[:, 2], 5:]], 1)
+    x = rms(inputs["k"], inputs["weight_k"]).unflatten(-1, (-1, 2)).contiguous()
+    want = torch.view_as_real(torch.view_as_complex(x) * torch.polar(torch.ones_like(turn), turn)).flatten(1)
+    torch.testing.assert_close(qk_norm_rope(**inputs)[1], want)
+
+
+def test_rotation_keeps_lengths_and_uncovered_rows_are_only_normed():
+    inputs = made(torch.Generator().manual_seed(0), 18, MIXED, 2, 8)
+    q, _ = qk_norm_rope(**inputs)
+    want = rms(inputs["q"], inputs["weight_q"])
+    torch.testing.assert_close(q.unflatten(-1, (2, 8)).norm(dim=-1), want.unflatten(-1, (2, 8)).norm(dim=-1))
+    torch.testing.assert_close(q[17], want[17])
+
+
+def test_text_scores_depend_on_distance_alone():
+    g = torch.Generator().manual_seed(0)
+    inputs = made(g, 8, ((0, 8, TEXT, 0, 0, 0),), 1, 8)
+    angle = torch.arange(16)[:, None] * 0.3 ** torch.arange(4, dtype=FP64)
+    inputs["rope_table"] = table_of(torch.stack([angle, angle]))
+    inputs["q"], inputs["k"] = (x[:1].expand(8, 8) for x in (inputs["q"], inputs["k"]))
+    q, k = qk_norm_rope(**inputs)
+    scores = q @ k.T
+    torch.testing.assert_close(scores[:-1, :-1], scores[1:, 1:])
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_samples_do_not_see_their_neighbours(dtype):
+    case = TestQkNormRope.cases[0]
+    inputs = case.inputs(dtype)
+    q, k = qk_norm_rope(**inputs)
+    alone = inputs | {"q": inputs["q"][12:17], "k": inputs["k"][12:17], "rope_spans": spans((0, 5, TEXT, 0, 0, 0))}
+    assert all(torch.equal(a, b[12:17]) for a, b in zip(qk_norm_rope(**alone), (q, k), strict=True))
+
+
+def test_one_result_may_go_unused():
+    inputs = made(torch.Generator().manual_seed(0), 18, MIXED, 2, 8)
+    inputs["q"].requires_grad_(), inputs["k"].requires_grad_()
+    qk_norm_rope(**inputs)[0].sum().backward()
+    assert inputs["q"].grad.abs().sum() > 0 and not inputs["k"].grad.any()

@@ -1,0 +1,23 @@
+"""uvg_engine: a fast engine for Uni-ViGU models. Importing it imports nothing heavy; `Engine` loads at first use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uvg_engine.sampling import Engine, Request, Savings
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "Request", "Savings", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Engine", "Request", "Savings"):
+        from uvg_engine import sampling
+
+        return getattr(sampling, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,101 @@
+"""Which code serves an op: one table per backend, a reason for every refusal.
+
+An op is served by the first backend of the order that accepts the arguments. `force` pins one backend (an
+argument it refuses is then an error that names the reason), `explain` tells what each backend says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+ORDER = ("sdpa", "reference")  # most specialised first; the reference accepts everything
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How one backend serves one op. `refuses(*forward_args)` returns a reason, or None when it serves them."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    refuses: Callable[..., str | None] = lambda *args: None
+
+
+class BackendRefused(ValueError):
+    """A forced backend does not serve these arguments; the message names the backend, the op and the reason."""
+
+
+_forced: ContextVar[str | None] = ContextVar("uvg_engine_forced_backend", default=None)
+_tables: dict[str, dict[str, Kernel]] = {}
+
+
+def names() -> tuple[str, ...]:
+    """Backends in the order in which they are asked. `UVG_BACKENDS` (comma-separated) narrows or reorders it."""
+    chosen = os.environ.get("UVG_BACKENDS")
+    if not chosen:
+        return ORDER
+    picked = tuple(name.strip() for name in chosen.split(",") if name.strip())
+    unknown = [name for name in picked if name not in ORDER]
+    if unknown or not picked:
+        raise ValueError(f"UVG_BACKENDS must list backends out of {', '.join(ORDER)}, got {chosen!r}")
+    return picked
+
+
+def table(backend: str) -> dict[str, Kernel]:
+    """The ops that `backend` serves: op name -> Kernel. Loaded at first use."""
+    if backend not in ORDER:
+        raise ValueError(f"backend must be one of {', '.join(ORDER)}, got {backend!r}")
+    if backend not in _tables:
+        _tables[backend] = importlib.import_module(f"uvg_engine.backends.{backend}").TABLE
+    return _tables[backend]
+
+
+@contextlib.contextmanager
+def force(backend: str) -> Iterator[None]:
+    """Serve every op inside the block by `backend`; what it refuses raises BackendRefused with the reason."""
+    table(backend)
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced() -> str | None:
+    """The backend pinned by `force`, or None."""
+    return _forced.get()
+
+
+def _reason(backend: str, op: str, args: tuple[Any, ...]) -> str | None:
+    kernel = table(backend).get(op)
+    if kernel is None:
+        return f"backend {backend} has no kernel for {op}"
+    return kernel.refuses(*args)
+
+
+def select(op: str, args: tuple[Any, ...]) -> Kernel:
+    """The kernel that serves `op` on the forward arguments `args`. Raises BackendRefused when none does."""
+    pinned = _forced.get()
+    reasons = []
+    for backend in (pinned,) if pinned else names():
+        reason = _reason(backend, op, args)
+        if reason is None:
+            return table(backend)[op]
+        reasons.append(f"{backend}: {reason}")
+    raise BackendRefused(f"{op} is not served here: {'; '.join(reasons)}")
+
+
+def explain(op: str, *args: Any) -> dict[str, str | None]:
+    """What each backend says to `op(*args)`: None where it serves the call, else its reason.
+
+    args: the tensors and numbers of the registered op, in the order of its schema; trailing ones may be left out
+    only where `refuses` does not read them. Raises ValueError on an unknown op.
+    """
+    if op not in table("reference"):
+        raise ValueError(f"op must be one of {', '.join(sorted(table('reference')))}, got {op!r}")
+    return {backend: _reason(backend, op, args) for backend in ORDER}

@@ -1,0 +1,34 @@
+"""The reference backend: plain PyTorch, every op, every dtype, every device. It refuses nothing."""
+
+from __future__ import annotations
+
+from uvg_engine.backends import Kernel
+from uvg_engine.reference import (
+    flash_attention,
+    flow_noise,
+    flow_step,
+    gated_residual,
+    linear_cross_entropy,
+    linear_sample,
+    modulated_layer_norm,
+    moe_combine,
+    moe_dispatch,
+    moe_mlp,
+    moe_route,
+    qk_norm_rope,
+)
+
+TABLE = {
+    "flash_attention": Kernel(flash_attention.forward, flash_attention.backward),
+    "flow_noise": Kernel(flow_noise.forward),
+    "flow_step": Kernel(flow_step.forward),
+    "gated_residual": Kernel(gated_residual.forward, gated_residual.backward),
+    "linear_cross_entropy": Kernel(linear_cross_entropy.forward, linear_cross_entropy.backward),
+    "linear_sample": Kernel(linear_sample.forward),
+    "modulated_layer_norm": Kernel(modulated_layer_norm.forward, modulated_layer_norm.backward),
+    "moe_combine": Kernel(moe_combine.forward, moe_combine.backward),
+    "moe_dispatch": Kernel(moe_dispatch.forward, moe_dispatch.backward),
+    "moe_mlp": Kernel(moe_mlp.forward, moe_mlp.backward),
+    "moe_route": Kernel(moe_route.forward, moe_route.backward),
+    "qk_norm_rope": Kernel(qk_norm_rope.forward, qk_norm_rope.backward),
+}

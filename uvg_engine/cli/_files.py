@@ -1,0 +1,32 @@
+"""Where results go: checked before the work starts, so that no long run ends in a wrong file name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+VIDEO_SUFFIXES = (".mp4", ".gif", ".png")
+
+
+def numbered(path: Path | None, count: int, suffixes: tuple[str, ...], option: str) -> list[Path | None]:
+    """`count` paths: the one given, or with -1, -2, ... before its suffix; Nones where none was given.
+
+    Raises ValueError on another suffix, a folder in its place, or a folder that is not there.
+    """
+    if path is None:
+        return [None] * count
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{option} must end in {', '.join(suffixes)}, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} must lie in a folder that exists, got {path}")
+    paths = [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(1, count + 1)]
+    for each in paths:
+        if each.is_dir():
+            raise ValueError(f"{option} must be a file, got the folder {each}")
+    return paths
+
+
+def print_json(document: Any) -> None:
+    """The one document of --json."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))

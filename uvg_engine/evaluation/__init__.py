@@ -1,0 +1,1 @@
+"""Evaluation: what a model reaches, measured from pixels and from text."""

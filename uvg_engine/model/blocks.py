@@ -1,0 +1,155 @@
+"""A transformer block on packed rows: self-attention over both modalities, cross-attention, one expert per modality.
+
+Letters: T rows, D width, N heads, H head width, U condition rows, S spans.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uvg_engine import ops
+from uvg_engine.model.config import UniViGUConfig
+from uvg_engine.model.layout import Layout
+from uvg_engine.model.linear import Spans, aligned, linear
+from uvg_engine.ops import modulated_layer_norm
+
+EXPERTS = ("ffn", "ffn_t")  # published names, in the order of the modalities
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What every block needs to know of the batch, computed once per forward."""
+
+    layout: Layout
+    rope_table: Tensor
+    modulation_S6D: Tensor  # time part of the six modulations per span, fp32
+    dtype: torch.dtype  # of the matrix products
+    spans: Spans | None  # row spans when samples are isolated
+
+
+class Weight(nn.Module):
+    """A lone `weight` [D], as an RMS norm has it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class Attention(nn.Module):
+    """Projections and norms of one attention, under the published names."""
+
+    def __init__(self, config: UniViGUConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads = config.heads
+        self.to_q, self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q, self.norm_k = Weight(dim), Weight(dim)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor) -> Tensor:
+        """[T, D], [U, D], [U, D] -> [T, D]."""
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))
+        return ops.flash_attention(q, k, v, q_spans, k_spans)[0].flatten(-2)
+
+
+class MoeMlp(nn.Module):
+    """Experts stacked as [E, ...] for the grouped kernel; the state dict speaks the published names."""
+
+    def __init__(self, config: UniViGUConfig) -> None:
+        super().__init__()
+        dim, hidden, experts = config.dim, config.ffn_dim, len(EXPERTS)
+        self.w1 = nn.Parameter(torch.empty(experts, hidden, dim))
+        self.b1 = nn.Parameter(torch.zeros(experts, hidden))
+        self.w2 = nn.Parameter(torch.empty(experts, dim, hidden))
+        self.b2 = nn.Parameter(torch.zeros(experts, dim))
+
+    def forward(self, x: Tensor, offsets: Tensor, dtype: torch.dtype, spans: Spans | None) -> Tensor:
+        """x: [T, D]; offsets: int32 [E+1]. With spans (both modalities' runs in order), one call per span."""
+        weights = [w.to(dtype) for w in (self.w1, self.b1, self.w2, self.b2)]
+        x = x.to(dtype)
+        if spans is None:
+            return ops.moe_mlp(x, *weights, offsets)
+        outs = []
+        for start, length in spans:
+            if length:
+                # the expert of a span: its rows lie between two offsets, so clamp them to the span
+                local = (offsets - start).clamp(0, length)
+                outs.append(ops.moe_mlp(aligned(x[start : start + length]), *weights, local))
+        return torch.cat(outs) if outs else x.clone()
+
+
+_EXPERT_KEYS = (("w1", "net.0.proj.weight"), ("b1", "net.0.proj.bias"), ("w2", "net.2.weight"), ("b2", "net.2.bias"))
+
+
+class Block(nn.Module):
+    """One block; see docs/design.md for the equations."""
+
+    def __init__(self, config: UniViGUConfig) -> None:
+        super().__init__()
+        self.attn1, self.attn2 = Attention(config), Attention(config)
+        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.experts = MoeMlp(config)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, config.dim))
+        self._register_state_dict_hook(_publish_experts)
+        self.register_load_state_dict_pre_hook(_stack_experts)
+
+    def modulation(self, rows: Rows) -> tuple[Tensor, ...]:
+        """shift1, scale1, gate1, shift2, scale2, gate2, each [S, D] fp32."""
+        return (self.scale_shift_table.float() + rows.modulation_S6D).unbind(1)
+
+    def condition_kv(self, cond: Tensor, dtype: torch.dtype, spans: Spans | None) -> tuple[Tensor, Tensor]:
+        """Keys and values [U, D] of the condition rows [U, D]; they depend on no step and no token."""
+        k = linear(self.attn2.to_k, cond, dtype, spans)
+        return _rms_norm(k, self.attn2.norm_k.weight), linear(self.attn2.to_v, cond, dtype, spans)
+
+    def forward(self, h: Tensor, rows: Rows, condition_kv: tuple[Tensor, Tensor]) -> Tensor:
+        """h: residual stream [T, D]. Returns the new one."""
+        layout, dtype, spans = rows.layout, rows.dtype, rows.spans
+        row_spans = layout.row_spans
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(rows)
+
+        a = modulated_layer_norm(h, shift1, scale1, row_spans).to(dtype)
+        attn = self.attn1
+        q, k, v = (linear(layer, a, dtype, spans) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = ops.qk_norm_rope(
+            q, k, attn.norm_q.weight, attn.norm_k.weight, layout.rope_spans, rows.rope_table, attn.heads
+        )
+        y = linear(attn.to_out[0], attn.attend(q, k, v, layout.query_spans, layout.key_spans), dtype, spans)
+        h, n = ops.gated_residual_norm(
+            h, y, gate1, row_spans, weight=self.norm2.weight, bias=self.norm2.bias, eps=self.norm2.eps, norm_dtype=dtype
+        )
+
+        cross = self.attn2
+        q = _rms_norm(linear(cross.to_q, n, dtype, spans), cross.norm_q.weight)
+        y = linear(cross.to_out[0], cross.attend(q, *condition_kv, layout.query_spans, layout.cond_spans), dtype, spans)
+        h, f = ops.gated_residual_norm(h, y, None, None, shift2, scale2, row_spans, norm_dtype=dtype)
+
+        return ops.gated_residual(h, self.experts(f, layout.group_offsets, dtype, spans), gate2, row_spans)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """RMS norm over the full width, in fp32, without rotation (cross-attention)."""
+    x32 = x.float() if x.dtype != torch.float64 else x
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight.to(x32.dtype)).to(x.dtype)
+
+
+def _publish_experts(module: Block, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for stacked, published in _EXPERT_KEYS:
+        value = state.pop(f"{prefix}experts.{stacked}")
+        for index, expert in enumerate(EXPERTS):
+            state[f"{prefix}{expert}.{published}"] = value[index]
+
+
+def _stack_experts(module: Block, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    for stacked, published in _EXPERT_KEYS:
+        keys = [f"{prefix}{expert}.{published}" for expert in EXPERTS]
+        if all(key in state for key in keys):
+            values = [state.pop(key) for key in keys]
+            if len({v.shape for v in values}) == 1:
+                state[f"{prefix}experts.{stacked}"] = torch.stack(values)
+            else:
+                state.update(zip(keys, values, strict=True))

@@ -1,0 +1,136 @@
+"""The packed layout: all tokens of a batch in one matrix, modality-major. Built once per batch.
+
+Rows: every sample's video tokens, then every sample's text tokens. Span m*B + b is sample b's run of modality m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+VIDEO, TEXT = 0, 1
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each sample's tokens lie. Make one with `Layout.build`; span tables are int32.
+
+    grids: patch grid (F, Y, X) per sample, (0, 0, 0) without video. text_lens: text tokens per sample. cond_lens:
+    condition rows per sample. row_spans [2B, 2]: (start, len). rope_spans [2B, 6]: (start, len, kind, F, Y, X).
+    query_spans [B, 2, 2] and key_spans [B, M, 2]: self-attention. cond_spans [B, 1, 2]: rows of the packed condition. group_offsets [3]: experts.
+    """
+
+    grids: tuple[Grid, ...]
+    text_lens: tuple[int, ...]
+    cond_lens: tuple[int, ...]
+    row_spans: Tensor
+    rope_spans: Tensor
+    query_spans: Tensor
+    key_spans: Tensor
+    cond_spans: Tensor
+    group_offsets: Tensor
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return len(self.grids)
+
+    @property
+    def num_video(self) -> int:
+        """Video rows of the batch."""
+        return sum(f * y * x for f, y, x in self.grids)
+
+    @property
+    def num_text(self) -> int:
+        """Text rows of the batch."""
+        return sum(self.text_lens)
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.num_video + self.num_text
+
+    @property
+    def text_spans(self) -> Tensor:
+        """int32 [B, 2] spans of the text rows, counted from the first text row."""
+        spans = self.row_spans[self.num_samples :].clone()
+        spans[:, 0] -= self.num_video
+        return spans
+
+    def spans(self, modality: int) -> list[tuple[int, int]]:
+        """(start, len) per sample of one modality, as Python numbers; starts count from the modality's first row."""
+        lens = [f * y * x for f, y, x in self.grids] if modality == VIDEO else list(self.text_lens)
+        return tiles(lens)
+
+    @classmethod
+    def build(
+        cls,
+        grids: Sequence[Grid],
+        text_lens: Sequence[int],
+        cond_lens: Sequence[int],
+        *,
+        text_masks: Sequence[Tensor | None] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Layout:
+        """Lay out B samples. text_masks: bool [text_len] per sample; False hides the token as a key (it still asks).
+
+        Raises ValueError when the lists differ in length, a size is negative, or a mask has another length.
+        """
+        count = len(grids)
+        if len(text_lens) != count or len(cond_lens) != count or (text_masks is not None and len(text_masks) != count):
+            counts = [len(each) for each in (grids, text_lens, cond_lens, text_masks) if each is not None]
+            raise ValueError(f"grids, text_lens, cond_lens and text_masks must have one entry a sample, got {counts}")
+        if any(min(g) < 0 or len(g) != 3 for g in grids) or any(n < 0 for n in (*text_lens, *cond_lens)):
+            raise ValueError(f"sizes must not be negative, got {list(grids)}, {list(text_lens)}, {list(cond_lens)}")
+        video_lens = [f * y * x for f, y, x in grids]
+        video = tiles(video_lens)
+        text = tiles(text_lens, sum(video_lens))
+        rope = [(*s, VIDEO, *g) for s, g in zip(video, grids, strict=True)] + [(*s, TEXT, 0, 0, 0) for s in text]
+        masks = text_masks if text_masks is not None else [None] * count
+        keys = [[v, *_visible(t, m)] for v, t, m in zip(video, text, masks, strict=True)]
+        most = max((len(k) for k in keys), default=1)
+        keys = [k + [(0, 0)] * (most - len(k)) for k in keys]
+
+        def table(rows: list, *shape: int) -> Tensor:
+            return torch.tensor(rows, dtype=torch.int32, device=device).reshape(*shape)
+
+        return cls(
+            grids=tuple(tuple(g) for g in grids),
+            text_lens=tuple(text_lens),
+            cond_lens=tuple(cond_lens),
+            row_spans=table(video + text, 2 * count, 2),
+            rope_spans=table(rope, 2 * count, 6),
+            query_spans=table([[v, t] for v, t in zip(video, text, strict=True)], count, 2, 2),
+            key_spans=table(keys, count, most, 2),
+            cond_spans=table(tiles(cond_lens), count, 1, 2),
+            group_offsets=table([0, sum(video_lens), sum(video_lens) + sum(text_lens)], 3),
+        )
+
+
+def tiles(lens: Sequence[int], first: int = 0) -> list[tuple[int, int]]:
+    """Spans that lie one after the other: (start, len) for each length."""
+    spans = []
+    for length in lens:
+        spans.append((first, length))
+        first += length
+    return spans
+
+
+def _visible(span: tuple[int, int], mask: Tensor | None) -> list[tuple[int, int]]:
+    """The runs of True of a mask, as spans."""
+    start, length = span
+    if mask is None:
+        return [span]
+    if mask.dtype != torch.bool or mask.shape != (length,):
+        raise ValueError(f"text mask must be bool ({length},), got {mask.dtype} {tuple(mask.shape)}")
+    runs: list[tuple[int, int]] = []
+    for index in torch.nonzero(mask).flatten().tolist():
+        if runs and sum(runs[-1]) == start + index:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((start + index, 1))
+    return runs

@@ -1,0 +1,131 @@
+"""One sampling step of both streams in one call. Letters: N latent elements, L tokens, B samples; all packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uvg_engine.ops._registry import define, require
+from uvg_engine.ops.flow_noise import check_spans, require_int64
+
+NUM_COEFS = 10
+
+
+def flow_step(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    guidance: Tensor,
+    coefs: Tensor,
+    last: Tensor | None,
+    m1: Tensor | None,
+    m2: Tensor | None,
+    latent_spans: Tensor,
+    tokens: Tensor,
+    drawn: Tensor,
+    jump_prob: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    token_spans: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Guidance and a linear solver step on the latents, coin and jump on the tokens; each sample its own coefficients.
+
+        v  = v_uncond + g*(v_cond - v_uncond)           v_cond where g is 1 or v_uncond is None
+        m  = x + c0*v                                   the data estimate
+        xc = c1*x + c2*last + c3*m + c4*m1 + c5*m2      the corrected state
+        x' = c6*xc + c7*m + c8*m1 + c9*v
+        token' = drawn where u < jump_prob, else token
+
+    x, v_cond, v_uncond, last, m1, m2: [N], one floating dtype; v_uncond, last (the previous xc), m1 and m2 (the
+    previous two m) may be None. guidance: fp32 [B]. coefs: fp32 [B, 10], rows of `uvg_engine.flow.solvers`; a zero
+    drops its term, whatever stands there, NaN included. tokens, drawn: int64 [L]; drawn is read only where the coin
+    says jump. jump_prob: fp32 [B]. seeds, steps: int64 [B], the coin's key and first counter word. Spans: int32
+    [B, 2]. Returns (x', xc, m, token'); fp32 inside. No gradient. Source: UniPC (Zhao et al. 2023); Gat et al. 2024.
+    Raises ValueError on what it does not serve, and where a coefficient asks for history that is None.
+    """
+    require(x.dim() == 1 and x.is_floating_point(), "x must be floating-point (N,)", (tuple(x.shape), x.dtype))
+    others = {"v_cond": v_cond, "v_uncond": v_uncond, "last": last, "m1": m1, "m2": m2}
+    for name, value in others.items():
+        same = value is None or (value.shape == x.shape and value.dtype == x.dtype)
+        require(
+            same,
+            f"{name} must be {x.dtype} {tuple(x.shape)} like x",
+            value if value is None else (tuple(value.shape), value.dtype),
+        )
+    check_spans(latent_spans, token_spans)
+    samples = len(latent_spans)
+    require(coefs.shape == (samples, NUM_COEFS), f"coefs must be ({samples}, {NUM_COEFS})", tuple(coefs.shape))
+    require(guidance.shape == (samples,), f"guidance must be ({samples},)", tuple(guidance.shape))
+    require(
+        tokens.dim() == 1 and tokens.dtype == torch.int64,
+        "tokens must be int64 (L,)",
+        (tuple(tokens.shape), tokens.dtype),
+    )
+    same = drawn.shape == tokens.shape and drawn.dtype == tokens.dtype
+    require(same, f"drawn must be int64 {tuple(tokens.shape)} like tokens", (tuple(drawn.shape), drawn.dtype))
+    require(jump_prob.shape == (samples,), f"jump_prob must be ({samples},)", tuple(jump_prob.shape))
+    require_int64("seeds", seeds, samples)
+    require_int64("steps", steps, samples)
+    return _fwd(
+        x,
+        v_cond,
+        v_uncond,
+        guidance,
+        coefs,
+        last,
+        m1,
+        m2,
+        latent_spans,
+        tokens,
+        drawn,
+        jump_prob,
+        seeds,
+        steps,
+        token_spans,
+    )
+
+
+def jump_coins(jump_prob: Tensor, seeds: Tensor, steps: Tensor, token_spans: Tensor, num_tokens: int) -> Tensor:
+    """The coins of flow_step, tossed before the forward: only where they say jump is the text head needed.
+
+    jump_prob: fp32 [B]. seeds, steps: int64 [B]. token_spans: int32 [B, 2]. Returns bool [num_tokens], False where no
+    span reaches. The coin of token j is u < jump_prob, u from lane 0 of Philox (steps, COIN, j, 0).
+    """
+    device, samples = token_spans.device, len(token_spans)
+    none, ids = torch.empty(0, device=device), torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    idle = torch.zeros(samples, NUM_COEFS, device=device)
+    nowhere = torch.zeros_like(token_spans)
+    step = flow_step(
+        none,
+        none,
+        None,
+        idle[:, 0],
+        idle,
+        None,
+        None,
+        None,
+        nowhere,
+        ids,
+        ids + 1,
+        jump_prob,
+        seeds,
+        steps,
+        token_spans,
+    )
+    return step[3] == 1
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, tokens = args[0], args[9]
+    return torch.empty_like(x), torch.empty_like(x), torch.empty_like(x), torch.empty_like(tokens)
+
+
+_fwd = define(
+    "flow_step",
+    "(Tensor x, Tensor v_cond, Tensor? v_uncond, Tensor guidance, Tensor coefs, Tensor? last, Tensor? m1, Tensor? m2, "
+    "Tensor latent_spans, Tensor tokens, Tensor drawn, Tensor jump_prob, Tensor seeds, Tensor steps, "
+    "Tensor token_spans) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)

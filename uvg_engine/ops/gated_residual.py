@@ -1,0 +1,89 @@
+"""The residual update of a block, alone and together with the norm that follows. Letters: T rows, D width, S spans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uvg_engine.ops._registry import (
+    autograd,
+    define,
+    define_backward,
+    require,
+    require_floating,
+    require_shape,
+    require_spans,
+)
+from uvg_engine.ops.modulated_layer_norm import modulated_layer_norm
+from uvg_engine.reference.spans import accumulation_dtype
+
+
+def gated_residual(h: Tensor, y: Tensor, gate: Tensor | None = None, spans: Tensor | None = None) -> Tensor:
+    """h + gate * y, one gate per span; without a gate the plain residual.
+
+    h: [T, D], the residual stream (fp32 in training; bf16 allowed). y: [T, D], any floating dtype. gate: [S, D], fp32
+    as a rule, with spans int32 [S, 2]. Returns [T, D] in h's dtype; the sum runs in fp32.
+    Source: DiT adaLN as in Wan2.1.
+    Raises ValueError on a shape or dtype it does not serve.
+    """
+    require_floating("h", h, "T, D")
+    require_floating("y", y, "T, D")
+    require_shape("y", y, h.shape)
+    given = (gate is not None, spans is not None)
+    require(given[0] == given[1], "gate and spans must be given together", given)
+    if gate is not None and spans is not None:
+        require_spans("spans", spans)
+        require_shape("gate", gate, (spans.shape[0], h.shape[1]))
+    return _fwd(h, y, gate, spans)
+
+
+def gated_residual_norm(
+    h: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    spans: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    norm_spans: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(h', norm(h')) with h' = gated_residual(h, y, gate, spans) and the norm of `modulated_layer_norm`.
+
+    norm_dtype: dtype of the second result (None: h's). Arguments, errors and source as in the two functions.
+    """
+    out = gated_residual(h, y, gate, spans)
+    normed = modulated_layer_norm(out, shift, scale, norm_spans, weight=weight, bias=bias, eps=eps)
+    return out, normed if norm_dtype is None else normed.to(norm_dtype)
+
+
+def _fake(h: Tensor, y: Tensor, gate: Any, spans: Any) -> Tensor:
+    return torch.empty_like(h)
+
+
+def _fake_bwd(dout: Tensor, h: Tensor, y: Tensor, gate: Any, spans: Any) -> tuple[Tensor, Tensor]:
+    no_gate = dout.new_empty(0, dtype=accumulation_dtype(h.dtype))
+    return torch.empty_like(y), no_gate if gate is None else torch.empty_like(gate)
+
+
+_ARGS = "Tensor h, Tensor y, Tensor? gate, Tensor? spans"
+_fwd = define("gated_residual", f"({_ARGS}) -> Tensor", _fake)
+_bwd = define_backward("gated_residual", f"(Tensor dout, {_ARGS}) -> (Tensor, Tensor)", _fake_bwd, num_saved=1)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    h, y, gate, spans = ctx.saved_tensors
+    dy, dgate = _bwd(dout, h, y, gate, spans)
+    return dout, dy, None if gate is None else dgate, None
+
+
+autograd("gated_residual", _backward, _setup)

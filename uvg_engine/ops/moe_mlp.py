@@ -1,0 +1,56 @@
+"""Feed-forward experts over contiguous groups of rows. Letters: T rows, D width, F hidden width, E experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uvg_engine.ops._registry import autograd, define, define_backward, require_floating, require_shape
+
+
+def moe_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor) -> Tensor:
+    """Linear, GELU(tanh), Linear; rows group_offsets[e]:group_offsets[e+1] by expert e.
+
+    x: [T, D] floating; w1: [E, F, D]; b1: [E, F]; w2: [E, D, F]; b2: [E, D], all in x's dtype. group_offsets: int32
+    [E+1], ascending from 0 to T. Returns [T, D] in x's dtype. The groups are contiguous, so dispatch by modality
+    copies nothing. Source: the FFN of Wan2.1, one per modality (Uni-ViGU). Raises ValueError on a shape or dtype it
+    does not serve.
+    """
+    require_floating("x", x, "T, D")
+    require_floating("w1", w1, "E, F, D")
+    experts, hidden, width = w1.shape[0], w1.shape[1], x.shape[1]
+    require_shape("w1", w1, (experts, hidden, width), x.dtype)
+    require_shape("b1", b1, (experts, hidden), x.dtype)
+    require_shape("w2", w2, (experts, width, hidden), x.dtype)
+    require_shape("b2", b2, (experts, width), x.dtype)
+    require_shape("group_offsets", group_offsets, (experts + 1,), torch.int32)
+    return _fwd(x, w1, b1, w2, b2, group_offsets)[0]
+
+
+def _fake(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], w2.shape[1])), x.new_empty((x.shape[0], w1.shape[1]))
+
+
+def _fake_bwd(dy: Tensor, pre: Tensor, *forward: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(value) for value in forward[:5])
+
+
+_ARGS = "Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor group_offsets"
+_fwd = define("moe_mlp", f"({_ARGS}) -> (Tensor, Tensor)", _fake)
+_bwd = define_backward(
+    "moe_mlp", f"(Tensor dy, Tensor pre, {_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_bwd, num_saved=2
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *inputs)
+
+
+def _backward(ctx: Any, dy: Tensor, dpre: Any) -> tuple[Any, ...]:
+    return *_bwd(dy, *ctx.saved_tensors), None
+
+
+autograd("moe_mlp", _backward, _setup)

@@ -1,0 +1,1 @@
+"""The truth of every op: plain PyTorch, any dtype, no tricks."""

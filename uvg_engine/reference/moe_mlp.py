@@ -1,0 +1,55 @@
+"""Feed-forward experts over contiguous groups of rows. Letters: T rows, D width, F hidden width, E experts."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from uvg_engine.reference.spans import accumulation_dtype
+
+
+def _groups(group_offsets: Tensor, num_rows: int) -> list[tuple[int, slice]]:
+    bounds = group_offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_rows or bounds != sorted(bounds):
+        raise ValueError(f"group_offsets must ascend from 0 to T = {num_rows}, got {bounds}")
+    return [(e, slice(a, b)) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
+
+
+def forward(
+    x_TD: Tensor, w1_EFD: Tensor, b1_EF: Tensor, w2_EDF: Tensor, b2_ED: Tensor, group_offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns (y [T, D], pre [T, F]: the hidden rows before GELU, which the backward reads)."""
+    y = x_TD.new_zeros(len(x_TD), w2_EDF.shape[1])
+    pre = x_TD.new_zeros(len(x_TD), w1_EFD.shape[1])
+    for e, rows in _groups(group_offsets, len(x_TD)):
+        pre[rows] = functional.linear(x_TD[rows], w1_EFD[e], b1_EF[e])
+        y[rows] = functional.linear(functional.gelu(pre[rows], approximate="tanh"), w2_EDF[e], b2_ED[e])
+    return y, pre
+
+
+def backward(
+    dy_TD: Tensor,
+    pre_TF: Tensor,
+    x_TD: Tensor,
+    w1_EFD: Tensor,
+    b1_EF: Tensor,
+    w2_EDF: Tensor,
+    b2_ED: Tensor,
+    group_offsets: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns (dx, dw1, db1, dw2, db2); an expert without rows gets zeros."""
+    dx, dw1, db1, dw2, db2 = (torch.zeros_like(t) for t in (x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED))
+    for e, rows in _groups(group_offsets, len(x_TD)):
+        dtype = accumulation_dtype(x_TD.dtype)
+        hidden = functional.gelu(pre_TF[rows], approximate="tanh")
+        dw2[e] = dy_TD[rows].T @ hidden
+        db2[e] = dy_TD[rows].sum(0, dtype=dtype)
+        dhidden = dy_TD[rows] @ w2_EDF[e]
+        dpre = torch.ops.aten.gelu_backward(dhidden, pre_TF[rows], approximate="tanh")
+        dw1[e] = dpre.T @ x_TD[rows]
+        db1[e] = dpre.sum(0, dtype=dtype)
+        dx[rows] = dpre @ w1_EFD[e]
+    return dx, dw1, db1, dw2, db2

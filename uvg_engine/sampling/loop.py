@@ -1,0 +1,274 @@
+"""One step of every active request in one packed forward.
+
+Letters: N latent values of a sample, L its tokens. A request is one sample, or two where there is guidance: the
+conditional branch and, with the same text and another condition, the unconditional one. No sample's bits depend on
+the others: matrix products run sample by sample, and every draw is named by (seed, step, token).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from uvg_engine.flow import Step
+from uvg_engine.model import Layout, UniViGU
+from uvg_engine.model.layout import tiles
+from uvg_engine.model.univigu import ConditionKV
+from uvg_engine.ops import flow_source, flow_step, jump_coins, linear_sample
+from uvg_engine.sampling.prepare import Prepared
+from uvg_engine.sampling.savings import Savings
+
+if TYPE_CHECKING:
+    from uvg_engine.sampling.engine import Engine
+
+_HISTORY = (2, 4, 5, 8)  # coefficients of flow_step that read earlier steps
+_serials = itertools.count()
+
+
+class State:
+    """A request under way: both streams, where it is, and its condition.
+
+    latents: fp32 [N]. tokens: int64 [L]. text_mask: False where a token is a pad (None: no pads). coins: bool
+    [steps, L], on the CPU. step: steps done. estimate: the data estimate of the last step. failed: the model gave no
+    distribution for a token.
+    """
+
+    def __init__(self, prepared: Prepared, engine: Engine, savings: Savings) -> None:
+        self.prepared, self.steps = prepared, prepared.job.steps
+        self.seed: int = prepared.request.seed  # type: ignore[assignment]  # prepare filled it in
+        self.serial = next(_serials)  # unlike id(), never used twice
+        self.step, self.failed = 0, False
+        self.keeps_history = any(step.coefs[k] for step in self.steps for k in _HISTORY)
+        self.last: Tensor | None = None
+        self.m1: Tensor | None = None
+        self.m2: Tensor | None = None
+        device = engine.model.device
+        self.latents, self.tokens, self.text_mask = _start(prepared, engine, savings)
+        self.estimate = self.latents
+        self.coins = _toss(self)
+        prompt = prepared.request.prompt
+        null = prepared.job.null_condition or prompt is None
+        self.condition: Tensor | None = None if null else engine.text_encoder.encode([prompt])[0].to(device)
+        self.condition_kv: ConditionKV | None = None
+
+    @property
+    def now(self) -> Step:
+        """The step to do next."""
+        return self.steps[self.step]
+
+    @property
+    def done(self) -> bool:
+        """Nothing left to do."""
+        return self.failed or self.step == len(self.steps)
+
+    @property
+    def coins_now(self) -> Tensor:
+        """bool [L]: which tokens jump in this step."""
+        return self.coins[self.step]
+
+
+class Loop:
+    """Advances states of one engine. Holds what outlives a step: the null condition, the head, the last layout."""
+
+    def __init__(self, engine: Engine, savings: Savings) -> None:
+        self.model: UniViGU = engine.model
+        self.savings = savings
+        self._null = engine.text_encoder.null().to(self.model.device)
+        self._null_kv: ConditionKV | None = None
+        head = self.model.text_head.linear
+        self._head = [p.detach().to(self.model.dtype) for p in (head.weight, head.bias)]
+        self._packed: tuple[list[tuple[int, bool]], Layout, ConditionKV] | None = None
+
+    @torch.no_grad()
+    def advance(self, states: Sequence[State]) -> None:
+        """One step for each. If it raises, every state is as it was."""
+        skip = self.savings.skip_idle
+        moving = [s for s in states if s.now.video_moves or bool(s.coins_now.any()) or not skip]
+        if moving:
+            self._forward(moving)
+        for state in states:
+            state.step += 1
+
+    def _forward(self, states: list[State]) -> None:
+        guided = [s for s in states if self._is_guided(s)]
+        branches = [(s, True) for s in states] + [(s, False) for s in guided]
+        layout, condition = self._pack(branches)
+        everyone = [s for s, _ in branches]
+        savings = self.savings
+        drawing = torch.cat([self._drawing(s) for s in states])
+        out = self.model.packed(
+            torch.cat([s.latents for s in everyone]),
+            torch.cat([s.tokens for s in everyone]),
+            layout,
+            self._floats([s.now.video_time for s in everyone]),
+            self._floats([s.now.text_time for s in everyone]),
+            condition,
+            isolate=True,
+            want_velocity=not savings.skip_unread or any(s.now.video_moves for s in states),
+            want_text=not savings.skip_unread or bool(drawing.any()),
+        )
+        drawn = self._draw(states, drawing, out.text_hidden)
+        velocities: list[Tensor] = []
+        if out.velocity is not None:
+            velocities = list(out.velocity.split([len(s.latents) for s in everyone]))
+        unguided = dict(zip([s.serial for s in guided], velocities[len(states) :], strict=bool(velocities)))
+        self._step(states, velocities[: len(states)], unguided, drawn)
+
+    def _is_guided(self, state: State) -> bool:
+        """Whether the unconditional branch is computed."""
+        if not self.savings.skip_unguided:
+            return state.prepared.request.kind != "caption"
+        return state.now.video_moves and state.prepared.job.guidance != 1
+
+    def _pack(self, branches: list[tuple[State, bool]]) -> tuple[Layout, ConditionKV]:
+        """Layout and condition of this composition of the batch; the last one is kept."""
+        key = [(state.serial, conditional) for state, conditional in branches]
+        if self._packed is not None and self._packed[0] == key and self.savings.condition_cache:
+            return self._packed[1:]
+        parts = [self._condition(state, conditional) for state, conditional in branches]
+        layout = Layout.build(
+            [s.prepared.grid for s, _ in branches],
+            [len(s.tokens) for s, _ in branches],
+            [len(part[0][0]) for part in parts],
+            text_masks=[s.text_mask for s, _ in branches],
+            device=self.model.device,
+        )
+        blocks = zip(*parts, strict=True)
+        condition = [tuple(torch.cat(rows) for rows in zip(*block, strict=True)) for block in blocks]
+        self._packed = (key, layout, condition)
+        return layout, condition
+
+    def _condition(self, state: State, conditional: bool) -> ConditionKV:
+        """Keys and values for one sample, computed alone."""
+        cache = self.savings.condition_cache
+        if not conditional or state.condition is None:
+            if self._null_kv is None or not cache:
+                self._null_kv = self.model.condition_kv(self._null, [len(self._null)], isolate=True)
+            return self._null_kv
+        if state.condition_kv is None or not cache:
+            state.condition_kv = self.model.condition_kv(state.condition, [len(state.condition)], isolate=True)
+        return state.condition_kv
+
+    def _drawing(self, state: State) -> Tensor:
+        """bool [L]: the tokens whose head is evaluated."""
+        if not state.now.text_moves:
+            return torch.full((len(state.tokens),), not self.savings.skip_unread)
+        return state.coins_now if self.savings.lazy_head else torch.ones_like(state.coins_now)
+
+    def _draw(self, states: list[State], drawing: Tensor, hidden: Tensor | None) -> Tensor:
+        """Tokens drawn where `drawing`, of the conditional branches (they come first); elsewhere 0."""
+        device = self.model.device
+        drawn = torch.zeros(len(drawing), dtype=torch.int64)
+        if hidden is None or not bool(drawing.any()):
+            return drawn.to(device)
+        lens = torch.tensor([len(s.tokens) for s in states])
+        heats = [0.0 if s.now.argmax else float(s.prepared.temperature) for s in states]
+
+        def per_token(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(values, dtype=dtype).repeat_interleave(lens)
+
+        seeds, steps = per_token([s.seed for s in states]), per_token([s.now.index for s in states])
+        places = torch.cat([torch.arange(len(s.tokens)) for s in states])
+        heat = per_token(heats, torch.float64)
+        for temperature in sorted(set(heats)):
+            index = torch.nonzero(drawing & (heat == temperature)).flatten()
+            if len(index):
+                names = [x[index].to(device) for x in (seeds, steps, places)]
+                ids = linear_sample(hidden[index.to(device)], *self._head, *names, temperature=temperature)
+                drawn[index] = ids.cpu()
+        return drawn.to(device)
+
+    def _step(self, states: list[State], velocities: list[Tensor], unguided: dict[int, Tensor], drawn: Tensor) -> None:
+        """flow_step on all states, and the results back into them."""
+        device = self.model.device
+        video = [s for s in states if s.now.video_moves]
+        v_cond = [v for s, v in zip(states, velocities, strict=bool(velocities)) if s.now.video_moves]
+        # where there is no unconditional branch flow_step does not look at it
+        v_uncond = [unguided.get(s.serial, v) for s, v in zip(video, v_cond, strict=True)]
+        past = {}
+        for name in ("last", "m1", "m2"):
+            known = any(getattr(s, name) is not None for s in video)
+            past[name] = torch.cat([_or(getattr(s, name), s.latents) for s in video]) if known else None
+        none = torch.empty(0, device=device)
+        sizes = [len(s.latents) if s.now.video_moves else 0 for s in states]
+        lens = [len(s.tokens) for s in states]
+        x, corrected, estimate, tokens = flow_step(
+            torch.cat([none, *(s.latents for s in video)]),
+            torch.cat([none, *v_cond]),
+            torch.cat([none, *v_uncond]) if unguided else None,
+            self._floats([s.prepared.job.guidance for s in states]),
+            self._floats([s.now.coefs for s in states]),
+            past["last"],
+            past["m1"],
+            past["m2"],
+            torch.tensor(tiles(sizes), dtype=torch.int32, device=device),
+            torch.cat([s.tokens for s in states]),
+            drawn,
+            self._floats([s.now.jump_prob for s in states]),
+            torch.tensor([s.seed for s in states], dtype=torch.int64, device=device),
+            torch.tensor([s.now.index for s in states], dtype=torch.int64, device=device),
+            torch.tensor(tiles(lens), dtype=torch.int32, device=device),
+        )
+        moved = zip(*(out.split(sizes) for out in (x, corrected, estimate)), tokens.split(lens), strict=True)
+        for state, (latents, xc, m, ids) in zip(states, moved, strict=True):
+            if state.now.video_moves:
+                state.latents, state.estimate = latents, m
+                if state.keeps_history:
+                    state.last, state.m2, state.m1 = xc, state.m1, m
+            if state.now.text_moves:
+                state.tokens = ids
+                state.failed = bool((ids < 0).any())
+
+    def _floats(self, values: Sequence[float | tuple[float, ...]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.model.device)
+
+
+def _start(prepared: Prepared, engine: Engine, savings: Savings) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Both streams as the job begins: noise, source, or the clean data that was given; and the mask of the text."""
+    device, kind = engine.model.device, prepared.request.kind
+    size = 1
+    for length in prepared.latent_shape:
+        size *= length
+    num_latents = 0 if kind == "caption" else size
+    num_tokens = 0 if kind == "generate" else prepared.text_len
+    latents, tokens = flow_source(
+        torch.tensor([prepared.request.seed], dtype=torch.int64),
+        torch.tensor([(0, num_latents)], dtype=torch.int32),
+        torch.tensor([(0, num_tokens)], dtype=torch.int32),
+        num_latents,
+        num_tokens,
+        engine.model.config.vocab,
+        engine.mask_id,
+    )
+    mask = None
+    if kind == "caption":
+        latents = engine.codec.encode(prepared.frames).float().flatten()
+    if kind == "generate":
+        ids = list(prepared.prompt_tokens)
+        if not savings.drop_padding:
+            pads = engine.defaults.text_length - len(ids)
+            mask = torch.tensor([True] * len(ids) + [False] * pads)
+            ids += [engine.tokenizer.pad_id] * pads
+        tokens = torch.tensor(ids, dtype=torch.int64)
+    return latents.to(device), tokens.to(device), mask
+
+
+def _toss(state: State) -> Tensor:
+    """The coins of all steps at once: they read nothing but (seed, step, token)."""
+    steps, length = state.steps, len(state.tokens)
+    flat = jump_coins(
+        torch.tensor([s.jump_prob for s in steps], dtype=torch.float32),
+        torch.full((len(steps),), state.seed, dtype=torch.int64),
+        torch.tensor([s.index for s in steps], dtype=torch.int64),
+        torch.tensor(tiles([length] * len(steps)), dtype=torch.int32),
+        len(steps) * length,
+    )
+    return flat.view(len(steps), length)
+
+
+def _or(value: Tensor | None, other: Tensor) -> Tensor:
+    return other if value is None else value

@@ -1,0 +1,32 @@
+"""Exact savings: the same result for less work, each with an off switch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Which savings are on. Off changes no result: bitwise, but for drop_padding, where it is only to rounding.
+
+    lazy_head: the jump coins are tossed first; the text head is evaluated only where they say jump.
+    skip_idle: a step in which no token of a caption jumps leaves its state as it is: no forward at all. How many
+        forwards a caption needs is so bounded by its length, whatever the number of steps.
+    condition_cache: keys and values of the condition once per request, not once per step.
+    skip_unguided: no unconditional branch where guidance is 1 or the video does not move.
+    skip_unread: no video head where no sample of the batch reads it (captions); no text head for clean prompts.
+    drop_padding: pads of a clean prompt are not computed. Off, they are masked keys, and matrix products get more rows.
+    """
+
+    lazy_head: bool = True
+    skip_idle: bool = True
+    condition_cache: bool = True
+    skip_unguided: bool = True
+    skip_unread: bool = True
+    drop_padding: bool = True
+
+    @classmethod
+    def none(cls) -> Savings:
+        """All work done, as a plain implementation would."""
+        return cls(**{field.name: False for field in dataclasses.fields(cls)})

@@ -1,0 +1,83 @@
+"""Data set, codec, tokenizer and text encoder of a training file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from uvg_engine.media.codec import PixelCodec, codec_from_config
+from uvg_engine.media.text_encoder import text_encoder_from_config
+from uvg_engine.media.tokenizer import WordTokenizer, tokenizer_from_config
+from uvg_engine.model.config import UniViGUConfig, named_config
+from uvg_engine.training.batch import Pieces
+from uvg_engine.training.config import TrainConfig
+from uvg_engine.training.data.digits import DigitsDataset
+from uvg_engine.training.data.digits_text import vocabulary
+from uvg_engine.training.data.folder import FolderDataset
+
+FIT_SAMPLES = 512
+
+
+def make_dataset(config: TrainConfig) -> Any:
+    """The data set of the file's `data` mapping. Raises ValueError on an unknown type or setting."""
+    settings = dict(config.data)
+    kind = settings.pop("type", None)
+    makers = {"digits": DigitsDataset, "folder": FolderDataset}
+    if kind not in makers:
+        raise ValueError(f"data.type must be one of {', '.join(makers)}, got {kind!r}")
+    if kind == "digits":
+        settings.setdefault("seed", config.seed)
+    else:
+        settings["root"] = settings.pop("path", None)
+        if "clip_shape" in settings:
+            settings["clip_shape"] = tuple(settings["clip_shape"])
+    try:
+        return makers[kind](**settings)
+    except TypeError as error:
+        raise ValueError(f"data settings must fit {kind}, got {config.data!r}: {error}") from error
+
+
+def data_order(position: int, size: int, seed: int) -> int:
+    """Index of the sample at a place of the endless order: a fresh permutation each epoch, computed without a table.
+
+    A 4-round Feistel network over the next power of four, walked until it falls below size.
+    """
+    epoch, place = divmod(position, size)
+    bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << bits) - 1
+    while True:
+        left, right = place >> bits, place & mask
+        for turn in range(4):
+            mixed = (right * 0x9E3779B1 + seed * 0x85EBCA77 + epoch * 0xC2B2AE3D + turn * 0x27D4EB2F) & 0xFFFFFFFF
+            mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
+            left, right = right, left ^ ((mixed ^ (mixed >> 13)) & mask)
+        place = left << bits | right
+        if place < size:
+            return place
+
+
+def make_pieces(config: TrainConfig, dataset: Any) -> Pieces:
+    """Codec (fitted on the data when its statistics are absent), tokenizer (words of the data) and text encoder."""
+    codec = codec_from_config(config.codec)
+    if isinstance(codec, PixelCodec) and "std" not in config.codec:
+        count = min(FIT_SAMPLES, len(dataset))
+        codec = codec.fit([dataset.batch(range(start, min(start + 64, count)))["frames"] for start in range(0, count, 64)])
+    if config.tokenizer == {"type": "word"}:
+        tokenizer = WordTokenizer(_words(dataset))
+    else:
+        tokenizer = tokenizer_from_config(config.tokenizer)
+    return Pieces(codec, tokenizer, text_encoder_from_config(config.text_encoder))
+
+
+def model_config(config: TrainConfig, pieces: Pieces) -> UniViGUConfig:
+    """The model of the file's `model`, named or spelled out, with the vocabulary and channels of its pieces."""
+    sizes = {"vocab": pieces.tokenizer.vocab_size, "in_channels": pieces.codec.channels}
+    if isinstance(config.model, str):
+        return named_config(config.model, **sizes)
+    return UniViGUConfig.from_dict({**sizes, **config.model})
+
+
+def _words(dataset: Any) -> list[str]:
+    if isinstance(dataset, DigitsDataset):
+        return vocabulary()
+    texts = dataset.texts()
+    return list(WordTokenizer.from_texts(texts).to_config()["words"])
