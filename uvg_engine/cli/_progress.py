@@ -47,10 +47,15 @@ class Progress:
         """`count` more are done. note: shown at the end of the line."""
         self.done += count
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, total=self.total, note=note)
+            self._bar.update(self._task, description=self.label, completed=self.done, total=self.total, note=note)
         elif time.monotonic() - self._last >= _LINE_EVERY:
             self._last = time.monotonic()
             print(f"{self.label}: {self.done}/{self.total} {self.unit} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def show(self, label: str, done: int, total: int) -> None:
+        """Stand at `done` of `total`, under this label: for work in several parts."""
+        self.label, self.done, self.total = label, done, total
+        self.advance(0)
 
     def sampling(self, requests: int) -> Any:
         """A callback for the engine that counts the steps of this many requests."""

@@ -22,12 +22,18 @@ def _group() -> None:
 @data.command("export")
 def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")],
-    split: Annotated[str, typer.Option(help="train or heldout: other handwriting, and combinations never trained on.")] = "train",
+    split: Annotated[
+        str, typer.Option(help="train or heldout: other handwriting, and combinations never trained on.")
+    ] = "train",
     count: Annotated[int, typer.Option(min=1, help="Number of clips.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Other seeds, other clips.")] = 0,
     augment: Annotated[bool, typer.Option("--augment", help="Bend and turn the digits, as training does.")] = False,
-    combinations: Annotated[str | None, typer.Option(help="seen, unseen, half or all of digit, color, direction.")] = None,
-    scale: Annotated[int | None, typer.Option(help="Pixels of the file per pixel; default: large enough to look at.")] = None,
+    combinations: Annotated[
+        str | None, typer.Option(help="seen, unseen, half or all of digit, color, direction.")
+    ] = None,
+    scale: Annotated[
+        int | None, typer.Option(help="Pixels of the file per pixel; default: large enough to look at.")
+    ] = None,
     json: opt.Json = False,
 ) -> None:
     """Write clips as mp4 files with a metadata.jsonl: the form that `uvg train` reads from a folder of yours."""
