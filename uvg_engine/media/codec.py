@@ -15,7 +15,7 @@ import torch
 
 def codec_from_config(config: Mapping[str, Any]) -> PixelCodec | WanVAECodec:
     """The codec that `config["type"]` names: "pixel" or "wan_vae". Raises ValueError for any other."""
-    kinds = {"pixel": PixelCodec, "wan_vae": WanVAECodec}
+    kinds: dict[Any, type[PixelCodec] | type[WanVAECodec]] = {"pixel": PixelCodec, "wan_vae": WanVAECodec}
     kind = config.get("type")
     if kind not in kinds:
         raise ValueError(f'codec type must be "pixel" or "wan_vae", got {kind!r}')
@@ -165,7 +165,7 @@ class WanVAECodec:
         if (path is None) == (vae is None):
             raise ValueError("give either path or vae, got " + ("neither" if vae is None else "both"))
         self.path, self.normalise = None if path is None else str(path), bool(normalise)
-        self.vae = (_load_wan_vae(self.path) if vae is None else vae).to(device=device, dtype=dtype).eval()
+        self.vae = (_load_wan_vae(str(path)) if vae is None else vae).to(device=device, dtype=dtype).eval()
         self.vae.requires_grad_(False)
         config = self.vae.config
         self.channels = int(config.z_dim)
@@ -254,7 +254,7 @@ def _triple(name: str, values: Sequence[int]) -> tuple[int, int, int]:
     numbers = tuple(int(v) for v in values)
     if len(numbers) != 3 or min(numbers) < 1:
         raise ValueError(f"{name} must be three positive integers, got {numbers}")
-    return numbers  # type: ignore[return-value]
+    return numbers
 
 
 def _dct_rows(keep: int, size: int) -> list[list[float]]:

@@ -21,7 +21,7 @@ from uvg_engine.media.tokenizer import load_hf_tokenizer, split_words
 
 def text_encoder_from_config(config: Mapping[str, Any]) -> HashTextEncoder | UMT5TextEncoder:
     """The encoder that `config["type"]` names: "hash" or "umt5". Raises ValueError for any other."""
-    kinds = {"hash": HashTextEncoder, "umt5": UMT5TextEncoder}
+    kinds: dict[Any, type[HashTextEncoder] | type[UMT5TextEncoder]] = {"hash": HashTextEncoder, "umt5": UMT5TextEncoder}
     kind = config.get("type")
     if kind not in kinds:
         raise ValueError(f'text encoder type must be "hash" or "umt5", got {kind!r}')
@@ -103,9 +103,9 @@ class UMT5TextEncoder:
         self.path = None if path is None else str(path)
         self.tokenizer_path = None if tokenizer_path is None else str(tokenizer_path)
         self.max_len, self.zero_past_prompt = int(max_len), bool(zero_past_prompt)
-        self.model = (_load_umt5(self.path, dtype) if model is None else model).to(device=device, dtype=dtype).eval()
+        self.model = (_load_umt5(str(path), dtype) if model is None else model).to(device=device, dtype=dtype).eval()
         self.model.requires_grad_(False)
-        self.tokenizer = load_hf_tokenizer(self.tokenizer_path or self.path) if tokenizer is None else tokenizer
+        self.tokenizer = load_hf_tokenizer(self.tokenizer_path or str(path)) if tokenizer is None else tokenizer
         self.text_dim = int(self.model.config.d_model)
 
     @torch.no_grad()

@@ -37,7 +37,7 @@ def normalise(text: str) -> str:
 
 def tokenizer_from_config(config: Mapping[str, Any]) -> WordTokenizer | HFTokenizer:
     """The tokenizer that `config["type"]` names: "word" or "hf". Raises ValueError for any other."""
-    kinds = {"word": WordTokenizer, "hf": HFTokenizer}
+    kinds: dict[Any, type[WordTokenizer] | type[HFTokenizer]] = {"word": WordTokenizer, "hf": HFTokenizer}
     kind = config.get("type")
     if kind not in kinds:
         raise ValueError(f'tokenizer type must be "word" or "hf", got {kind!r}')
@@ -140,7 +140,7 @@ class HFTokenizer:
         if (path is None) == (tokenizer is None):
             raise ValueError("give either path or tokenizer, got " + ("neither" if path is None else "both"))
         self.path = None if path is None else str(path)
-        self.tokenizer = load_hf_tokenizer(self.path) if tokenizer is None else tokenizer
+        self.tokenizer = load_hf_tokenizer(str(path)) if tokenizer is None else tokenizer
         self.pad_id, self.eos_id = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         self.unk_id, self.mask_id = self.tokenizer.unk_token_id, getattr(self.tokenizer, "mask_token_id", None)
         if self.pad_id is None or self.eos_id is None:

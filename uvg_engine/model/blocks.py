@@ -5,6 +5,7 @@ Letters: T rows, D width, N heads, H head width, U condition rows, S spans.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,7 @@ class Attention(nn.Module):
         dim = config.dim
         self.heads = config.heads
         self.to_q, self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_out: Sequence[nn.Linear] = nn.ModuleList([nn.Linear(dim, dim)])  # type: ignore[assignment]
         self.norm_q, self.norm_k = Weight(dim), Weight(dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor) -> Tensor:
@@ -69,16 +70,16 @@ class MoeMlp(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor, dtype: torch.dtype, spans: Spans | None) -> Tensor:
         """x: [T, D]; offsets: int32 [E+1]. With spans (both modalities' runs in order), one call per span."""
-        weights = [w.to(dtype) for w in (self.w1, self.b1, self.w2, self.b2)]
+        w1, b1, w2, b2 = (w.to(dtype) for w in (self.w1, self.b1, self.w2, self.b2))
         x = x.to(dtype)
         if spans is None:
-            return ops.moe_mlp(x, *weights, offsets)
+            return ops.moe_mlp(x, w1, b1, w2, b2, offsets)
         outs = []
         for start, length in spans:
             if length:
                 # the expert of a span: its rows lie between two offsets, so clamp them to the span
                 local = (offsets - start).clamp(0, length)
-                outs.append(ops.moe_mlp(aligned(x[start : start + length]), *weights, local))
+                outs.append(ops.moe_mlp(aligned(x[start : start + length]), w1, b1, w2, b2, local))
         return torch.cat(outs) if outs else x.clone()
 
 

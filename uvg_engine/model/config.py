@@ -14,8 +14,8 @@ class UniViGUConfig:
     """Sizes and quirks of a model. Width D = heads * head_dim.
 
     heads, head_dim: attention heads and their width. in_channels: latent channels C. text_dim: width of the text
-    encoder's rows. freq_dim: width of the time sinusoid. ffn_dim: hidden width of an expert. layers: blocks. vocab: V of
-    the text stream. patch: (pf, py, px) latent cells per video token. Quirks of the published code: round_temb (temb
+    encoder's rows. freq_dim: width of the time sinusoid. ffn_dim: hidden width of an expert. layers: blocks. vocab: V
+    of the text stream. patch: (pf, py, px) latent cells per video token. Quirks of the published code: round_temb (temb
     rounded to bf16 and back), round_time (model times rounded to bf16). Raises ValueError on a size that cannot be.
     """
 
@@ -36,9 +36,16 @@ class UniViGUConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        object.__setattr__(self, "patch", tuple(self.patch))
-        if len(self.patch) != 3 or any(not isinstance(p, int) or p < 1 for p in self.patch):
+        if (
+            not isinstance(self.patch, list | tuple)
+            or [type(p) for p in self.patch] != [int] * 3
+            or min(self.patch) < 1
+        ):
             raise ValueError(f"patch must be three positive integers, got {self.patch!r}")
+        object.__setattr__(self, "patch", tuple(self.patch))
+        for name in ("round_temb", "round_time"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
         if self.freq_dim % 2:
@@ -72,15 +79,15 @@ class UniViGUConfig:
     def from_json(cls, path: str | Path) -> UniViGUConfig:
         """Read `config.json`. Raises ValueError on text that is not a json object."""
         try:
-            values = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} must be a json object, got {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must be a json object, got {type(values).__name__}")
         return cls.from_dict(values)
 
 
-_WAN = {"head_dim": 128, "in_channels": 16, "text_dim": 4096, "freq_dim": 256, "vocab": 256_300}
+_WAN: dict[str, Any] = {"head_dim": 128, "in_channels": 16, "text_dim": 4096, "freq_dim": 256, "vocab": 256_300}
 CONFIGS = {
     "1.3b": UniViGUConfig(heads=12, ffn_dim=8960, layers=30, **_WAN),
     "14b": UniViGUConfig(heads=40, ffn_dim=13824, layers=40, **_WAN),

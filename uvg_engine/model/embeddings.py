@@ -49,8 +49,8 @@ class TimeEmbedding(nn.Module):
     def forward(self, time_B: Tensor, dtype: torch.dtype, isolate: bool) -> tuple[Tensor, Tensor]:
         """time: fp [B] in model units. Returns (temb [B, D], modulation [B, 6, D]), fp32."""
         if isolate and len(time_B) > 1:  # a vectorised cos or SiLU may round by place in the tensor
-            temb, modulation = zip(*(self(time, dtype, False) for time in time_B.split(1)), strict=True)
-            return torch.cat(temb), torch.cat(modulation)
+            alone = [self(time, dtype, False) for time in time_B.split(1)]
+            return torch.cat([temb for temb, _ in alone]), torch.cat([modulation for _, modulation in alone])
         time = time_B.bfloat16().float() if self.config.round_time else time_B
         x = linear(self.time_embedder.linear_1, time_sinusoid(time, self.config.freq_dim), dtype)
         temb = linear(self.time_embedder.linear_2, functional.silu(x), dtype).float()
@@ -127,9 +127,9 @@ def rope_table(head_dim: int, num_positions: int, text_inv_freq: Tensor) -> Tens
     side = head_dim // 6
     widths = (head_dim - 4 * side, 2 * side, 2 * side)
     device = text_inv_freq.device
-    video = torch.cat([
-        ROPE_THETA ** -(torch.arange(0, w, 2, dtype=torch.float64, device=device) / w) for w in widths if w
-    ])
+    video = torch.cat(
+        [ROPE_THETA ** -(torch.arange(0, w, 2, dtype=torch.float64, device=device) / w) for w in widths if w]
+    )
     assert len(video) == len(axis_of_pair(head_dim))
     position = torch.arange(num_positions, dtype=torch.float64, device=device)
     angle = torch.stack([position[:, None] * video, position[:, None] * text_inv_freq.double()])

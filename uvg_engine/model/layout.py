@@ -21,7 +21,8 @@ class Layout:
 
     grids: patch grid (F, Y, X) per sample, (0, 0, 0) without video. text_lens: text tokens per sample. cond_lens:
     condition rows per sample. row_spans [2B, 2]: (start, len). rope_spans [2B, 6]: (start, len, kind, F, Y, X).
-    query_spans [B, 2, 2] and key_spans [B, M, 2]: self-attention. cond_spans [B, 1, 2]: rows of the packed condition. group_offsets [3]: experts.
+    query_spans [B, 2, 2] and key_spans [B, M, 2]: self-attention. cond_spans [B, 1, 2]: rows of the packed condition.
+    group_offsets [3]: experts.
     """
 
     grids: tuple[Grid, ...]
@@ -99,7 +100,7 @@ class Layout:
             return torch.tensor(rows, dtype=torch.int32, device=device).reshape(*shape)
 
         return cls(
-            grids=tuple(tuple(g) for g in grids),
+            grids=tuple((f, y, x) for f, y, x in grids),
             text_lens=tuple(text_lens),
             cond_lens=tuple(cond_lens),
             row_spans=table(video + text, 2 * count, 2),

@@ -25,7 +25,7 @@ def _runs(layout: Layout) -> list[tuple[int, Grid]]:
 
 
 def patchify(latents: Tensor, layout: Layout, config: UniViGUConfig) -> Tensor:
-    """Flat [N], samples as [C, F, Y, X] -> rows [video rows, C * patch], channel first as the convolution reads them."""
+    """Flat [N], samples as [C, F, Y, X] -> rows [video rows, C * patch], channel first as a convolution reads them."""
     (pf, py, px), channels, pieces, start = config.patch, config.in_channels, [], 0
     width = channels * config.patch_volume
     for count, (f, y, x) in _runs(layout):

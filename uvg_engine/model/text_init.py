@@ -10,7 +10,7 @@ from uvg_engine.model.univigu import UniViGU
 
 @torch.no_grad()
 def text_from_video(model: UniViGU) -> UniViGU:
-    """Copy the video parts to the text parts, in place: expert, time embedding, head table; text head zero, embedding normal.
+    """Copy the video parts to the text parts, in place: expert, time embedding, head table. Head 0, embedding normal.
 
     With text absent the model's velocity is unchanged. Source: Uni-ViGU's initialisation from Wan2.1.
     """

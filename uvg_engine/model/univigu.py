@@ -52,7 +52,8 @@ class UniViGU(nn.Module):
     """The model. State-dict keys are those of the published checkpoint.
 
     compute_dtype: dtype of the matrix products (None: that of the weights); statistics, modulation and the residual
-    stream are fp32. Build under `torch.device("meta")` to allocate nothing. Source: arXiv 2604.08121 on Wan2.1 (arXiv 2503.20314).
+    stream are fp32. Build under `torch.device("meta")` to allocate nothing. Source: arXiv 2604.08121 on Wan2.1 (arXiv
+    2503.20314).
     """
 
     def __init__(self, config: UniViGUConfig, compute_dtype: torch.dtype | None = None) -> None:
@@ -65,7 +66,8 @@ class UniViGU(nn.Module):
         self.time_embedding_v, self.time_embedding_t = TimeEmbedding(config), TimeEmbedding(config)
         self.cond_text_embedder = ConditionEmbedder(config.text_dim, dim)
         self.rotary_emb_text = TextRope(config.head_dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks: Sequence[Block] = blocks  # type: ignore[assignment]
         self.scale_shift_table_v = nn.Parameter(torch.empty(1, 2, dim))
         self.scale_shift_table_t = nn.Parameter(torch.empty(1, 2, dim))
         self.video_head, self.text_head = VideoHead(config), TextHead(config)
@@ -88,8 +90,9 @@ class UniViGU(nn.Module):
                 nn.init.xavier_uniform_(weight)
             for bias in (block.experts.b1, block.experts.b2):
                 nn.init.zeros_(bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        nn.init.zeros_(self.patch_embedding.bias)
+        patch_weight, patch_bias = self._patch_linear()
+        nn.init.xavier_uniform_(patch_weight)
+        nn.init.zeros_(patch_bias)
         nn.init.normal_(self.vocab_embed.weight, std=0.02)
         for embedding in (self.time_embedding_v, self.time_embedding_t):
             nn.init.normal_(embedding.time_embedder.linear_1.weight, std=0.02)
@@ -162,8 +165,7 @@ class UniViGU(nn.Module):
         temb_v, modulation_v = self.time_embedding_v(time_v, dtype, isolate)
         temb_t, modulation_t = self.time_embedding_t(time_t, dtype, isolate)
         rows = Rows(layout, self._rope_table(layout), torch.cat([modulation_v, modulation_t]), dtype, all_spans)
-        weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
-        video = affine(weight, bias, patchify(latents, layout, config), dtype, video_spans)
+        video = affine(*self._patch_linear(), patchify(latents, layout, config), dtype, video_spans)
         h = torch.cat([video.float(), self.vocab_embed(tokens).float()])
         for block, condition_kv in zip(self.blocks, condition, strict=True):
             h = block(h, rows, condition_kv)
@@ -236,7 +238,13 @@ class UniViGU(nn.Module):
             f"text_mask must be {tuple(x_t.shape)} like x_t",
             None if text_mask is None else tuple(text_mask.shape),
         )
-        return batch, patch_grid(tuple(x_v.shape[2:]), config), x_t.shape[1]
+        return batch, patch_grid((x_v.shape[2], x_v.shape[3], x_v.shape[4]), config), x_t.shape[1]
+
+    def _patch_linear(self) -> tuple[Tensor, Tensor]:
+        """(weight [D, C * patch], bias [D]) of the patch embedding as a Linear; views."""
+        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
+        assert bias is not None
+        return weight.flatten(1), bias
 
     def _rope_table(self, layout: Layout) -> Tensor:
         return self.rotary_emb_text.table(max((*layout.text_lens, *(max(grid) for grid in layout.grids), 1)))

@@ -71,12 +71,14 @@ def forward(
     m = x_row + linear((0, v))
     xc = linear((1, x_row), (2, pick(last)), (3, m), (4, pick(m1)), (5, pick(m2)))
     x_next = linear((6, xc), (7, m), (8, pick(m1)), (9, v))
-    out = []
-    for value in (x_next, xc, m):
-        out.append(x.clone())
-        out[-1][row] = value.to(x.dtype)
+
+    def scattered(value: Tensor) -> Tensor:
+        out = x.clone()
+        out[row] = value.to(x.dtype)
+        return out
+
     coin = jump_coins(jump_prob, seeds, steps, token_spans, len(tokens))
-    return (*out, torch.where(coin, drawn, tokens))
+    return scattered(x_next), scattered(xc), scattered(m), torch.where(coin, drawn, tokens)
 
 
 def jump_coins(jump_prob: Tensor, seeds: Tensor, steps: Tensor, token_spans: Tensor, size: int) -> Tensor:
