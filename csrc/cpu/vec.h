@@ -1,0 +1,85 @@
+// Sixteen floats at once, in the instruction set that the file is compiled for (GCC and Clang vector extensions).
+//
+// The order of every sum is fixed by the width alone: not by alignment, neighbours or the instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "uvg/dtype.h"
+
+namespace uvg {
+namespace UVG_ISA {
+
+constexpr int64_t kLanes = 16;
+typedef float Vec __attribute__((vector_size(64)));
+typedef uint32_t VecBits __attribute__((vector_size(64)));
+typedef uint16_t HalfBits __attribute__((vector_size(32)));
+
+inline Vec splat(float value) { return Vec{} + value; }
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec load(const BFloat16* p) {
+  HalfBits half;
+  std::memcpy(&half, p, sizeof half);
+  const VecBits bits = __builtin_convertvector(half, VecBits) << 16;
+  Vec v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline void store(BFloat16* p, Vec v) {
+  VecBits bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const VecBits rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const VecBits quiet = (bits >> 16) | 0x40;
+  const auto nan = reinterpret_cast<VecBits>(v != v);
+  const HalfBits half = __builtin_convertvector((nan & quiet) | (~nan & rounded), HalfBits);
+  std::memcpy(p, &half, sizeof half);
+}
+
+// The first n of sixteen; the others are `fill`.
+template <typename T>
+inline Vec load(const T* p, int64_t n, float fill = 0.0f) {
+  if (n >= kLanes) return load(p);
+  T part[kLanes] = {};
+  std::memcpy(part, p, static_cast<size_t>(n) * sizeof(T));
+  Vec v = load(part);
+  for (int64_t i = n; i < kLanes; ++i) v[i] = fill;
+  return v;
+}
+
+template <typename T>
+inline void store(T* p, Vec v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  T part[kLanes];
+  store(part, v);
+  std::memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
+}
+
+inline float sum(Vec v) {
+  float lane[kLanes];
+  store(lane, v);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+// body(first column, columns) over a row in steps of sixteen.
+template <typename Body>
+inline void columns(int64_t width, Body&& body) {
+  for (int64_t i = 0; i < width; i += kLanes) body(i, std::min(kLanes, width - i));
+}
+
+inline void add_to(float* total, Vec v, int64_t n) { store(total, load(total, n) + v, n); }
+
+}  // namespace UVG_ISA
+}  // namespace uvg

@@ -1,0 +1,30 @@
+// RMS norm of q and k over the full width, then rotary positions per head. All arrays are packed.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dispatch.h"
+#include "uvg/dtype.h"
+
+namespace uvg {
+
+struct QkNormRopeParams {
+  const void* x[2];        // q, k: [rows, width]
+  const float* weight[2];  // [width]
+  const int32_t* spans;    // [spans, 6]: start, len, kind (0 video, 1 text), F, Y, X
+  const float* table;      // [2, positions, head / 2, 2]: cos and sin of kind, position, pair
+  int64_t rows, width, heads, num_spans, positions;
+  float eps;
+  Dtype dtype;
+  int threads;
+  float* rstd[2];     // [rows], written by the forward, read by the backward
+  void* y[2];         // forward
+  const void* dy[2];  // backward
+  void* dx[2];
+  float* dweight[2];
+};
+
+UVG_KERNEL(qk_norm_rope_forward, QkNormRopeParams)
+UVG_KERNEL(qk_norm_rope_backward, QkNormRopeParams)
+
+}  // namespace uvg
