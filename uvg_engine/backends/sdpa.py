@@ -44,7 +44,7 @@ def _take(x: Tensor, rows_GL: Tensor) -> Tensor:
 def forward(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Arguments and results as in reference.flash_attention.forward."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf)
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
     for rows, keys in _groups(q_spans, k_spans):
         out_GNLH, lse_GNL = _forward(_take(q, rows), _take(k, keys), _take(v, keys), 0.0, False, scale=scale)
         out[rows] = out_GNLH.transpose(1, 2)
@@ -64,7 +64,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as in reference.flash_attention.backward."""
-    dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))  # fp32: samples may share keys
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))  # fp32: samples may share keys
     for rows, keys in _groups(q_spans, k_spans):
         tensors = _take(dout, rows), _take(q, rows), _take(k, keys), _take(v, keys), _take(out, rows)
         grads = _backward(*tensors, lse[:, rows].transpose(0, 1), 0.0, False, scale=scale)

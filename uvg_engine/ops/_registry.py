@@ -14,16 +14,23 @@ from uvg_engine import backends
 LIBRARY = torch.library.Library("uvg", "DEF")
 
 
-def define(op: str, schema: str, fake: Callable[..., Any]) -> Any:
+def define(op: str, schema: str, fake: Callable[..., Any], check: Callable[..., None] | None = None) -> Any:
     """Define torch.ops.uvg.<op> (the forward of `op`) and return it. `fake` computes shapes and dtypes only.
 
+    check(*args) raises ValueError on values that nobody could serve: spans beyond the rows, ids out of range. It runs
+    on the CPU alone, where no backend then repeats it; on a device the host would have to wait for the values.
     Whatever a kernel or a fake returns comes out contiguous, so strides never depend on the backend.
     """
 
     def dispatch(*args: Any) -> Any:
         return backends.select(op, args).forward(*args)
 
-    return _register(op, schema, fake, dispatch)
+    def checked(*args: Any) -> Any:
+        if check is not None:
+            check(*args)
+        return dispatch(*args)
+
+    return _register(op, schema, fake, checked, dispatch)
 
 
 def define_backward(op: str, schema: str, fake: Callable[..., Any], num_saved: int) -> Any:
@@ -39,13 +46,20 @@ def define_backward(op: str, schema: str, fake: Callable[..., Any], num_saved: i
             raise backends.BackendRefused(f"{op} has no backward on the chosen backend")
         return kernel.backward(*args)
 
-    return _register(f"{op}_bwd", schema, fake, dispatch)
+    def twice(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"{op} has no second derivative")
+
+    function = _register(f"{op}_bwd", schema, fake, dispatch, dispatch)
+    torch.library.register_autograd(f"uvg::{op}_bwd", twice, lib=LIBRARY)
+    return function
 
 
-def _register(name: str, schema: str, fake: Callable[..., Any], dispatch: Callable[..., Any]) -> Any:
+def _register(
+    name: str, schema: str, fake: Callable[..., Any], on_cpu: Callable[..., Any], on_cuda: Callable[..., Any]
+) -> Any:
     LIBRARY.define(f"{name}{schema}")
-    LIBRARY.impl(name, _packed(dispatch), "CPU")
-    LIBRARY.impl(name, _packed(dispatch), "CUDA")
+    LIBRARY.impl(name, _packed(on_cpu), "CPU")
+    LIBRARY.impl(name, _packed(on_cuda), "CUDA")
     torch.library.register_fake(f"uvg::{name}", _packed(fake), lib=LIBRARY)
     return getattr(torch.ops.uvg, name).default
 
@@ -75,6 +89,18 @@ def autograd(op: str, backward: Callable[..., Any], setup_context: Callable[...,
     torch.library.register_autograd(f"uvg::{op}", run, setup_context=setup, lib=LIBRARY)
 
 
+def no_gradient(op: str) -> None:
+    """What torch.ops.uvg.<op> returns never requires a gradient, whatever a backend computes it with."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise AssertionError(f"{op} is not differentiable")
+
+    torch.library.register_autograd(f"uvg::{op}", backward, setup_context=setup, lib=LIBRARY)
+
+
 def require(condition: bool, rule: str, value: Any) -> None:
     """Raise ValueError('<rule>, got <value>') unless `condition`: the one form in which a caller's mistake is told."""
     if not condition:
@@ -99,6 +125,19 @@ def require_spans(name: str, spans: Tensor, last: int = 2, dims: int = 2) -> Non
     if spans.dtype != torch.int32 or spans.dim() != dims or spans.shape[-1] != last:
         lead = "S" if dims == 2 else "B, M"
         raise ValueError(f"{name} must be an int32 ({lead}, {last}), got {describe(spans)}")
+
+
+def require_inside(name: str, spans: Tensor, num_rows: int) -> None:
+    """Every (start, len, ...) lies in [0, num_rows). Reads values: for the `check` of `define`."""
+    starts, lengths = spans[..., 0].long(), spans[..., 1].long()
+    if bool(((starts < 0) | (lengths < 0) | (starts + lengths > num_rows)).any()):
+        raise ValueError(f"{name} must lie in [0, {num_rows}), got {spans.tolist()}")
+
+
+def require_ids(name: str, ids: Tensor, count: int) -> None:
+    """Every id lies in [0, count). Reads values: for the `check` of `define`."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+        raise ValueError(f"{name} must lie in [0, {count}), got {int(ids.min())} to {int(ids.max())}")
 
 
 def describe(value: Tensor) -> str:

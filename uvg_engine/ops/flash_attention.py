@@ -13,6 +13,7 @@ from uvg_engine.ops._registry import (
     define_backward,
     require,
     require_floating,
+    require_inside,
     require_shape,
     require_spans,
 )
@@ -29,9 +30,10 @@ def flash_attention(
     unused entry. A row belongs to one sample at the most. scale: 1/sqrt(H) unless given. Returns (out [T, N, H] in
     q's dtype, lse [N, T] fp32, natural log, not differentiable). A row without keys, or in no span, gives 0 and -inf.
     Softmax in fp32. Source: FlashAttention (arXiv 2205.14135).
-    Raises ValueError on a shape or dtype it does not serve.
+    Raises ValueError on a shape or dtype it does not serve, or a span beyond the rows.
     """
     require_floating("q", q, "T, N, H")
+    require(0 not in q.shape[1:], "q must have N > 0 heads of width H > 0", tuple(q.shape))
     for name, x in (("k", k), ("v", v)):
         require_shape(name, x, (k.shape[0], *q.shape[1:]), q.dtype)
     for name, spans in (("q_spans", q_spans), ("k_spans", k_spans)):
@@ -39,6 +41,11 @@ def flash_attention(
     samples = q_spans.shape[0], k_spans.shape[0]
     require(samples[0] == samples[1], "q_spans and k_spans must have the same B", samples)
     return _fwd(q, k, v, q_spans, k_spans, q.shape[-1] ** -0.5 if scale is None else float(scale))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> None:
+    require_inside("q_spans", q_spans, q.shape[0])
+    require_inside("k_spans", k_spans, k.shape[0])
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -52,7 +59,7 @@ def _fake_bwd(
 
 
 _ARGS = "Tensor q, Tensor k, Tensor v, Tensor q_spans, Tensor k_spans, float scale"
-_fwd = define("flash_attention", f"({_ARGS}) -> (Tensor, Tensor)", _fake)
+_fwd = define("flash_attention", f"({_ARGS}) -> (Tensor, Tensor)", _fake, _check)
 _bwd = define_backward(
     "flash_attention",
     f"(Tensor dout, Tensor out, Tensor lse, {_ARGS}) -> (Tensor, Tensor, Tensor)",

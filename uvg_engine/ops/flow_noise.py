@@ -3,10 +3,12 @@ L tokens, B samples; all samples packed one after another."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from uvg_engine.ops._registry import define, require, require_spans
+from uvg_engine.ops._registry import define, no_gradient, require, require_inside, require_spans
 
 
 def flow_noise(
@@ -34,9 +36,8 @@ def flow_noise(
     require(tokens.dim() == 1 and tokens.dtype == torch.int64, "tokens must be int64 (L,)", _what(tokens))
     check_spans(latent_spans, token_spans)
     samples = len(latent_spans)
-    for name, value in (("sigma", sigma), ("kappa", kappa)):
-        require(value.shape == (samples,), f"{name} must be ({samples},)", tuple(value.shape))
-        require(value.dtype in (torch.float32, torch.float64), f"{name} must be float32 or float64", value.dtype)
+    require_numbers("sigma", sigma, (samples,))
+    require_numbers("kappa", kappa, (samples,))
     require_int64("seeds", seeds, samples)
     require(1 <= vocab < 2**31, "vocab must be in [1, 2^31)", vocab)
     require(-1 <= mask_id < vocab, f"mask_id must be -1 or in [0, {vocab})", mask_id)
@@ -60,7 +61,7 @@ def flow_source(
         torch.zeros(n, dtype=d, device=seeds.device)
         for n, d in ((num_latents, torch.float32), (num_tokens, torch.int64))
     )
-    one = torch.ones(len(seeds), device=seeds.device)
+    one = torch.ones(len(seeds), dtype=torch.float32, device=seeds.device)
     x, _, source = flow_noise(data, tokens, one, 0 * one, seeds, 0, latent_spans, token_spans, vocab, mask_id)
     return x, source
 
@@ -77,6 +78,12 @@ def check_spans(latent_spans: Tensor, token_spans: Tensor) -> None:
     )
 
 
+def require_numbers(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    """Coefficients per sample, in fp32 or fp64."""
+    require(value.shape == shape, f"{name} must be {shape}", tuple(value.shape))
+    require(value.dtype in (torch.float32, torch.float64), f"{name} must be float32 or float64", value.dtype)
+
+
 def require_int64(name: str, value: Tensor, samples: int) -> None:
     """One int64 per sample."""
     require(
@@ -88,7 +95,13 @@ def _what(value: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
     return tuple(value.shape), value.dtype
 
 
-def _fake(data: Tensor, tokens: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+def _check(data: Tensor, tokens: Tensor, *rest: Any) -> None:
+    latent_spans, token_spans = rest[4:6]
+    require_inside("latent_spans", latent_spans, len(data))
+    require_inside("token_spans", token_spans, len(tokens))
+
+
+def _fake(data: Tensor, tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(data), torch.empty_like(data), torch.empty_like(tokens)
 
 
@@ -97,4 +110,6 @@ _fwd = define(
     "(Tensor data, Tensor tokens, Tensor sigma, Tensor kappa, Tensor seeds, int step, Tensor latent_spans, "
     "Tensor token_spans, int vocab, int mask_id) -> (Tensor, Tensor, Tensor)",
     _fake,
+    _check,
 )
+no_gradient("flow_noise")

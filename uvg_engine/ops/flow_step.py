@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.ops._registry import define, require
-from uvg_engine.ops.flow_noise import check_spans, require_int64
+from uvg_engine.ops._registry import define, no_gradient, require, require_inside
+from uvg_engine.ops.flow_noise import check_spans, require_int64, require_numbers
 
 NUM_COEFS = 10
 
@@ -56,8 +56,8 @@ def flow_step(
         )
     check_spans(latent_spans, token_spans)
     samples = len(latent_spans)
-    require(coefs.shape == (samples, NUM_COEFS), f"coefs must be ({samples}, {NUM_COEFS})", tuple(coefs.shape))
-    require(guidance.shape == (samples,), f"guidance must be ({samples},)", tuple(guidance.shape))
+    require_numbers("coefs", coefs, (samples, NUM_COEFS))
+    require_numbers("guidance", guidance, (samples,))
     require(
         tokens.dim() == 1 and tokens.dtype == torch.int64,
         "tokens must be int64 (L,)",
@@ -65,7 +65,7 @@ def flow_step(
     )
     same = drawn.shape == tokens.shape and drawn.dtype == tokens.dtype
     require(same, f"drawn must be int64 {tuple(tokens.shape)} like tokens", (tuple(drawn.shape), drawn.dtype))
-    require(jump_prob.shape == (samples,), f"jump_prob must be ({samples},)", tuple(jump_prob.shape))
+    require_numbers("jump_prob", jump_prob, (samples,))
     require_int64("seeds", seeds, samples)
     require_int64("steps", steps, samples)
     return _fwd(
@@ -94,8 +94,9 @@ def jump_coins(jump_prob: Tensor, seeds: Tensor, steps: Tensor, token_spans: Ten
     span reaches. The coin of token j is u < jump_prob, u from lane 0 of Philox (steps, COIN, j, 0).
     """
     device, samples = token_spans.device, len(token_spans)
-    none, ids = torch.empty(0, device=device), torch.zeros(num_tokens, dtype=torch.int64, device=device)
-    idle = torch.zeros(samples, NUM_COEFS, device=device)
+    none = torch.empty(0, dtype=torch.float32, device=device)
+    ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    idle = torch.zeros(samples, NUM_COEFS, dtype=torch.float32, device=device)
     nowhere = torch.zeros_like(token_spans)
     step = flow_step(
         none,
@@ -117,6 +118,15 @@ def jump_coins(jump_prob: Tensor, seeds: Tensor, steps: Tensor, token_spans: Ten
     return step[3] == 1
 
 
+def _check(x: Tensor, v_cond: Tensor, v_uncond: Any, guidance: Tensor, coefs: Tensor, *rest: Any) -> None:
+    last, m1, m2, latent_spans, tokens, *_, token_spans = rest
+    require_inside("latent_spans", latent_spans, len(x))
+    require_inside("token_spans", token_spans, len(tokens))
+    for name, value, columns in (("last", last, [2]), ("m1", m1, [4, 8]), ("m2", m2, [5])):
+        absent = value is None and bool((coefs[:, columns] != 0).any())
+        require(not absent, f"{name} must be given where its coefficient is not zero", value)
+
+
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, tokens = args[0], args[9]
     return torch.empty_like(x), torch.empty_like(x), torch.empty_like(x), torch.empty_like(tokens)
@@ -128,4 +138,6 @@ _fwd = define(
     "Tensor latent_spans, Tensor tokens, Tensor drawn, Tensor jump_prob, Tensor seeds, Tensor steps, "
     "Tensor token_spans) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
+    _check,
 )
+no_gradient("flow_step")

@@ -13,6 +13,7 @@ from uvg_engine.ops._registry import (
     define_backward,
     require,
     require_floating,
+    require_inside,
     require_shape,
     require_spans,
 )
@@ -26,7 +27,7 @@ def gated_residual(h: Tensor, y: Tensor, gate: Tensor | None = None, spans: Tens
     h: [T, D], the residual stream (fp32 in training; bf16 allowed). y: [T, D], any floating dtype. gate: [S, D], fp32
     as a rule, with spans int32 [S, 2]. Returns [T, D] in h's dtype; the sum runs in fp32.
     Source: DiT adaLN as in Wan2.1.
-    Raises ValueError on a shape or dtype it does not serve.
+    Raises ValueError on a shape or dtype it does not serve, or a span beyond the rows.
     """
     require_floating("h", h, "T, D")
     require_floating("y", y, "T, D")
@@ -62,6 +63,11 @@ def gated_residual_norm(
     return out, normed if norm_dtype is None else normed.to(norm_dtype)
 
 
+def _check(h: Tensor, y: Tensor, gate: Any, spans: Tensor | None) -> None:
+    if spans is not None:
+        require_inside("spans", spans, h.shape[0])
+
+
 def _fake(h: Tensor, y: Tensor, gate: Any, spans: Any) -> Tensor:
     return torch.empty_like(h)
 
@@ -72,7 +78,7 @@ def _fake_bwd(dout: Tensor, h: Tensor, y: Tensor, gate: Any, spans: Any) -> tupl
 
 
 _ARGS = "Tensor h, Tensor y, Tensor? gate, Tensor? spans"
-_fwd = define("gated_residual", f"({_ARGS}) -> Tensor", _fake)
+_fwd = define("gated_residual", f"({_ARGS}) -> Tensor", _fake, _check)
 _bwd = define_backward("gated_residual", f"(Tensor dout, {_ARGS}) -> (Tensor, Tensor)", _fake_bwd, num_saved=1)
 
 

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.ops._registry import autograd, define, define_backward, require, require_floating, require_shape
+from uvg_engine.ops._registry import (
+    autograd,
+    define,
+    define_backward,
+    require,
+    require_floating,
+    require_ids,
+    require_shape,
+)
 from uvg_engine.reference.spans import accumulation_dtype
 
 LOSSES = ("ce", "gkl")
@@ -55,6 +63,12 @@ def check_head(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     require_shape("bias", bias, weight.shape[:1], x.dtype)
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, current: Tensor | None, *rest: Any) -> None:
+    require_ids("target", target, weight.shape[0])
+    if current is not None:
+        require_ids("current", current, weight.shape[0])
+
+
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, current: Any, *rest: Any) -> tuple[Tensor, ...]:
     stats = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
     return stats, torch.empty_like(stats), stats.new_empty(0) if current is None else torch.empty_like(stats)
@@ -65,7 +79,7 @@ def _fake_bwd(dloss: Tensor, lse: Tensor, p_current: Tensor, *forward: Any) -> t
 
 
 _ARGS = "Tensor x, Tensor weight, Tensor bias, Tensor target, Tensor? current, Tensor? rate, str loss"
-_fwd = define("linear_cross_entropy", f"({_ARGS}) -> (Tensor, Tensor, Tensor)", _fake)
+_fwd = define("linear_cross_entropy", f"({_ARGS}) -> (Tensor, Tensor, Tensor)", _fake, _check)
 _bwd = define_backward(
     "linear_cross_entropy",
     f"(Tensor dloss, Tensor lse, Tensor p_current, {_ARGS}) -> (Tensor, Tensor, Tensor)",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.ops._registry import define, require, require_shape
+from uvg_engine.ops._registry import define, no_gradient, require, require_shape
 from uvg_engine.ops.linear_cross_entropy import check_head
 
 
@@ -45,3 +45,4 @@ def _fake(x: Tensor, *rest: Any) -> Tensor:
 
 _ARGS = "Tensor x, Tensor weight, Tensor bias, Tensor seeds, Tensor steps, Tensor tokens, float temperature"
 _fwd = define("linear_sample", f"({_ARGS}) -> Tensor", _fake)
+no_gradient("linear_sample")

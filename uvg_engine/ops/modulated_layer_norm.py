@@ -13,6 +13,7 @@ from uvg_engine.ops._registry import (
     define_backward,
     require,
     require_floating,
+    require_inside,
     require_shape,
     require_spans,
 )
@@ -34,7 +35,7 @@ def modulated_layer_norm(
     x: [T, D] bf16, fp16, fp32 or fp64. shift, scale: [S, D], fp32 as a rule, both or neither. spans: int32 [S, 2] of
     (start, len), given with them; together they cover every row once. weight, bias: [D] or None (ones, zeros).
     Returns [T, D] in x's dtype. Statistics in fp32. Source: adaLN of DiT as in Wan2.1.
-    Raises ValueError on a shape or dtype it does not serve.
+    Raises ValueError on a shape or dtype it does not serve, or a span beyond the rows.
     """
     require_floating("x", x, "T, D")
     width = x.shape[1]
@@ -50,6 +51,11 @@ def modulated_layer_norm(
     return _fwd(x, shift, scale, spans, weight, bias, eps)[0]
 
 
+def _check(x: Tensor, shift: Any, scale: Any, spans: Tensor | None, *rest: Any) -> None:
+    if spans is not None:
+        require_inside("spans", spans, x.shape[0])
+
+
 def _fake(x: Tensor, shift: Any, scale: Any, spans: Any, weight: Any, bias: Any, eps: float) -> tuple[Tensor, ...]:
     stats = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
     return torch.empty_like(x), stats, torch.empty_like(stats)
@@ -62,7 +68,7 @@ def _fake_bwd(dy: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, *rest: Any) -> 
 
 
 _ARGS = "Tensor x, Tensor? shift, Tensor? scale, Tensor? spans, Tensor? weight, Tensor? bias, float eps"
-_fwd = define("modulated_layer_norm", f"({_ARGS}) -> (Tensor, Tensor, Tensor)", _fake)
+_fwd = define("modulated_layer_norm", f"({_ARGS}) -> (Tensor, Tensor, Tensor)", _fake, _check)
 _bwd = define_backward(
     "modulated_layer_norm",
     f"(Tensor dy, Tensor mean, Tensor rstd, {_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

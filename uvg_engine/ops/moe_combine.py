@@ -7,15 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.ops._registry import autograd, define, define_backward, require, require_floating, require_shape
+from uvg_engine.ops._registry import (
+    autograd,
+    define,
+    define_backward,
+    require,
+    require_floating,
+    require_ids,
+    require_shape,
+)
 
 
 def moe_combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """out[t] = sum over k of weights[t, k] * the grouped row of slot t*K + k: the way back from `moe_dispatch`.
 
-    rows: [T*K, D] floating, in the grouped order. order: int32 [T*K], as `moe_dispatch` returned it (a permutation; not
-    checked). weights: [T, K], fp32 as a rule. Returns [T, D] in rows' dtype; the sum runs in fp32.
-    Raises ValueError on a shape or dtype it does not serve.
+    rows: [T*K, D] floating, in the grouped order. order: int32 [T*K], as `moe_dispatch` returned it: a permutation.
+    weights: [T, K], fp32 as a rule. Returns [T, D] in rows' dtype; the sum runs in fp32.
+    Raises ValueError on a shape or dtype it does not serve, or an order that is no permutation.
     """
     require_floating("rows", rows, "T*K, D")
     require_floating("weights", weights, "T, K")
@@ -24,6 +32,12 @@ def moe_combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     require_shape("rows", rows, (slots, rows.shape[1]))
     require_shape("order", order, (slots,), torch.int32)
     return _fwd(rows, order, weights)
+
+
+def _check(rows: Tensor, order: Tensor, weights: Tensor) -> None:
+    require_ids("order", order, len(order))
+    repeated = order.bincount(minlength=len(order)) > 1
+    require(not bool(repeated.any()), "order must name every slot once", repeated.nonzero().flatten().tolist())
 
 
 def _fake(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
@@ -35,7 +49,7 @@ def _fake_bwd(dout: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tup
 
 
 _ARGS = "Tensor rows, Tensor order, Tensor weights"
-_fwd = define("moe_combine", f"({_ARGS}) -> Tensor", _fake)
+_fwd = define("moe_combine", f"({_ARGS}) -> Tensor", _fake, _check)
 _bwd = define_backward("moe_combine", f"(Tensor dout, {_ARGS}) -> (Tensor, Tensor)", _fake_bwd, num_saved=1)
 
 

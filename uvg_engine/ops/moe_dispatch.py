@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.ops._registry import autograd, define, define_backward, require, require_floating, require_shape
+from uvg_engine.ops._registry import (
+    autograd,
+    define,
+    define_backward,
+    require,
+    require_floating,
+    require_ids,
+    require_shape,
+)
 
 
 def moe_dispatch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,6 +33,10 @@ def moe_dispatch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, 
     return _fwd(x, experts, num_experts)
 
 
+def _check(x: Tensor, experts: Tensor, num_experts: int) -> None:
+    require_ids("experts", experts, num_experts)
+
+
 def _fake(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     slots = experts.shape[0] * experts.shape[1]
     return x.new_empty((slots, x.shape[1])), experts.new_empty(num_experts + 1), experts.new_empty(slots)
@@ -35,7 +47,7 @@ def _fake_bwd(drows: Tensor, order: Tensor, x: Tensor, experts: Tensor, num_expe
 
 
 _ARGS = "Tensor x, Tensor experts, int num_experts"
-_fwd = define("moe_dispatch", f"({_ARGS}) -> (Tensor, Tensor, Tensor)", _fake)
+_fwd = define("moe_dispatch", f"({_ARGS}) -> (Tensor, Tensor, Tensor)", _fake, _check)
 _bwd = define_backward("moe_dispatch", f"(Tensor drows, Tensor order, {_ARGS}) -> Tensor", _fake_bwd, num_saved=2)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.ops._registry import autograd, define, define_backward, require_floating, require_shape
+from uvg_engine.ops._registry import autograd, define, define_backward, require, require_floating, require_shape
 
 
 def moe_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def moe_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_off
     x: [T, D] floating; w1: [E, F, D]; b1: [E, F]; w2: [E, D, F]; b2: [E, D], all in x's dtype. group_offsets: int32
     [E+1], ascending from 0 to T. Returns [T, D] in x's dtype. The groups are contiguous, so dispatch by modality
     copies nothing. Source: the FFN of Wan2.1, one per modality (Uni-ViGU). Raises ValueError on a shape or dtype it
-    does not serve.
+    does not serve, or offsets that do not ascend.
     """
     require_floating("x", x, "T, D")
     require_floating("w1", w1, "E, F, D")
@@ -29,6 +29,12 @@ def moe_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_off
     return _fwd(x, w1, b1, w2, b2, group_offsets)[0]
 
 
+def _check(x: Tensor, w1: Any, b1: Any, w2: Any, b2: Any, group_offsets: Tensor) -> None:
+    bounds, rows = group_offsets.tolist(), x.shape[0]
+    ok = bounds[0] == 0 and bounds[-1] == rows and bounds == sorted(bounds)
+    require(ok, f"group_offsets must ascend from 0 to T = {rows}", bounds)
+
+
 def _fake(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], w2.shape[1])), x.new_empty((x.shape[0], w1.shape[1]))
 
@@ -38,7 +44,7 @@ def _fake_bwd(dy: Tensor, pre: Tensor, *forward: Any) -> tuple[Tensor, ...]:
 
 
 _ARGS = "Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor group_offsets"
-_fwd = define("moe_mlp", f"({_ARGS}) -> (Tensor, Tensor)", _fake)
+_fwd = define("moe_mlp", f"({_ARGS}) -> (Tensor, Tensor)", _fake, _check)
 _bwd = define_backward(
     "moe_mlp", f"(Tensor dy, Tensor pre, {_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_bwd, num_saved=2
 )

@@ -13,9 +13,11 @@ from uvg_engine.ops._registry import (
     define_backward,
     require,
     require_floating,
+    require_inside,
     require_shape,
     require_spans,
 )
+from uvg_engine.reference.qk_norm_rope import TEXT, VIDEO
 from uvg_engine.reference.spans import accumulation_dtype
 
 
@@ -35,7 +37,7 @@ def qk_norm_rope(
     video (len = F*Y*X, row-major) or 1 text; rows in no span are normed but not rotated. rope_table: fp32 or fp64 [2,
     P, H/2, 2], (cos, sin) of kind, position and pair (`uvg_engine.model.rope_table`). Returns (q, k), [T, D] in their
     dtypes. Statistics in fp32. Source: Wan2.1 (video), GPT-NeoX's rotate-half (text).
-    Raises ValueError on a shape or dtype it does not serve.
+    Raises ValueError on a shape or dtype it does not serve, a span beyond the rows or a position beyond the table.
     """
     require_floating("q", q, "T, D")
     require_shape("k", k, q.shape, q.dtype)
@@ -47,7 +49,22 @@ def qk_norm_rope(
     require_spans("rope_spans", rope_spans, 6)
     require_floating("rope_table", rope_table, "2, P, H/2, 2")
     require_shape("rope_table", rope_table, (2, rope_table.shape[1], width // num_heads // 2, 2))
+    require(not rope_table.requires_grad, "rope_table must not require a gradient", rope_table.requires_grad)
     return _fwd(q, k, weight_q, weight_k, rope_spans, rope_table, num_heads, eps)[:2]
+
+
+def _check(
+    q: Tensor, k: Tensor, weight_q: Any, weight_k: Any, rope_spans: Tensor, rope_table: Tensor, *rest: Any
+) -> None:
+    require_inside("rope_spans", rope_spans, q.shape[0])
+    for _, length, kind, *grid in rope_spans.tolist():
+        require(kind in (VIDEO, TEXT), "rope_spans must be of kind 0 or 1", kind)
+        frames, height, width = grid
+        fits = kind == TEXT or (min(grid) >= 0 and frames * height * width == length)
+        require(fits, "rope_spans must have len = F*Y*X for video", (length, *grid))
+        reached = length if kind == TEXT else max(grid) * bool(length)
+        positions = rope_table.shape[1]
+        require(reached <= positions, f"rope_spans must stay within the table's {positions} positions", reached)
 
 
 def _fake(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -63,7 +80,7 @@ _ARGS = (
     "Tensor q, Tensor k, Tensor weight_q, Tensor weight_k, Tensor rope_spans, Tensor rope_table, int num_heads, "
     "float eps"
 )
-_fwd = define("qk_norm_rope", f"({_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)", _fake)
+_fwd = define("qk_norm_rope", f"({_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)", _fake, _check)
 _bwd = define_backward(
     "qk_norm_rope",
     f"(Tensor dq, Tensor dk, Tensor rstd_q, Tensor rstd_k, {_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)",

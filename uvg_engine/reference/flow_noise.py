@@ -31,14 +31,14 @@ def forward(
     source from lane 1 of (step, SOURCE, j, 0). What no span covers is returned as it came, with velocity 0.
     """
     compute = accumulation_dtype(data.dtype)
-    sample, _, row = span_rows(latent_spans, len(data))
+    sample, _, row = span_rows(latent_spans)
     noise = latent_noise(seeds, latent_spans, len(data), step, compute)[row]
     clean, level = data[row].to(compute), sigma.to(compute)[sample]
     x, velocity = data.clone(), torch.zeros_like(data)
     x[row] = ((1 - level) * clean + level * noise).to(data.dtype)
     velocity[row] = (noise - clean).to(data.dtype)
 
-    sample, offset, row = span_rows(token_spans, len(tokens))
+    sample, offset, row = span_rows(token_spans)
     u = philox.uniform(philox.words(seeds[sample], step, philox.SOURCE, offset)[0])
     source = source_tokens(seeds, token_spans, len(tokens), vocab, mask_id, step)[row]
     noisy = tokens.clone()
@@ -56,7 +56,7 @@ def latent_noise(seeds: Tensor, spans: Tensor, size: int, step: int = 0, dtype: 
     sample, quad, _ = span_rows(quads)
     drawn = philox.normals(*philox.words(seeds[sample], step, philox.NOISE, quad), dtype=dtype).flatten()
     first = (quads[:, 1].cumsum(0) - quads[:, 1]) * 4
-    sample, offset, row = span_rows(spans, size)
+    sample, offset, row = span_rows(spans)
     noise = torch.zeros(size, dtype=dtype, device=spans.device)
     noise[row] = drawn[first[sample] + offset]
     return noise
@@ -66,7 +66,7 @@ def source_tokens(seeds: Tensor, spans: Tensor, size: int, vocab: int, mask_id: 
     """Source tokens int64 [size]: mask_id, or uniform over [0, vocab) where it is -1; 0 outside the spans."""
     if mask_id != -1 and not 0 <= mask_id < vocab:
         raise ValueError(f"mask_id must be -1 or in [0, {vocab}), got {mask_id}")
-    sample, offset, row = span_rows(spans, size)
+    sample, offset, row = span_rows(spans)
     out = torch.zeros(size, dtype=torch.int64, device=spans.device)
     if mask_id == -1:
         out[row] = philox.integers(philox.words(seeds[sample], step, philox.SOURCE, offset)[1], vocab)

@@ -43,25 +43,20 @@ def forward(
     coefs: fp32 [B, 10], rows from uvg_engine.flow.solvers. A coefficient of zero drops its term: what stands there,
     NaN included, changes nothing. tokens, drawn: int64 [L]. jump_prob: fp32 [B]. seeds, steps: int64 [B].
     Returns (x' [N], xc [N], m [N], tokens' [L]) in the dtypes given, summed left to right in fp32 or better; what no
-    span covers stays as it was (x for all three). Raises ValueError where a coefficient asks for absent history.
+    span covers stays as it was (x for all three). History that is absent counts as NaN.
     """
-    uses_m1 = coefs[:, [4, 8]].abs().amax(1)
-    for name, value, used in (("last", last, coefs[:, 2]), ("m1", m1, uses_m1), ("m2", m2, coefs[:, 5])):
-        if value is None and bool((used != 0).any()):
-            raise ValueError(f"{name} must be given where its coefficient is not zero, got None")
     dtype = accumulation_dtype(x.dtype)
-    sample, _, row = span_rows(latent_spans, len(x))
+    sample, _, row = span_rows(latent_spans)
     c = coefs.to(dtype)
 
-    def pick(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[row].to(dtype)
+    def pick(value: Tensor | None) -> Tensor:
+        return x.new_full((), torch.nan, dtype=dtype) if value is None else value[row].to(dtype)
 
-    def linear(*terms: tuple[int, Tensor | None]) -> Tensor:
+    def linear(*terms: tuple[int, Tensor]) -> Tensor:
         total = torch.zeros(len(row), dtype=dtype, device=x.device)
         for k, value in terms:
-            if value is not None:
-                factor = c[:, k][sample]
-                total = total + torch.where(factor == 0, 0.0, factor * value)
+            factor = c[:, k][sample]
+            total = total + torch.where(factor == 0, 0.0, factor * value)
         return total
 
     x_row, v = x[row].to(dtype), v_cond[row].to(dtype)
@@ -87,7 +82,7 @@ def jump_coins(jump_prob: Tensor, seeds: Tensor, steps: Tensor, token_spans: Ten
     jump_prob: fp32 [B]. seeds, steps: int64 [B]. token_spans: int32 [B, 2]. size: L.
     Returns bool [L]; False outside the spans.
     """
-    sample, offset, row = span_rows(token_spans, size)
+    sample, offset, row = span_rows(token_spans)
     u = philox.uniform(philox.words(seeds[sample], steps[sample], philox.COIN, offset)[0])
     coin = torch.zeros(size, dtype=torch.bool, device=token_spans.device)
     coin[row] = u < jump_prob[sample]

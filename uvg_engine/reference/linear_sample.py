@@ -48,31 +48,30 @@ class _Greedy:
     def add(self, logits: Tensor, start: int, u_inside: float, u_between: float) -> None:
         index = int(logits.argmax())
         value = float(logits[index])
-        if not value <= self.best:  # also NaN, which then stays the best
+        if not math.isnan(self.best) and not value <= self.best:  # a NaN is taken, and stays
             self.best = value
             self.choice = start + index if abs(value) < math.inf else -1
 
 
 class _Draw:
-    """The running choice, with the mass seen so far as mass * exp(peak)."""
+    """The running choice, with the mass seen so far as mass * exp(peak / temperature)."""
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
         self.choice, self.mass, self.peak = -1, 0.0, -math.inf
 
     def add(self, logits: Tensor, start: int, u_inside: float, u_between: float) -> None:
-        scaled = logits.double() / self.temperature
-        peak = float(scaled.max())
+        peak = float(logits.max())
         if peak == -math.inf or math.isnan(self.mass):
             return
-        cumulative = (scaled - peak).exp().cumsum(0)
+        cumulative = ((logits.double() - peak) / self.temperature).exp().cumsum(0)  # dividing first might overflow
         tile_mass = float(cumulative[-1])
         if math.isnan(tile_mass):
             self.choice, self.mass = -1, math.nan
             return
         top = max(self.peak, peak)
-        self.mass *= math.exp(self.peak - top)
-        tile_share = tile_mass * math.exp(peak - top)
+        self.mass *= math.exp((self.peak - top) / self.temperature)
+        tile_share = tile_mass * math.exp((peak - top) / self.temperature)
         self.mass, self.peak = self.mass + tile_share, top
         if u_between * self.mass < tile_share:
             self.choice = start + int(torch.searchsorted(cumulative, u_inside * tile_mass, right=True))

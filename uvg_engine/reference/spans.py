@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 
 
-def span_rows(spans: torch.Tensor, size: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def span_rows(spans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Unroll spans to the rows that they cover, in span order.
 
-    spans: int32 [S, 2] of (start, len). size: rows of the buffer, checked where given.
+    spans: int32 [S, 2] of (start, len).
     Returns int64 (span [M], offset [M], row [M]): the span, the place inside it and the place in the buffer.
     """
     starts, lengths = spans.long().unbind(1)
-    if size is not None and bool(((starts < 0) | (lengths < 0) | (starts + lengths > size)).any()):
-        raise ValueError(f"spans must lie in [0, {size}), got {spans.tolist()}")
     owner = torch.repeat_interleave(torch.arange(len(spans), device=spans.device), lengths)
     first = torch.cumsum(lengths, 0) - lengths
     offset = torch.arange(len(owner), device=spans.device) - first[owner]
