@@ -9,6 +9,9 @@
 
 #include "common/cpu_features.h"
 #include "common/philox.h"
+#include "uvg/gated_residual.h"
+#include "uvg/modulated_layer_norm.h"
+#include "uvg/qk_norm_rope.h"
 
 namespace py = pybind11;
 
@@ -30,7 +33,7 @@ py::dict cpu_features() {
   py::dict flags;
   for (const auto& [name, present] : uvg::cpu_flags()) flags[name] = present;
   py::dict out;
-  out["isa"] = uvg::isa_name(uvg::active_isa());
+  out["isa"] = uvg::isa_name(uvg::isa_in_use());
   out["supported"] = isa_names(uvg::supported_isas());
   out["flags"] = flags;
   return out;
@@ -61,6 +64,65 @@ py::dict build_info() {
   return out;
 }
 
+using Address = std::uintptr_t;  // of a tensor's first element; 0 where there is no tensor
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);  // NOLINT
+}
+
+// Runs a kernel without Python's lock.
+template <typename Params>
+void run(void (*kernel)(const Params&), const Params& params) {
+  const py::gil_scoped_release release;
+  kernel(params);
+}
+
+void layer_norm(bool backward, Address x, Address shift, Address scale, Address spans, Address weight, Address bias,
+                int64_t rows, int64_t width, int64_t num_spans, float eps, int dtype, int threads, Address mean,
+                Address rstd, Address y, Address dy, Address dx, Address dshift, Address dscale, Address dweight,
+                Address dbias) {
+  uvg::ModulatedLayerNormParams p{};
+  p.x = at<void>(x);
+  p.shift = at<float>(shift), p.scale = at<float>(scale), p.spans = at<int32_t>(spans);
+  p.weight = at<float>(weight), p.bias = at<float>(bias);
+  p.rows = rows, p.width = width, p.num_spans = num_spans;
+  p.eps = eps, p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
+  p.mean = at<float>(mean), p.rstd = at<float>(rstd);
+  p.y = at<void>(y), p.dy = at<void>(dy), p.dx = at<void>(dx);
+  p.dshift = at<float>(dshift), p.dscale = at<float>(dscale);
+  p.dweight = at<float>(dweight), p.dbias = at<float>(dbias);
+  run(backward ? uvg::modulated_layer_norm_backward : uvg::modulated_layer_norm_forward, p);
+}
+
+void residual(bool backward, Address h, Address y, Address gate, Address spans, int64_t rows, int64_t width,
+              int64_t num_spans, int dtype_h, int dtype_y, int threads, Address out, Address dout, Address dy,
+              Address dgate) {
+  uvg::GatedResidualParams p{};
+  p.h = at<void>(h), p.y = at<void>(y), p.gate = at<float>(gate), p.spans = at<int32_t>(spans);
+  p.rows = rows, p.width = width, p.num_spans = num_spans;
+  p.dtype_h = static_cast<uvg::Dtype>(dtype_h), p.dtype_y = static_cast<uvg::Dtype>(dtype_y), p.threads = threads;
+  p.out = at<void>(out), p.dout = at<void>(dout), p.dy = at<void>(dy), p.dgate = at<float>(dgate);
+  run(backward ? uvg::gated_residual_backward : uvg::gated_residual_forward, p);
+}
+
+using Pair = std::array<Address, 2>;
+
+void norm_rope(bool backward, Pair x, Pair weight, Address spans, Address table, int64_t rows, int64_t width,
+               int64_t heads, int64_t num_spans, int64_t positions, float eps, int dtype, int threads, Pair rstd,
+               Pair y, Pair dy, Pair dx, Pair dweight) {
+  uvg::QkNormRopeParams p{};
+  p.spans = at<int32_t>(spans), p.table = at<float>(table);
+  p.rows = rows, p.width = width, p.heads = heads, p.num_spans = num_spans, p.positions = positions;
+  p.eps = eps, p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
+  for (int i = 0; i < 2; ++i) {
+    p.x[i] = at<void>(x[i]), p.weight[i] = at<float>(weight[i]), p.rstd[i] = at<float>(rstd[i]);
+    p.y[i] = at<void>(y[i]), p.dy[i] = at<void>(dy[i]), p.dx[i] = at<void>(dx[i]);
+    p.dweight[i] = at<float>(dweight[i]);
+  }
+  run(backward ? uvg::qk_norm_rope_backward : uvg::qk_norm_rope_forward, p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -70,5 +132,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("cpu_features", &cpu_features,
         "Instruction set in use (UVG_CPU_ISA lowers it; ValueError on one this CPU or build lacks), those that the "
         "CPU supports, and single feature flags.");
+  m.def("use_isa", &uvg::use_isa, py::arg("name"), "Run the kernels in another instruction set from now on.");
+  // Kernels: addresses of packed tensors, sizes, Dtype numbers (0 float32, 1 bfloat16); uvg_engine/backends/cpu.py
+  // checks and calls. Fields as in csrc/include/uvg/<op>.h.
+  m.def("modulated_layer_norm", &layer_norm);
+  m.def("gated_residual", &residual);
+  m.def("qk_norm_rope", &norm_rope);
   m.def("build_info", &build_info, "Version, compiler, instruction sets compiled in, OpenMP or not.");
 }

@@ -1,6 +1,7 @@
 #include "common/cpu_features.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <sstream>
 #include <stdexcept>
@@ -28,6 +29,19 @@ bool has_avx512() {
 }
 bool has_avx512_bf16() { return has_avx512() && UVG_HAS("avx512bf16") && UVG_HAS("avx512vnni"); }
 #endif
+
+std::vector<Isa> usable_isas() {
+  std::vector<Isa> usable;
+  const std::vector<Isa> compiled = compiled_isas();
+  for (Isa isa : supported_isas())
+    if (contains(compiled, isa)) usable.push_back(isa);
+  return usable;
+}
+
+std::atomic<Isa>& chosen() {
+  static std::atomic<Isa> isa{active_isa()};
+  return isa;
+}
 
 }  // namespace
 
@@ -81,13 +95,13 @@ Isa choose_isa(const std::string& wish, const std::vector<Isa>& usable) {
 }
 
 Isa active_isa() {
-  std::vector<Isa> usable;
-  const std::vector<Isa> compiled = compiled_isas();
-  for (Isa isa : supported_isas())
-    if (contains(compiled, isa)) usable.push_back(isa);
   const char* wish = std::getenv("UVG_CPU_ISA");
-  return choose_isa(wish ? wish : "", usable);
+  return choose_isa(wish ? wish : "", usable_isas());
 }
+
+Isa isa_in_use() { return chosen().load(std::memory_order_relaxed); }
+
+void use_isa(const std::string& name) { chosen().store(choose_isa(name, usable_isas())); }
 
 std::vector<std::pair<const char*, bool>> cpu_flags() {
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -25,6 +25,12 @@ Isa choose_isa(const std::string& wish, const std::vector<Isa>& usable);
 // What runs here: supported and compiled, lowered by UVG_CPU_ISA if that is set. Throws as choose_isa does.
 Isa active_isa();
 
+// active_isa() of the first call, or what use_isa() set since: what the kernels run in.
+Isa isa_in_use();
+
+// Run the kernels in another set from now on, by its name. Throws as choose_isa does. For tests and benches.
+void use_isa(const std::string& name);
+
 // Single features and whether the CPU has them, for reports.
 std::vector<std::pair<const char*, bool>> cpu_flags();
 

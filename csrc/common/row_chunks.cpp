@@ -1,20 +1,22 @@
 #include "common/row_chunks.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace uvg {
 namespace {
+
+constexpr int64_t kChunkRows = 64;
 
 void cut(std::vector<RowChunk>& out, int64_t first, int64_t rows, int64_t span) {
   for (int64_t offset = 0; offset < rows; offset += kChunkRows)
     out.push_back({first + offset, std::min(kChunkRows, rows - offset), span, offset});
 }
 
-}  // namespace
-
-std::vector<RowChunk> row_chunks(const int32_t* spans, int64_t num_spans, int64_t stride, int64_t num_rows) {
+std::vector<RowChunk> all_chunks(const int32_t* spans, int64_t num_spans, int64_t stride, int64_t num_rows) {
   std::vector<int64_t> order;
   for (int64_t s = 0; spans != nullptr && s < num_spans; ++s)
     if (spans[s * stride + 1] != 0) order.push_back(s);
@@ -25,15 +27,49 @@ std::vector<RowChunk> row_chunks(const int32_t* spans, int64_t num_spans, int64_
   for (int64_t s : order) {
     const int64_t start = spans[s * stride], length = spans[s * stride + 1];
     if (length < 0 || start < next || start + length > num_rows)
-      throw std::invalid_argument("spans must lie in [0, " + std::to_string(num_rows) +
-                                  ") without overlap, got start " + std::to_string(start) + ", len " +
-                                  std::to_string(length));
+      throw std::invalid_argument("spans must lie in [0, " + std::to_string(num_rows) + ") without overlap, got start " +
+                                  std::to_string(start) + ", len " + std::to_string(length));
     cut(out, next, start - next, -1);
     cut(out, start, length, s);
     next = start + length;
   }
   cut(out, next, num_rows - next, -1);
   return out;
+}
+
+}  // namespace
+
+RowChunks::RowChunks(const int32_t* spans, int64_t num_spans, int64_t stride, int64_t num_rows) {
+  const std::vector<RowChunk> all = all_chunks(spans, num_spans, stride, num_rows);
+  size_ = static_cast<int64_t>(all.size());
+  chunks_ = new RowChunk[all.size()];
+  std::copy(all.begin(), all.end(), chunks_);
+}
+
+RowChunks::~RowChunks() { delete[] chunks_; }
+
+int64_t RowChunks::size() const { return size_; }
+
+const RowChunk& RowChunks::operator[](int64_t index) const { return chunks_[index]; }
+
+Floats::Floats(int64_t size) : data_(new float[static_cast<size_t>(size)]()) {}
+
+Floats::~Floats() { delete[] data_; }
+
+float* Floats::data() const { return data_; }
+
+void check_rope_spans(const int32_t* spans, int64_t num_spans, int64_t positions) {
+  for (int64_t s = 0; s < num_spans; ++s) {
+    const int32_t* span = spans + s * 6;
+    const int64_t length = span[1], kind = span[2];
+    if (length <= 0) continue;  // negative ones are told by RowChunks
+    const bool video = kind == 0;
+    const int64_t most = video ? std::max({span[3], span[4], span[5]}) : span[1];
+    if ((video && int64_t{span[3]} * span[4] * span[5] != length) || kind < 0 || kind > 1 || most > positions)
+      throw std::invalid_argument("rope_spans must be (start, len, 0, F, Y, X) with len = F*Y*X, or kind 1, within " +
+                                  std::to_string(positions) + " positions, got len " + std::to_string(length) +
+                                  ", kind " + std::to_string(kind));
+  }
 }
 
 }  // namespace uvg

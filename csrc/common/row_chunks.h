@@ -1,15 +1,13 @@
 // Rows of a packed matrix cut into runs that one thread does alone.
 //
 // The cut depends on the spans only: sums over rows are made chunk by chunk, in order, so that no result depends on the
-// number of threads, and a span's sum not on its neighbours.
+// number of threads, and a span's sum not on its neighbours. Nothing here is inline or a template of the standard
+// library: kernels include it in the code of several instruction sets.
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 namespace uvg {
-
-constexpr int64_t kChunkRows = 64;
 
 struct RowChunk {
   int64_t first, rows;
@@ -17,8 +15,40 @@ struct RowChunk {
   int64_t offset;  // of the first row inside its span
 };
 
-// spans: num_spans entries of `stride` int32, (start, len) first; nullptr is no span at all. Chunks come in the order
-// of the rows and cover all of [0, num_rows). Throws std::invalid_argument on spans that overlap or lie outside.
-std::vector<RowChunk> row_chunks(const int32_t* spans, int64_t num_spans, int64_t stride, int64_t num_rows);
+// Chunks in the order of the rows; they cover all of [0, num_rows).
+class RowChunks {
+ public:
+  // spans: num_spans entries of `stride` int32, (start, len) first; nullptr is no span at all. Throws
+  // std::invalid_argument on spans that overlap or lie outside.
+  RowChunks(const int32_t* spans, int64_t num_spans, int64_t stride, int64_t num_rows);
+  ~RowChunks();
+  RowChunks(const RowChunks&) = delete;
+  RowChunks& operator=(const RowChunks&) = delete;
+
+  int64_t size() const;
+  const RowChunk& operator[](int64_t index) const;
+
+ private:
+  RowChunk* chunks_;
+  int64_t size_;
+};
+
+// Floats that start as zero.
+class Floats {
+ public:
+  explicit Floats(int64_t size);
+  ~Floats();
+  Floats(const Floats&) = delete;
+  Floats& operator=(const Floats&) = delete;
+
+  float* data() const;
+
+ private:
+  float* data_;
+};
+
+// Throws std::invalid_argument on rope spans (start, len, kind, F, Y, X) whose kind or len is wrong or whose positions
+// the table lacks.
+void check_rope_spans(const int32_t* spans, int64_t num_spans, int64_t positions);
 
 }  // namespace uvg

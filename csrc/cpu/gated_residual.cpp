@@ -22,9 +22,9 @@ struct Gate {
 
 template <typename H, typename Y>
 void forward(const Params& p) {
-  const auto chunks = row_chunks(p.spans, p.num_spans, 2, p.rows);
+  const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (size_t c = 0; c < chunks.size(); ++c) {
+  for (int64_t c = 0; c < chunks.size(); ++c) {
     const Gate gate(p, chunks[c].span);
     for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
       const H* h = static_cast<const H*>(p.h) + r * p.width;
@@ -39,10 +39,10 @@ void forward(const Params& p) {
 
 template <typename H, typename Y>
 void backward(const Params& p) {
-  const auto chunks = row_chunks(p.spans, p.num_spans, 2, p.rows);
+  const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
   PartialSums sums(chunks, p.gate == nullptr ? 0 : 1, p.width);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (size_t c = 0; c < chunks.size(); ++c) {
+  for (int64_t c = 0; c < chunks.size(); ++c) {
     const Gate gate(p, chunks[c].span);
     for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
       const H* dout = static_cast<const H*>(p.dout) + r * p.width;

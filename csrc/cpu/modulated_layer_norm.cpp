@@ -1,7 +1,5 @@
 #include "uvg/modulated_layer_norm.h"
 
-#include <cmath>
-
 #include "cpu/partial_sums.h"
 
 namespace uvg {
@@ -53,7 +51,7 @@ void forward_row(const Params& p, int64_t r, const Row& row) {
     const Vec d = load(x + i, n, mean) - mean;
     squares += d * d;
   });
-  const float rstd = 1.0f / std::sqrt(sum(squares) / width + p.eps);
+  const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / width + p.eps);
   columns(p.width, [&](int64_t i, int64_t n) {
     store(y + i, row.modulate(row.affine((load(x + i, n) - mean) * rstd, i, n), i, n), n);
   });
@@ -93,9 +91,9 @@ void backward_row(const Params& p, int64_t r, const Row& row, float* const* sums
 
 template <typename T>
 void forward(const Params& p) {
-  const auto chunks = row_chunks(p.spans, p.num_spans, 2, p.rows);
+  const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (size_t c = 0; c < chunks.size(); ++c) {
+  for (int64_t c = 0; c < chunks.size(); ++c) {
     const Row row(p, chunks[c].span);
     for (int64_t r = 0; r < chunks[c].rows; ++r) forward_row<T>(p, chunks[c].first + r, row);
   }
@@ -103,10 +101,10 @@ void forward(const Params& p) {
 
 template <typename T>
 void backward(const Params& p) {
-  const auto chunks = row_chunks(p.spans, p.num_spans, 2, p.rows);
+  const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
   PartialSums sums(chunks, kParts, p.width);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (size_t c = 0; c < chunks.size(); ++c) {
+  for (int64_t c = 0; c < chunks.size(); ++c) {
     const Row row(p, chunks[c].span);
     float* const own[kParts] = {sums.at(c, kShift), sums.at(c, kScale), sums.at(c, kWeight), sums.at(c, kBias)};
     for (int64_t r = 0; r < chunks[c].rows; ++r) backward_row<T>(p, chunks[c].first + r, row, own);

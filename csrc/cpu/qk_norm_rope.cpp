@@ -1,10 +1,5 @@
 #include "uvg/qk_norm_rope.h"
 
-#include <cmath>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
 #include "cpu/partial_sums.h"
 
 namespace uvg {
@@ -46,8 +41,8 @@ class Rope {
   void gather(int64_t first, int64_t last, int64_t position) {
     const float* row = p_.table + (kind_ * p_.positions + position) * pairs_ * 2;
     for (int64_t j = first; j < last; ++j) {
-      cos_[j] = row[2 * j];
-      sin_[j] = row[2 * j + 1];
+      cos_.data()[j] = row[2 * j];
+      sin_.data()[j] = row[2 * j + 1];
     }
   }
 
@@ -70,7 +65,7 @@ class Rope {
 
   const Params& p_;
   int64_t pairs_;
-  std::vector<float> cos_, sin_;
+  Floats cos_, sin_;
   int kind_ = kNone;
 };
 
@@ -83,7 +78,7 @@ void forward_row(const Params& p, int which, int64_t r, const Rope& rope, float*
     const Vec v = load(x + i, n);
     squares += v * v;
   });
-  const float rstd = 1.0f / std::sqrt(sum(squares) / static_cast<float>(p.width) + p.eps);
+  const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(p.width) + p.eps);
   columns(p.width, [&](int64_t i, int64_t n) {
     store(row + i, load(x + i, n) * rstd * load(p.weight[which] + i, n), n);
   });
@@ -115,30 +110,16 @@ void backward_row(const Params& p, int which, int64_t r, const Rope& rope, float
   });
 }
 
-// Chunks of the rows. Throws where a position has no row in the table.
-std::vector<RowChunk> checked_chunks(const Params& p) {
-  for (int64_t s = 0; s < p.num_spans; ++s) {
-    const int32_t* span = p.spans + s * 6;
-    const int64_t length = span[1], volume = int64_t{span[3]} * span[4] * span[5];
-    if (length <= 0) continue;  // negative ones are told by row_chunks
-    const int64_t most = span[2] == kVideo ? std::max({span[3], span[4], span[5]}) : length;
-    if ((span[2] == kVideo && volume != length) || (span[2] != kVideo && span[2] != kText) || most > p.positions)
-      throw std::invalid_argument("rope_spans must be (start, len, kind 0 with len = F*Y*X or kind 1, F, Y, X) within " +
-                                  std::to_string(p.positions) + " positions, got len " + std::to_string(length) +
-                                  ", kind " + std::to_string(span[2]));
-  }
-  return row_chunks(p.spans, p.num_spans, 6, p.rows);
-}
-
 template <typename T>
 void forward(const Params& p) {
-  const auto chunks = checked_chunks(p);
+  check_rope_spans(p.spans, p.num_spans, p.positions);
+  const RowChunks chunks(p.spans, p.num_spans, 6, p.rows);
 #pragma omp parallel num_threads(p.threads)
   {
     Rope rope(p);
-    std::vector<float> row(p.width + kLanes);
+    const Floats row(p.width + kLanes);
 #pragma omp for schedule(static)
-    for (size_t c = 0; c < chunks.size(); ++c) {
+    for (int64_t c = 0; c < chunks.size(); ++c) {
       for (int64_t r = 0; r < chunks[c].rows; ++r) {
         rope.seek(chunks[c].span, chunks[c].offset + r);
         for (int which = 0; which < 2; ++which) forward_row<T>(p, which, chunks[c].first + r, rope, row.data());
@@ -149,14 +130,15 @@ void forward(const Params& p) {
 
 template <typename T>
 void backward(const Params& p) {
-  const auto chunks = checked_chunks(p);
+  check_rope_spans(p.spans, p.num_spans, p.positions);
+  const RowChunks chunks(p.spans, p.num_spans, 6, p.rows);
   PartialSums sums(chunks, 2, p.width);
 #pragma omp parallel num_threads(p.threads)
   {
     Rope rope(p);
-    std::vector<float> row(p.width + kLanes);
+    const Floats row(p.width + kLanes);
 #pragma omp for schedule(static)
-    for (size_t c = 0; c < chunks.size(); ++c) {
+    for (int64_t c = 0; c < chunks.size(); ++c) {
       for (int64_t r = 0; r < chunks[c].rows; ++r) {
         rope.seek(chunks[c].span, chunks[c].offset + r);
         for (int which = 0; which < 2; ++which)

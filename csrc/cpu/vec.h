@@ -1,9 +1,9 @@
 // Sixteen floats at once, in the instruction set that the file is compiled for (GCC and Clang vector extensions).
 //
-// The order of every sum is fixed by the width alone: not by alignment, neighbours or the instruction set.
+// The order of every sum is fixed by the width alone: not by alignment, neighbours or the instruction set. Functions of
+// the standard library that are inline stay out: the linker would keep one instruction set's copy for all.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -76,7 +76,7 @@ inline float sum(Vec v) {
 // body(first column, columns) over a row in steps of sixteen.
 template <typename Body>
 inline void columns(int64_t width, Body&& body) {
-  for (int64_t i = 0; i < width; i += kLanes) body(i, std::min(kLanes, width - i));
+  for (int64_t i = 0; i < width; i += kLanes) body(i, width - i < kLanes ? width - i : kLanes);
 }
 
 inline void add_to(float* total, Vec v, int64_t n) { store(total, load(total, n) + v, n); }

@@ -33,6 +33,14 @@ def cpu() -> ModuleType | None:
     return _load()[0]
 
 
+def core() -> ModuleType:
+    """The native CPU module. Raises RuntimeError with the reason where there is none."""
+    module = cpu()
+    if module is None:
+        raise RuntimeError(why_not())
+    return module
+
+
 def why_not() -> str | None:
     """Why there is no native CPU module, or None where there is one."""
     return _load()[1]

@@ -1,0 +1,164 @@
+"""The cpu backend: C++ kernels of the native core. Here tensors are checked and made ready; kernels see addresses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from uvg_engine.backends import Kernel, native
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _refuses(*tensors: Tensor) -> str | None:
+    """CPU tensors in fp32 or bf16, and a native core to run them."""
+    if native.cpu() is None:
+        return native.why_not()
+    for x in tensors:
+        if x.device.type != "cpu":
+            return f"tensors are on {x.device.type}"
+        if x.dtype not in _DTYPES:
+            return f"dtype {x.dtype}; have float32, bfloat16"
+    return None
+
+
+def _at(x: Tensor | None) -> int:
+    """Address of a packed tensor, 0 for none. The caller keeps it alive."""
+    return 0 if x is None else x.data_ptr()
+
+
+def _floats(x: Tensor | None) -> Tensor | None:
+    """A parameter as kernels read it: packed fp32."""
+    return None if x is None else x.float().contiguous()
+
+
+def _new(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.float32)
+
+
+def _norm_args(backward: bool, x: Tensor, shift, scale, spans, weight, bias, eps: float, **out: Tensor) -> tuple:
+    names = ("mean", "rstd", "y", "dy", "dx", "dshift", "dscale", "dweight", "dbias")
+    return (
+        backward,
+        *(_at(value) for value in (x, shift, scale, spans, weight, bias)),
+        *(*x.shape, 0 if spans is None else len(spans), eps, _DTYPES[x.dtype], torch.get_num_threads()),
+        *(_at(out.get(name)) for name in names),
+    )
+
+
+def norm_forward(x: Tensor, shift, scale, spans, weight, bias, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as in reference.modulated_layer_norm.forward."""
+    x = x.contiguous()
+    spans = None if spans is None else spans.contiguous()
+    shift, scale, weight, bias = (_floats(value) for value in (shift, scale, weight, bias))
+    y = torch.empty_like(x)
+    mean, rstd = _new(len(x)), _new(len(x))
+    native.core().modulated_layer_norm(
+        *_norm_args(False, x, shift, scale, spans, weight, bias, eps, y=y, mean=mean, rstd=rstd)
+    )
+    return y, mean, rstd
+
+
+def norm_backward(
+    dy: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, shift, scale, spans, weight, bias, eps: float
+) -> tuple[Tensor, ...]:
+    """Arguments and results as in reference.modulated_layer_norm.backward."""
+    x, dy = x.contiguous(), dy.contiguous()
+    spans = None if spans is None else spans.contiguous()
+    given = (shift, scale, weight, bias)
+    floats = [_floats(value) for value in given]
+    grads = [_new(0) if value is None else _new(*value.shape) for value in given]
+    dx = torch.empty_like(x)
+    names = dict(zip(("dshift", "dscale", "dweight", "dbias"), grads, strict=True))
+    kept = {name: grad for (name, grad), value in zip(names.items(), given, strict=True) if value is not None}
+    native.core().modulated_layer_norm(
+        *_norm_args(True, x, *floats[:2], spans, *floats[2:], eps, dy=dy, mean=mean, rstd=rstd, dx=dx, **kept)
+    )
+    typed = (g if value is None else g.to(value.dtype) for g, value in zip(grads, given, strict=True))
+    return dx, *typed
+
+
+def _refuses_residual(h: Tensor, y: Tensor, *rest: object) -> str | None:
+    return _refuses(h, y)
+
+
+def _residual(backward: bool, h, y: Tensor, gate, spans, dtype_h: torch.dtype, **out: Tensor) -> None:
+    """Calls the kernel; every tensor must be packed."""
+    native.core().gated_residual(
+        backward,
+        *(_at(value) for value in (h, y, gate, spans)),
+        *(*y.shape, 0 if spans is None else len(spans), _DTYPES[dtype_h], _DTYPES[y.dtype]),
+        torch.get_num_threads(),
+        *(_at(out.get(name)) for name in ("out", "dout", "dy", "dgate")),
+    )
+
+
+def residual_forward(h: Tensor, y: Tensor, gate: Tensor | None, spans: Tensor | None) -> Tensor:
+    """Arguments and results as in reference.gated_residual.forward."""
+    h, y, gate = h.contiguous(), y.contiguous(), _floats(gate)
+    spans = None if spans is None else spans.contiguous()
+    out = torch.empty_like(h)
+    _residual(False, h, y, gate, spans, h.dtype, out=out)
+    return out
+
+
+def residual_backward(
+    dout: Tensor, h: Tensor, y: Tensor, gate: Tensor | None, spans: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as in reference.gated_residual.backward."""
+    dout, y, floats = dout.contiguous(), y.contiguous(), _floats(gate)
+    spans = None if spans is None else spans.contiguous()
+    dy = torch.empty_like(y)
+    if gate is None:
+        _residual(True, None, y, None, None, dout.dtype, dout=dout, dy=dy)
+        return dy, _new(0)
+    dgate = _new(*gate.shape)
+    _residual(True, None, y, floats, spans, dout.dtype, dout=dout, dy=dy, dgate=dgate)
+    return dy, dgate.to(gate.dtype)
+
+
+def _refuses_rope(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, spans: Tensor, table: Tensor, *rest) -> str | None:
+    if table.dtype != torch.float32:
+        return f"rope_table of {table.dtype}; have float32"
+    return _refuses(q, k)
+
+
+def _rope(backward: bool, x: list, weight: list, spans: Tensor, table: Tensor, heads: int, eps: float, **out) -> None:
+    """Calls the kernel; x, weight and each entry of out are pairs (for q, for k)."""
+    spans, table = spans.contiguous(), table.contiguous()
+    packed = [_floats(w) for w in weight]
+    native.core().qk_norm_rope(
+        backward,
+        [_at(value) for value in x],
+        [_at(value) for value in packed],
+        *(_at(spans), _at(table), *x[0].shape, heads, len(spans), table.shape[1], eps),
+        *(_DTYPES[x[0].dtype], torch.get_num_threads()),
+        *([_at(value) for value in out.get(name, (None, None))] for name in ("rstd", "y", "dy", "dx", "dweight")),
+    )
+
+
+def rope_forward(q, k, weight_q, weight_k, rope_spans, rope_table, num_heads: int, eps: float) -> tuple[Tensor, ...]:
+    """Arguments and results as in reference.qk_norm_rope.forward."""
+    x = [q.contiguous(), k.contiguous()]
+    y, rstd = [torch.empty_like(value) for value in x], [_new(len(q)), _new(len(q))]
+    _rope(False, x, [weight_q, weight_k], rope_spans, rope_table, num_heads, eps, y=y, rstd=rstd)
+    return *y, *rstd
+
+
+def rope_backward(
+    dq, dk, rstd_q, rstd_k, q, k, weight_q, weight_k, rope_spans, rope_table, num_heads: int, eps: float
+) -> tuple[Tensor, ...]:
+    """Arguments and results as in reference.qk_norm_rope.backward."""
+    x, dy = [q.contiguous(), k.contiguous()], [dq.contiguous(), dk.contiguous()]
+    weight = [weight_q, weight_k]
+    dx, dweight = [torch.empty_like(value) for value in x], [_new(*value.shape) for value in weight]
+    out = {"rstd": [rstd_q, rstd_k], "dy": dy, "dx": dx, "dweight": dweight}
+    _rope(True, x, weight, rope_spans, rope_table, num_heads, eps, **out)
+    return *dx, *(grad.to(value.dtype) for grad, value in zip(dweight, weight, strict=True))
+
+
+TABLE = {
+    "modulated_layer_norm": Kernel(norm_forward, norm_backward, lambda x, *rest: _refuses(x)),
+    "gated_residual": Kernel(residual_forward, residual_backward, _refuses_residual),
+    "qk_norm_rope": Kernel(rope_forward, rope_backward, _refuses_rope),
+}
