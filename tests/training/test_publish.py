@@ -71,5 +71,5 @@ def test_a_folder_that_is_no_run_is_told(tmp_path):
         engine_parts(tmp_path)
     strange = tmp_path / "strange.pt"
     torch.save({"model": {}}, strange)
-    with pytest.raises(ValueError, match="without codec, config, ema, tokenizer"):
+    with pytest.raises(ValueError, match="without codec, config, ema, ema_updates, optimizer, rng, step, tokenizer"):
         engine_parts(strange)

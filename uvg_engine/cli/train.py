@@ -29,6 +29,7 @@ def train(
     from uvg_engine.training.config import TrainConfig
     from uvg_engine.training.loop import Trainer
     from uvg_engine.training.publish import engine_defaults
+    from uvg_engine.training.state import checkpoints
 
     if find_spec("tensorboard") is None:
         raise ValueError("uvg train needs the package tensorboard: pip install 'uvg-engine[train]'")
@@ -46,7 +47,10 @@ def train(
         else:
             trainer.run(stop_at=stop_at)
     except KeyboardInterrupt:
-        print(f"stopped; the same command with --resume goes on from {output}", file=sys.stderr)
+        if chief:
+            found = checkpoints(output / "checkpoints")
+            place = found[-1].name if found else "step 0, there is no checkpoint yet"
+            print(f"at step {trainer.step}; the same command with --resume goes on from {place}", file=sys.stderr)
         raise
     if chief:
         folder = publish(trainer, output / "model")

@@ -19,8 +19,6 @@ from uvg_engine.ops import flow_noise
 from uvg_engine.reference import philox
 from uvg_engine.training.config import Stage, TrainConfig
 
-TIME_STREAM = 5
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -55,9 +53,9 @@ def sample_seeds(seed: int, positions: Sequence[int]) -> Tensor:
 
 def _uniforms(seeds: Tensor, count: int) -> Tensor:
     """count uniforms per sample from the TIME stream: fp32 [B, count]."""
-    draws = []
+    draws: list[Tensor] = []
     for index in range(-(-count // 4)):
-        draws.extend(philox.uniform(word) for word in philox.words(seeds, 0, TIME_STREAM, index))
+        draws.extend(philox.uniform(word) for word in philox.words(seeds, 0, philox.TIME, index))
     return torch.stack(draws[:count], 1)
 
 
@@ -90,7 +88,7 @@ def make_batch(
 
     latents = pieces.codec.encode_batch(samples["frames"])
     texts = samples["captions"] if stage.text == "caption" else samples["prompts"]
-    ids = []
+    ids: list[list[int]] = []
     for index, (prompt, text) in enumerate(zip(samples["prompts"], texts, strict=True)):
         if not with_text:
             ids.append([])

@@ -1,7 +1,7 @@
-"""Data-parallel training: one process a device (or a core), gradients averaged once a step.
+"""Data-parallel training: one process a core or machine, gradients averaged once a step.
 
-Start with `torchrun --nproc-per-node N -m uvg_engine.cli train ...`. Each rank takes its part of every batch, so that a run with N
-ranks sees the same samples as one with a single process.
+Start with `torchrun --nproc-per-node N -m uvg_engine.cli train ...`. Each rank takes its part of every batch: a run
+with N ranks computes what a single process computes with N times `accumulate`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def start() -> tuple[int, int]:
     """(rank, world size); joins the process group that torchrun announces in the environment, once."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        distributed.init_process_group("gloo")  # a trainer's tensors are on the CPU, also where a GPU is
     return (distributed.get_rank(), size) if size > 1 else (0, 1)
 
 

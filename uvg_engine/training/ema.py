@@ -22,5 +22,5 @@ class Ema:
         """Take one step towards `model`."""
         self.updates += 1
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages = list(self.model.parameters())
+        averages: list[torch.Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(averages, [p.detach() for p in model.parameters()], weight)

@@ -12,16 +12,18 @@ from typing import Any
 import torch
 import yaml
 
+from uvg_engine.media.files import replacing
+from uvg_engine.model.patches import patch_grid
 from uvg_engine.model.text_init import text_from_video
 from uvg_engine.model.univigu import UniViGU
 from uvg_engine.training import distributed
 from uvg_engine.training.batch import make_batch
-from uvg_engine.training.config import Stage, TrainConfig
+from uvg_engine.training.config import Stage, TrainConfig, differences
 from uvg_engine.training.ema import Ema
 from uvg_engine.training.initial import initial_weights
 from uvg_engine.training.losses import compute_losses
-from uvg_engine.training.pieces import data_order, make_dataset, make_pieces, model_config
-from uvg_engine.training.state import checkpoints, load_checkpoint, save_checkpoint
+from uvg_engine.training.pieces import data_order, make_dataset, make_pieces, model_config, saved_pieces
+from uvg_engine.training.state import checkpoints, load_newest, save_checkpoint
 
 Log = dict[str, float]
 
@@ -29,8 +31,9 @@ Log = dict[str, float]
 class Trainer:
     """One run in a folder: `config.yaml`, `checkpoints/`, `log.jsonl`, TensorBoard files and the exported `model/`.
 
-    Raises ValueError on a config that does not fit, before any work starts. A run is a function of its config alone: the batch
-    at step s is drawn from (seed, s), so a resumed run continues with the same numbers.
+    Raises ValueError on a config that does not fit and on a folder that cannot be written, before any work starts. A
+    run is a function of its config alone: the batch at step s is drawn from (seed, s), so a resumed run continues with
+    the same numbers. resume: go on from the newest checkpoint, if there is one.
     """
 
     def __init__(self, config: TrainConfig, folder: str | Path, *, resume: bool = False) -> None:
@@ -41,51 +44,59 @@ class Trainer:
             raise ValueError(f"batch_size must be a multiple of accumulate * ranks = {parts}, got {config.batch_size}")
         found = checkpoints(self.folder / "checkpoints")
         if found and not resume:
-            raise ValueError(f"output folder must hold no earlier run unless resumed, got {self.folder} with {found[-1].name}")
-        saved = load_checkpoint(found[-1]) if found else None
-        if saved is not None and saved["config"] != config.to_dict():
-            changed = sorted(k for k, v in config.to_dict().items() if saved["config"].get(k) != v)
+            raise ValueError(f"output folder must hold no run unless resumed, got {self.folder} with {found[-1].name}")
+        saved = load_newest(self.folder / "checkpoints")
+        if saved is not None and (changed := differences(saved["config"], config.to_dict())):
             raise ValueError(f"a resumed run must keep its config, got changes in {', '.join(changed)}")
         torch.manual_seed(config.seed)
         self.dataset = make_dataset(config)
-        self.pieces = make_pieces(config, self.dataset)
-        self.model = self._make_model()
+        self.pieces = make_pieces(config, self.dataset) if saved is None else saved_pieces(config, saved)
+        self.model = self._make_model(config.init if saved is None else None)
         self.ema = Ema(self.model, config.ema)
         self.step = 0
+        self.window: list[Log] = []  # steps since the last log line
         self.optimizer = self._make_optimizer(config.stages[0])
         distributed.barrier()  # every rank has looked for earlier checkpoints
         if saved is not None:
             self._restore(saved)
-        elif self.rank == 0:
-            self._start_folder()
+        if self.rank == 0:
+            self._prepare_folder()
 
-    def _make_model(self) -> UniViGU:
-        model = UniViGU(model_config(self.config, self.pieces), compute_dtype=getattr(torch, self.config.dtype))
-        return initial_weights(model, self.config.init)
+    def _make_model(self, init: str | None) -> UniViGU:
+        sizes = model_config(self.config, self.pieces)
+        patch_grid(self.pieces.codec.latent_shape(self.dataset.clip_shape)[1:], sizes)  # its error, now
+        model = UniViGU(sizes, compute_dtype=getattr(torch, self.config.dtype))
+        return initial_weights(model, init)
 
     def _make_optimizer(self, stage: Stage) -> torch.optim.AdamW:
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        decay = self.config.weight_decay
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=stage.lr, betas=self.config.betas, fused=True)
 
-    def _start_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+    def _prepare_folder(self) -> None:
+        """Write the config, and drop what the log says of steps that are to come (again)."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / "config.yaml") as temporary:
+                temporary.write_text(yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+            _truncate_log(self.folder / "log.jsonl", self.step)
+        except OSError as error:
+            raise ValueError(f"output folder must be writable, got {self.folder}: {error}") from error
 
     def run(self, progress: Callable[[int, Log], None] | None = None, stop_at: int | None = None) -> None:
-        """Train to the end (or to step `stop_at`), with checkpoints on the way. progress(step, log) after every step."""
+        """Train to the end or to step `stop_at`, with checkpoints on the way. progress(step, log) after every step."""
         last = min(self.config.total_steps, stop_at if stop_at is not None else self.config.total_steps)
         with _Recorder(self.folder, self.step, self.rank == 0) as record:
-            window: list[Log] = []
             while self.step < last:
                 log = self.train_step()
-                window.append(log)
+                self.window.append(log)
                 if progress is not None:
                     progress(self.step, log)
-                if self.step % self.config.log_every == 0 or self.step == last:
-                    record(self.step, self.stage.name, _mean(window))
-                    window = []
+                if self.step % self.config.log_every == 0 or self.step == self.config.total_steps:
+                    record(self.step, self.stage.name, _mean(self.window))
+                    self.window = []
                 if self.rank == 0 and (self.step % self.config.checkpoint_every == 0 or self.step == last):
                     self.save()
         distributed.barrier()
@@ -96,7 +107,10 @@ class Trainer:
         return self.config.stages[self.config.stage_at(max(self.step - 1, 0))[0]]
 
     def train_step(self) -> Log:
-        """One optimiser step: `accumulate` micro-batches, clipped, averaged into the EMA. Returns losses, lr, norm and rate."""
+        """One optimiser step: `accumulate` micro-batches, clipped, averaged into the EMA.
+
+        Returns losses, lr, norm and rate. Raises ValueError on a gradient that is not finite, weights as they were.
+        """
         start = time.perf_counter()
         index, within = self.config.stage_at(self.step)
         stage = self.config.stages[index]
@@ -117,13 +131,18 @@ class Trainer:
             (losses.total / self.config.accumulate).backward()
             parts.append({"loss": losses.total.item(), "video": losses.video.item(), "text": losses.text.item()})
         distributed.average_gradients(self.model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm, error_if_nonfinite=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        means = _mean(parts)
+        means = dict(zip(means, distributed.mean_over_ranks(list(means.values())), strict=True))
+        if not norm.isfinite():  # the same on every rank
+            raise ValueError(
+                f"loss and gradient must stay finite, got loss {parts[0]['loss']:.4g} and norm {norm.item()} in step "
+                f"{self.step + 1}, stage {stage.name}, lr {lr:.3g}; the last checkpoint is as it was"
+            )
         self.optimizer.step()
         self.ema.update(self.model)
         self.step += 1
         seconds = time.perf_counter() - start
-        means = _mean(parts)
-        means = dict(zip(means, distributed.mean_over_ranks(list(means.values())), strict=True))
         return {**means, "lr": lr, "grad_norm": norm.item(), "samples_per_s": self.config.batch_size / seconds}
 
     def _enter(self, index: int) -> None:
@@ -147,6 +166,8 @@ class Trainer:
             "codec": self.pieces.codec.to_config(),
             "tokenizer": self.pieces.tokenizer.to_config(),
             "rng": torch.get_rng_state(),
+            "window": self.window,
+            "data_size": len(self.dataset),
         }
 
     def save(self) -> Path:
@@ -154,15 +175,16 @@ class Trainer:
         return save_checkpoint(self.folder / "checkpoints", self.step, self.state(), self.config.keep_checkpoints)
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        self.step = saved["step"]
+        size = saved.get("data_size", len(self.dataset))
+        if size != len(self.dataset):
+            raise ValueError(f"a resumed run must keep its data of {size} samples, got {len(self.dataset)}")
+        self.step, self.window = saved["step"], saved.get("window", [])
         self.model.load_state_dict(saved["model"])
         self.ema.model.load_state_dict(saved["ema"])
         self.ema.updates = saved["ema_updates"]
         self.optimizer = self._make_optimizer(self.stage)
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
-        if self.rank == 0:
-            _truncate_log(self.folder / "log.jsonl", self.step)
 
 
 class _Recorder:
@@ -175,8 +197,8 @@ class _Recorder:
         if self.active:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step)
-            self.file = open(self.folder / "log.jsonl", "a")  # noqa: SIM115 (closed in __exit__)
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+            self.file = open(self.folder / "log.jsonl", "a")
         return self
 
     def __call__(self, step: int, stage: str, means: Log) -> None:
@@ -216,10 +238,9 @@ def _mean(logs: list[Log]) -> Log:
 
 
 def _truncate_log(path: Path, step: int) -> None:
-    """Drop log lines after the checkpoint that a resumed run starts from."""
+    """Drop log lines after the step that a run starts from."""
     if not path.is_file():
         return
     kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept))

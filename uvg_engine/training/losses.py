@@ -25,15 +25,13 @@ class Losses:
 def compute_losses(model: UniViGU, batch: Batch, stage: Stage, loss: str = "ce") -> Losses:
     """Forward of both streams and the two means.
 
-    DESIGN's lambda_t = video tokens / text tokens on *sums* makes the two means weigh the same; lambda_t here is the factor on
-    top of that (1: as published).
+    DESIGN's lambda_t = video tokens / text tokens on *sums* makes the two means weigh the same; lambda_t here is the
+    factor on top of that (1: as published).
     """
     layout = batch.layout
     condition = model.condition_kv(batch.cond, layout.cond_lens)
     want_text = layout.num_text > 0 and stage.text != "none"
-    out = model.packed(
-        batch.latents, batch.tokens, layout, batch.time_v, batch.time_t, condition, want_text=want_text
-    )
+    out = model.packed(batch.latents, batch.tokens, layout, batch.time_v, batch.time_t, condition, want_text=want_text)
     nan = torch.tensor(float("nan"))
     total, video, text = batch.latents.new_zeros(()), nan, nan
     count = batch.video_weight.sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from uvg_engine.media.codec import PixelCodec, codec_from_config
@@ -60,24 +61,48 @@ def make_pieces(config: TrainConfig, dataset: Any) -> Pieces:
     codec = codec_from_config(config.codec)
     if isinstance(codec, PixelCodec) and "std" not in config.codec:
         count = min(FIT_SAMPLES, len(dataset))
-        codec = codec.fit([dataset.batch(range(start, min(start + 64, count)))["frames"] for start in range(0, count, 64)])
-    if config.tokenizer == {"type": "word"}:
-        tokenizer = WordTokenizer(_words(dataset))
-    else:
-        tokenizer = tokenizer_from_config(config.tokenizer)
-    return Pieces(codec, tokenizer, text_encoder_from_config(config.text_encoder))
+        parts = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
+        codec = codec.fit([dataset.batch(part)["frames"] for part in parts])
+    settings = config.tokenizer
+    if settings == {"type": "word"}:
+        settings = {"type": "word", "words": _words(dataset)}
+    return Pieces(codec, tokenizer_from_config(settings), text_encoder_from_config(config.text_encoder))
+
+
+def saved_pieces(config: TrainConfig, saved: Mapping[str, Any]) -> Pieces:
+    """The pieces of a checkpoint, as fitted when the run began: the data set is not asked again."""
+    return Pieces(
+        codec_from_config(saved["codec"]),
+        tokenizer_from_config(saved["tokenizer"]),
+        text_encoder_from_config(config.text_encoder),
+    )
 
 
 def model_config(config: TrainConfig, pieces: Pieces) -> UniViGUConfig:
-    """The model of the file's `model`, named or spelled out, with the vocabulary and channels of its pieces."""
+    """The model of the file's `model`, named or spelled out, with the vocabulary and channels of its pieces.
+
+    Raises ValueError where model and pieces, or the text's source and the tokenizer, do not fit each other.
+    """
     sizes = {"vocab": pieces.tokenizer.vocab_size, "in_channels": pieces.codec.channels}
     if isinstance(config.model, str):
-        return named_config(config.model, **sizes)
-    return UniViGUConfig.from_dict({**sizes, **config.model})
+        model = named_config(config.model, **sizes)
+    else:
+        model = UniViGUConfig.from_dict({**sizes, **config.model})
+    for name, size, owner in (
+        ("text_dim", pieces.text_encoder.text_dim, "text encoder"),
+        ("in_channels", pieces.codec.channels, "codec"),
+    ):
+        if getattr(model, name) != size:
+            raise ValueError(f"model.{name} must be {size} as the {owner} has it, got {getattr(model, name)}")
+    words = pieces.tokenizer.vocab_size
+    if model.vocab < words:
+        raise ValueError(f"model.vocab must be at least the tokenizer's {words}, got {model.vocab}")
+    if config.source == "mask" and pieces.tokenizer.mask_id is None:
+        raise ValueError("source must be uniform for a tokenizer without a mask token, got 'mask'")
+    return model
 
 
 def _words(dataset: Any) -> list[str]:
     if isinstance(dataset, DigitsDataset):
         return vocabulary()
-    texts = dataset.texts()
-    return list(WordTokenizer.from_texts(texts).to_config()["words"])
+    return list(WordTokenizer.from_texts(dataset.texts()).words)

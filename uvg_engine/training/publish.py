@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from uvg_engine.media.codec import codec_from_config
-from uvg_engine.media.text_encoder import text_encoder_from_config
-from uvg_engine.media.tokenizer import tokenizer_from_config
 from uvg_engine.model.univigu import UniViGU
-from uvg_engine.training.batch import Pieces
 from uvg_engine.training.config import TrainConfig
 from uvg_engine.training.data.digits import DigitsDataset
 from uvg_engine.training.data.folder import DEFAULT_CLIP_SHAPE
 from uvg_engine.training.loop import Trainer
-from uvg_engine.training.pieces import model_config
+from uvg_engine.training.pieces import model_config, saved_pieces
 from uvg_engine.training.state import checkpoints, load_checkpoint
 
 
@@ -39,13 +35,9 @@ def engine_parts(source: Trainer | str | Path, *, ema: bool = True) -> dict[str,
     else the last ones. The weights are a copy, in fp32, on the CPU; the data set is not opened. Raises ValueError on a
     source that holds no training state of ours.
     """
-    saved = source.state() if isinstance(source, Trainer) else _checked(find_checkpoint(source))
+    saved = source.state() if isinstance(source, Trainer) else load_checkpoint(find_checkpoint(source))
     config = TrainConfig.from_dict(saved["config"])
-    pieces = Pieces(
-        codec_from_config(saved["codec"]),
-        tokenizer_from_config(saved["tokenizer"]),
-        text_encoder_from_config(config.text_encoder),
-    )
+    pieces = saved_pieces(config, saved)
     model = UniViGU(model_config(config, pieces))
     model.load_state_dict(saved["ema" if ema else "model"])
     return {
@@ -70,11 +62,3 @@ def engine_defaults(config: TrainConfig) -> dict[str, Any]:
     for kind, settings in given.pop("jobs", {}).items():
         jobs[kind] = {**jobs.get(kind, {}), **settings}
     return {**trained, "source": config.source, "jobs": jobs, **given}
-
-
-def _checked(path: Path) -> dict[str, Any]:
-    saved = load_checkpoint(path)
-    missing = sorted({"config", "model", "ema", "codec", "tokenizer"} - set(saved))
-    if missing:
-        raise ValueError(f"{path} must be a checkpoint of `uvg train`, got one without {', '.join(missing)}")
-    return saved

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 
 _NAME = re.compile(r"step_(\d{8})\.pt")
+_KEYS = {"config", "step", "model", "ema", "ema_updates", "optimizer", "codec", "tokenizer", "rng"}
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write step_XXXXXXXX.pt by way of a temporary name and fsync, then drop the oldest beyond `keep`.
 
-    A kill at any moment leaves the previous checkpoints whole.
+    A kill at any moment leaves the previous checkpoints whole; what a killed writer left is removed here. Raises
+    OSError where the disk does not take it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".step_*.tmp"):
+        left.unlink()
     path = folder / f"step_{step:08d}.pt"
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -26,6 +30,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        raise OSError(f"{path} must be writable, got {type(error).__name__}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     for old in checkpoints(folder)[:-keep]:
@@ -41,8 +47,28 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint with weights_only. Raises ValueError on a file that is none."""
+    """Read a checkpoint with weights_only. Raises ValueError on a file that is none or is damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} must be a training checkpoint of uvg_engine, got {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no message')}"
+        raise ValueError(f"{path} must be a whole checkpoint of uvg train, got {reason}") from error
+    missing = sorted(_KEYS - set(saved)) if isinstance(saved, dict) else sorted(_KEYS)
+    if missing:
+        raise ValueError(f"{path} must be a checkpoint of uvg train, got one without {', '.join(missing)}")
+    return saved
+
+
+def load_newest(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint of a run, None where there is none.
+
+    Raises ValueError on a damaged one, naming what to delete: older work is never taken up silently.
+    """
+    found = checkpoints(folder)
+    if not found:
+        return None
+    try:
+        return load_checkpoint(found[-1])
+    except ValueError as error:
+        before = f"go on from {found[-2].name}" if len(found) > 1 else "start again"
+        raise ValueError(f"{error}; delete it to {before}") from error

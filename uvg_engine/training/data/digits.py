@@ -58,12 +58,12 @@ class DigitAttrs:
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip: frames uint8 [8, 32, 32, 3], its prompt, its detailed caption, what it shows."""
+    """One clip: frames uint8 [F, Y, X, 3], its prompt, its detailed caption, what it shows (None: not known)."""
 
     frames: torch.Tensor
     prompt: str
     caption: str
-    attrs: DigitAttrs
+    attrs: DigitAttrs | None
 
 
 @functools.cache

@@ -52,7 +52,7 @@ def export(
     return out_dir
 
 
-def _write(data: DigitsDataset, folder: Path, scale: int, progress) -> None:
+def _write(data: DigitsDataset, folder: Path, scale: int | None, progress) -> None:
     done = 0
     with open(folder / METADATA, "w", encoding="utf-8") as metadata:
         for first in range(0, len(data), _CHUNK):
