@@ -1,11 +1,14 @@
 """The command `uvg`. Results go to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 something unexpected (with its traceback), 2 a mistake of the caller's (one line), 130 Ctrl-C.
+Exit codes: 0 done; 1 something unexpected, with its traceback (without one where the reader of stdout has gone away);
+2 a mistake of the caller's, in one line; 130 Ctrl-C.
 Nothing heavy is imported before a command runs: `uvg --help` is quick.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -57,15 +60,16 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with notes_on_stderr():
             code = app(args, prog_name="uvg", standalone_mode=False)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        if code == 130:  # so newer typers tell Ctrl-C
+            raise KeyboardInterrupt
+        return _flushed(code if isinstance(code, int) else 0)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
+        return _flushed(stop.code if isinstance(stop.code, int) else 1)
     except (KeyboardInterrupt, typer.Abort):
         print("stopped", file=sys.stderr)
-        return 130
+        return _flushed(130)
     except Exception as error:
-        return _failed(error, "--traceback" in args)
+        return _flushed(_failed(error, "--traceback" in args))
 
 
 def _failed(error: Exception, trace: bool) -> int:
@@ -81,6 +85,19 @@ def _failed(error: Exception, trace: bool) -> int:
     if context is not None:
         print(f"see: {context.command_path} --help", file=sys.stderr)
     return 2
+
+
+def _flushed(code: int) -> int:
+    """The exit code, stdout written; where it cannot be, what is left of it goes nowhere and the code tells."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # or Python's own flush at the end would fail again, and loudly
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return code or 1
+        return code or _failed(error, False)
+    return code
 
 
 def _one_line(text: str) -> str:

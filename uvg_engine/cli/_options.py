@@ -34,7 +34,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def load_engine(model: str, device: str, threads: int | None) -> Engine:
-    """The engine of --model, --device and --threads. Raises ValueError on a device that is not there."""
+    """The engine of --model, --device and --threads. Raises ValueError on a device or a model that is not there."""
     import torch
 
     from uvg_engine.sampling import Engine
@@ -48,7 +48,12 @@ def load_engine(model: str, device: str, threads: int | None) -> Engine:
         raise ValueError(f"--device must be cpu or cuda, got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU that torch can use, found none (uvg doctor tells more)")
-    return Engine.from_pretrained(model, device=chosen)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device must be one of the {torch.cuda.device_count()} GPUs, got {device!r}")
+    try:
+        return Engine.from_pretrained(model, device=chosen)
+    except ValueError as error:
+        raise ValueError(f"--model {model}: {error}") from error
 
 
 def parse_size(size: str | None) -> dict[str, int]:

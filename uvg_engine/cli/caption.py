@@ -28,7 +28,7 @@ def caption(
     threads: opt.Threads = None,
 ) -> None:
     """Tell what each video shows."""
-    pictures = numbered(trajectory, len(files), (".png",), "--trajectory")
+    pictures = numbered(trajectory, len(files), (".png",), "--trajectory", taken=files)
     own = {"num_steps": steps, "text_rule": text_rule, "temperature": temperature, **opt.parse_size(size)}
     engine = opt.load_engine(model, device, threads)
     start = time.perf_counter()

@@ -11,12 +11,14 @@ from uvg_engine.cli import _options as opt
 from uvg_engine.cli._files import print_json
 from uvg_engine.cli._progress import Progress
 
-data = typer.Typer(help="The embedded data set of moving handwritten digits.", no_args_is_help=True)
+data = typer.Typer(help="The embedded data set of moving handwritten digits.")
 
 
-@data.callback()
-def _group() -> None:
-    """A group even while it has one command."""
+@data.callback(invoke_without_command=True)
+def _group(context: typer.Context) -> None:
+    """The embedded data set of moving handwritten digits."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @data.command("export")

@@ -20,6 +20,11 @@ _ROWS = (  # measure, its name for people, fields
     ("joint", "joint: text against own video", ("agreement",)),
     ("joint", "joint: video against prompt", _FOUR),
 )
+_NAMES = {"all": "these four at once", "agreement": "digit, color, direction agree"}
+_LEGEND = """\
+all: with Wilson's 95 % interval. seen, unseen: whether training showed this
+combination of digit, color and direction. real: the held-out clips themselves
+in the eyes of the judge, the most that a video could score."""
 
 
 def evaluate(
@@ -47,25 +52,28 @@ def evaluate(
 
 
 def _print_table(result: Evaluation, model: str) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{model} on {result.n} held-out clips and their prompts, percent right")
-    for name in ("", "", "all", "95 %", "seen", "unseen", "judge on real clips"):
-        table.add_column(name, justify="right" if name else "left")
+    table = Table(title=f"{model} on {result.n} held-out clips and their prompts", box=SIMPLE, pad_edge=False)
+    table.add_column("percent right", no_wrap=True)
+    for name in ("all", "95 %", "seen", "unseen", "real"):
+        table.add_column(name, justify="right", no_wrap=True)
     for measure, title, fields in _ROWS:
+        table.add_row(f"[bold]{title}")
         for field in fields:
             share = result.share(measure, field)
             low, high = share.interval()
             parts = [_percent(result.share(measure, field, seen=seen)) for seen in (True, False)]
             ceiling = _percent(result.share("judge", field)) if field in result.marks["judge"] else ""
-            interval = f"{100 * low:.1f} - {100 * high:.1f}"
-            table.add_row(title, field, _percent(share), interval, *parts, ceiling)
-            title = ""
+            table.add_row(
+                f"  {_NAMES.get(field, field)}", _percent(share), f"{100 * low:.1f}-{100 * high:.1f}", *parts, ceiling
+            )
         table.add_section()
     console = Console()
     console.print(table)
-    console.print("seen, unseen: combinations of digit, color and direction that training showed, and did not")
+    console.print(_LEGEND)
 
 
 def _percent(share: Share) -> str:

@@ -11,6 +11,7 @@ import typer
 
 from uvg_engine.cli import _options as opt
 from uvg_engine.cli._files import VIDEO_SUFFIXES, numbered, print_json
+from uvg_engine.cli._notes import note
 from uvg_engine.cli._progress import Progress
 
 _SHOWN_STEPS = 12  # rows of a trajectory picture
@@ -77,7 +78,9 @@ def _sample(
 ) -> None:
     """Check the names, run the job, write the files, tell what there is."""
     files = numbered(output, len(prompts), VIDEO_SUFFIXES, "--output")
-    pictures = numbered(trajectory, len(prompts), (".png",), "--trajectory")
+    pictures = numbered(trajectory, len(prompts), (".png",), "--trajectory", taken=files)
+    if not all(prompt.strip() for prompt in prompts):
+        note("an empty prompt asks for nothing, so anything may come")
     engine = opt.load_engine(model, device, threads)
     from uvg_engine.media import write_video
 
