@@ -1,1 +1,1 @@
-"""Timings of the ops: `python -m bench --help`."""
+"""Timings, each beside its peer: `python -m bench --help`. One file per op in bench/ops."""

@@ -75,8 +75,9 @@ def test_ops_are_there():
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_op_has_its_test(op):
-    assert (ROOT / f"tests/ops/test_{op}.py").is_file()
+def test_op_has_its_test_and_its_bench(op):
+    for name in (f"tests/ops/test_{op}.py", f"bench/ops/{op}.py"):
+        assert (ROOT / name).is_file(), name
 
 
 @pytest.mark.parametrize("backend", backends.ORDER)

@@ -1,0 +1,105 @@
+"""What the benchmarks are made of: sizes, cases, peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uvg_engine.model import CONFIGS, Layout
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a batch and a model. Letters as in docs/design.md: B samples, T rows, D width, F hidden, N heads, V words."""
+
+    name: str
+    samples: int
+    grid: tuple[int, int, int]
+    text: int
+    vocab: int
+
+    @property
+    def width(self) -> int:
+        return CONFIGS[self.name].dim
+
+    @property
+    def hidden(self) -> int:
+        return CONFIGS[self.name].ffn_dim
+
+    @property
+    def heads(self) -> int:
+        return CONFIGS[self.name].heads
+
+    @property
+    def video(self) -> int:
+        """Video rows of a sample."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def rows(self) -> int:
+        return self.samples * (self.video + self.text)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.build([self.grid] * self.samples, [self.text] * self.samples, [1] * self.samples)
+
+    def by_modality(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed rows [T, ...] as dense (video [B, Lv, ...], text [B, Lt, ...])."""
+        cut = self.samples * self.video
+        return x[:cut].unflatten(0, (self.samples, self.video)), x[cut:].unflatten(0, (self.samples, self.text))
+
+
+SIZES = {  # the vocabulary of 1.3b is cut: 256 k words by 1536 would take 1.5 GB for every copy
+    "digits": Size("digits", samples=8, grid=(4, 4, 4), text=28, vocab=160),
+    "1.3b": Size("1.3b", samples=2, grid=(2, 8, 15), text=32, vocab=16384),
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's way to the same result: `function(*inputs)`, with inputs in the form that suits it.
+
+    A tensor of the inputs that requires a gradient gets one in the backward pass. restore: the function's result as
+    the op's first output, so that the two can be compared; outside the timing.
+    """
+
+    function: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    restore: Callable[[Any], Tensor] = lambda result: result[0] if isinstance(result, tuple) else result
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op. make: its arguments, requiring a gradient where there is one. work: (flops, bytes) of a forward.
+
+    peers: name -> Peer from the size and the op's arguments. draws: the result is random, so that a peer's differs.
+    agree: share of whole numbers in a result that have to equal the reference's.
+    """
+
+    call: Callable[..., Any]
+    shape: Callable[[Size], str]
+    make: Callable[[Size, torch.dtype], tuple[Any, ...]]
+    work: Callable[[Size, int], tuple[float, float]]
+    peers: Mapping[str, Callable[..., Peer]] = field(default_factory=dict)
+    draws: bool = False
+    agree: float = 1.0
+
+
+def normal(dtype: torch.dtype, *shape: int, scale: float = 1.0, leaf: bool = True) -> Tensor:
+    """Seeded normals; leaf: a gradient is wanted."""
+    gen = torch.Generator().manual_seed(len(shape) + sum(shape))
+    return (torch.randn(*shape, generator=gen) * scale).to(dtype).requires_grad_(leaf)
+
+
+def leaf(x: Tensor) -> Tensor:
+    """x in a new form as a leaf of its own, where it was one."""
+    return x.detach().contiguous().requires_grad_(x.requires_grad)
+
+
+def joined(parts: tuple[Tensor, Tensor]) -> Tensor:
+    """The inverse of `Size.by_modality`."""
+    return torch.cat([part.flatten(0, 1) for part in parts])

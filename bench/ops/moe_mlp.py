@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bench.case import Case, Peer, Size, leaf, normal
+from uvg_engine import ops
+
+
+def make(size: Size, dtype: torch.dtype) -> tuple[Any, ...]:
+    w1, w2 = (
+        normal(dtype, 2, size.hidden, size.width, scale=0.05),
+        normal(dtype, 2, size.width, size.hidden, scale=0.05),
+    )
+    b1, b2 = (torch.zeros(2, n, dtype=dtype).requires_grad_() for n in (size.hidden, size.width))
+    return normal(dtype, size.rows, size.width), w1, b1, w2, b2, size.layout.group_offsets
+
+
+def torch_peer(size: Size, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, offsets: Tensor) -> Peer:
+    """Two Linears and a GELU for each expert, its rows cut out beforehand."""
+
+    def both(*inputs: Tensor) -> list[Tensor]:
+        outs = []
+        for x, w1, b1, w2, b2 in (inputs[:5], inputs[5:]):
+            outs.append(functional.linear(functional.gelu(functional.linear(x, w1, b1), approximate="tanh"), w2, b2))
+        return outs
+
+    rows = [part.flatten(0, 1) for part in size.by_modality(x)]
+    inputs = [leaf(value) for e in (0, 1) for value in (rows[e], w1[e], b1[e], w2[e], b2[e])]
+    return Peer(both, tuple(inputs), torch.cat)
+
+
+CASE = Case(
+    ops.moe_mlp,
+    shape=lambda size: f"T={size.rows} D={size.width} F={size.hidden} E=2",
+    make=make,
+    work=lambda size, item: (4 * size.rows * size.width * size.hidden, 4 * item * size.width * size.hidden),
+    peers={"torch": torch_peer},
+)

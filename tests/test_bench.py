@@ -1,0 +1,75 @@
+"""The bench times the right thing: every op and peer agrees with the reference, and every line says what it is."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from bench.__main__ import main
+from bench.case import SIZES
+from bench.one_op import OPS, bench_op
+from bench.timing import Timing, alternate
+from uvg_engine import backends
+
+ROOF = {"gflops": 1.0, "gbs": 1.0}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_backend_and_peer_is_timed(op):
+    lines = bench_op(op, SIZES["digits"], torch.float32, 0.0, ROOF, min_rounds=2)
+    assert [line for line in lines if "wrong" in line] == []
+    timed = {line["by"] for line in lines if line["pass"] == "forward" and "ms" in line}
+    refused = {line["by"] for line in lines if "refused" in line}
+    serving = {name for name in backends.names() if op in backends.table(name)}
+    assert serving <= timed | refused and "reference" in timed
+    peers = timed - serving
+    assert peers or op == "qk_norm_rope", "an op without a peer"  # its peer is diffusers', an extra
+    for line in lines:
+        if line["by"] in serving and "ms" in line:
+            assert set(line["times_faster"]) >= peers
+
+
+def test_a_wrong_result_is_told_and_not_timed(monkeypatch):
+    honest = backends.table("reference")["moe_route"]
+
+    def forward(*args):
+        weights, experts = honest.forward(*args)
+        return 1.01 * weights, experts
+
+    monkeypatch.setitem(backends.table("sdpa"), "moe_route", backends.Kernel(forward, honest.backward))
+    lines = bench_op("moe_route", SIZES["digits"], torch.float32, 0.0, ROOF, min_rounds=2)
+    wrong = [line for line in lines if "wrong" in line]
+    assert {(line["by"], line["pass"]) for line in wrong} == {("sdpa", "forward"), ("sdpa", "forward+backward")}
+    assert all("ms" not in line for line in wrong)
+
+
+def test_lines_say_where_and_how(capsys):
+    assert main(["--quick", "--json", "--dtype", "bf16", "moe_combine"]) == 0
+    lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert {line["by"] for line in lines} >= {"reference", "torch"}
+    for line in lines:
+        assert {"op", "shape", "dtype", "by", "device", "threads", "torch", "commit"} <= set(line)
+
+
+def test_unknown_name_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["flash_atention"])
+    assert "flash_atention" in capsys.readouterr().err
+
+
+def test_contenders_take_turns():
+    calls = []
+
+    def slow(name):
+        calls.append(name)
+        time.sleep(0.003)  # longer than a sample, so that each turn is one call
+
+    timings = alternate({name: lambda name=name: slow(name) for name in "ab"}, 0.0, min_rounds=4)
+    assert all(len(timing.rounds) == 4 for timing in timings.values())
+    assert calls[-8:] == list("abbaabba")
+
+
+def test_ratio_is_that_of_the_rounds():
+    slow_then_quick = Timing((4.0, 1.0, 1.0)), Timing((8.0, 2.0, 3.0))
+    assert slow_then_quick[0].times_faster_than(slow_then_quick[1]) == 2.0
