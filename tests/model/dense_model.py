@@ -1,4 +1,4 @@
-"""The model once more, straight from its equations: fp64, one sample at a time, nothing of uvg_engine but its config."""
+"""The model once more, straight from its equations: fp64, sample by sample, nothing of uvg_engine but its config."""
 
 import math
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from uvg_engine.model.checkpoint import load_pretrained, load_published
 from uvg_engine.model.univigu import UniViGU
+from uvg_engine.model.wan import load_wan
 
-KINDS = ("wan", "published", "pretrained")
+LOADERS = {"wan": load_wan, "published": load_published, "pretrained": load_pretrained}
 
 
 def initial_weights(model: UniViGU, init: str | None) -> UniViGU:
     """Load `init`, 'KIND:PATH' with KIND wan, published or pretrained, into model; None leaves the fresh weights.
 
-    Raises ValueError on another form, CheckpointError on weights that do not fit.
+    Raises ValueError on another form, CheckpointError on weights (or a pretrained folder's config) that do not fit.
     """
     if init is None:
         return model
-    from uvg_engine.model import checkpoint
-
     kind, _, path = init.partition(":")
-    if kind not in KINDS or not path:
-        raise ValueError(f"init must be KIND:PATH with KIND one of {', '.join(KINDS)}, got {init!r}")
-    if kind == "wan":
-        return checkpoint.load_wan(model, path)
-    if kind == "published":
-        return checkpoint.load_published(model, path)
-    model.load_state_dict(checkpoint.from_pretrained(path).state_dict())
-    return model
+    if kind not in LOADERS or not path:
+        raise ValueError(f"init must be KIND:PATH with KIND one of {', '.join(LOADERS)}, got {init!r}")
+    return LOADERS[kind](model, path)
