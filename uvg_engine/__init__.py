@@ -5,14 +5,39 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from uvg_engine.sampling import Engine, Request, Savings
+    from uvg_engine.sampling import (
+        CaptionResult,
+        Engine,
+        EngineDefaults,
+        GenerateResult,
+        Handle,
+        JointResult,
+        Request,
+        SamplingError,
+        Savings,
+        Scheduler,
+        Trajectory,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Request", "Savings", "__version__"]
+__all__ = [
+    "CaptionResult",
+    "Engine",
+    "EngineDefaults",
+    "GenerateResult",
+    "Handle",
+    "JointResult",
+    "Request",
+    "SamplingError",
+    "Savings",
+    "Scheduler",
+    "Trajectory",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Engine", "Request", "Savings"):
+    if name in __all__:
         from uvg_engine import sampling
 
         return getattr(sampling, name)

@@ -87,4 +87,7 @@ def _settings(kind: str, values: FlowSettings | Mapping[str, Any]) -> FlowSettin
     unknown = sorted(set(values) - {f.name for f in dataclasses.fields(FlowSettings)})
     if unknown:
         raise ValueError(f"jobs.{kind} must name fields of FlowSettings, got unknown {unknown}")
-    return FlowSettings(**values)
+    try:
+        return FlowSettings(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"jobs.{kind} must be settings of a flow, got {dict(values)!r}: {error}") from error

@@ -19,7 +19,7 @@ from uvg_engine.model.patches import patch_grid
 from uvg_engine.sampling.defaults import EngineDefaults
 from uvg_engine.sampling.requests import CaptionResult, GenerateResult, JointResult, Request, Result, Video, seed_list
 from uvg_engine.sampling.savings import Savings
-from uvg_engine.sampling.scheduler import Callback, Handle, Scheduler
+from uvg_engine.sampling.scheduler import Callback, Handle, Scheduler, check_max_rows
 
 ENGINE_FILE, TOKENIZER_FILE = "engine.json", "tokenizer.json"
 FORMAT = 1
@@ -50,6 +50,7 @@ class Engine:
         self.model, self.codec, self.tokenizer, self.text_encoder = model, codec, tokenizer, text_encoder
         self.defaults = defaults if isinstance(defaults, EngineDefaults) else EngineDefaults.from_dict(defaults)
         self.savings = savings or Savings()
+        check_max_rows(max_rows)
         self.max_rows = max_rows
         config = model.config
         shape = codec.latent_shape((self.defaults.frames, self.defaults.height, self.defaults.width))
@@ -215,17 +216,20 @@ class Engine:
         return [handle.result for handle in handles]
 
     def stream(self, requests: Iterable[Request], *, callback: Callback | None = None) -> Iterator[tuple[int, Result]]:
-        """(place of the request, result) as they are done; requests are taken as room comes free, so may be endless."""
+        """(place of the request, result) as they are done; requests are taken as room comes free, so may be endless.
+
+        Each is checked when it is taken. Raises as `run` does; a service that goes on after a failure has `scheduler`.
+        """
         scheduler = self.scheduler(callback=callback)
         source = enumerate(requests)
         places: dict[Handle, int] = {}
         more = True
         while more or not scheduler.idle:
             while more and scheduler.has_room:
-                place, request = next(source, (-1, None))
-                more = request is not None
-                if request is not None:
-                    places[scheduler.submit(request)] = place
+                taken = next(source, None)
+                more = taken is not None
+                if taken is not None:
+                    places[scheduler.submit(taken[1])] = taken[0]
             for handle in scheduler.step():
                 yield places.pop(handle), handle.result
 

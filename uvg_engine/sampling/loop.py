@@ -8,6 +8,7 @@ the others: matrix products run sample by sample, and every draw is named by (se
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _HISTORY = (2, 4, 5, 8)  # coefficients of flow_step that read earlier steps
 _serials = itertools.count()
+Branch = tuple[int, bool]  # serial of a state, whether this is its conditional branch
 
 
 class State:
@@ -39,20 +41,19 @@ class State:
 
     def __init__(self, prepared: Prepared, engine: Engine, savings: Savings) -> None:
         self.prepared, self.steps = prepared, prepared.job.steps
-        self.seed: int = prepared.request.seed  # type: ignore[assignment]  # prepare filled it in
+        self.seed = prepared.seed
         self.serial = next(_serials)  # unlike id(), never used twice
         self.step, self.failed = 0, False
         self.keeps_history = any(step.coefs[k] for step in self.steps for k in _HISTORY)
         self.last: Tensor | None = None
         self.m1: Tensor | None = None
         self.m2: Tensor | None = None
-        device = engine.model.device
         self.latents, self.tokens, self.text_mask = _start(prepared, engine, savings)
         self.estimate = self.latents
         self.coins = _toss(self)
         prompt = prepared.request.prompt
         null = prepared.job.null_condition or prompt is None
-        self.condition: Tensor | None = None if null else engine.text_encoder.encode([prompt])[0].to(device)
+        self.condition: Tensor | None = None if null else _rows(engine.text_encoder.encode([prompt])[0], engine)
         self.condition_kv: ConditionKV | None = None
 
     @property
@@ -77,11 +78,11 @@ class Loop:
     def __init__(self, engine: Engine, savings: Savings) -> None:
         self.model: UniViGU = engine.model
         self.savings = savings
-        self._null = engine.text_encoder.null().to(self.model.device)
+        self._null = _rows(engine.text_encoder.null(), engine)
         self._null_kv: ConditionKV | None = None
         head = self.model.text_head.linear
         self._head = [p.detach().to(self.model.dtype) for p in (head.weight, head.bias)]
-        self._packed: tuple[list[tuple[int, bool]], Layout, ConditionKV] | None = None
+        self._packed: tuple[list[Branch], Layout, ConditionKV] | None = None
 
     @torch.no_grad()
     def advance(self, states: Sequence[State]) -> None:
@@ -94,10 +95,9 @@ class Loop:
             state.step += 1
 
     def _forward(self, states: list[State]) -> None:
-        guided = [s for s in states if self._is_guided(s)]
-        branches = [(s, True) for s in states] + [(s, False) for s in guided]
-        layout, condition = self._pack(branches)
-        everyone = [s for s, _ in branches]
+        everyone = states + [s for s in states if self._is_guided(s)]
+        branches = [(s.serial, i < len(states)) for i, s in enumerate(everyone)]
+        layout, condition = self._pack(everyone, branches)
         savings = self.savings
         drawing = torch.cat([self._drawing(s) for s in states])
         out = self.model.packed(
@@ -111,12 +111,10 @@ class Loop:
             want_velocity=not savings.skip_unread or any(s.now.video_moves for s in states),
             want_text=not savings.skip_unread or bool(drawing.any()),
         )
-        drawn = self._draw(states, drawing, out.text_hidden)
-        velocities: list[Tensor] = []
+        velocities: dict[Branch, Tensor] = {}
         if out.velocity is not None:
-            velocities = list(out.velocity.split([len(s.latents) for s in everyone]))
-        unguided = dict(zip([s.serial for s in guided], velocities[len(states) :], strict=bool(velocities)))
-        self._step(states, velocities[: len(states)], unguided, drawn)
+            velocities = dict(zip(branches, out.velocity.split([len(s.latents) for s in everyone]), strict=True))
+        self._step(states, velocities, self._draw(states, drawing, out.text_hidden))
 
     def _is_guided(self, state: State) -> bool:
         """Whether the unconditional branch is computed."""
@@ -124,22 +122,21 @@ class Loop:
             return state.prepared.request.kind != "caption"
         return state.now.video_moves and state.prepared.job.guidance != 1
 
-    def _pack(self, branches: list[tuple[State, bool]]) -> tuple[Layout, ConditionKV]:
+    def _pack(self, everyone: list[State], branches: list[Branch]) -> tuple[Layout, ConditionKV]:
         """Layout and condition of this composition of the batch; the last one is kept."""
-        key = [(state.serial, conditional) for state, conditional in branches]
-        if self._packed is not None and self._packed[0] == key and self.savings.condition_cache:
+        if self._packed is not None and self._packed[0] == branches and self.savings.condition_cache:
             return self._packed[1:]
-        parts = [self._condition(state, conditional) for state, conditional in branches]
+        parts = [self._condition(s, conditional) for s, (_, conditional) in zip(everyone, branches, strict=True)]
         layout = Layout.build(
-            [s.prepared.grid for s, _ in branches],
-            [len(s.tokens) for s, _ in branches],
+            [s.prepared.grid for s in everyone],
+            [len(s.tokens) for s in everyone],
             [len(part[0][0]) for part in parts],
-            text_masks=[s.text_mask for s, _ in branches],
+            text_masks=[s.text_mask for s in everyone],
             device=self.model.device,
         )
         blocks = zip(*parts, strict=True)
         condition = [tuple(torch.cat(rows) for rows in zip(*block, strict=True)) for block in blocks]
-        self._packed = (key, layout, condition)
+        self._packed = (branches, layout, condition)
         return layout, condition
 
     def _condition(self, state: State, conditional: bool) -> ConditionKV:
@@ -182,13 +179,13 @@ class Loop:
                 drawn[index] = ids.cpu()
         return drawn.to(device)
 
-    def _step(self, states: list[State], velocities: list[Tensor], unguided: dict[int, Tensor], drawn: Tensor) -> None:
+    def _step(self, states: list[State], velocities: dict[Branch, Tensor], drawn: Tensor) -> None:
         """flow_step on all states, and the results back into them."""
         device = self.model.device
         video = [s for s in states if s.now.video_moves]
-        v_cond = [v for s, v in zip(states, velocities, strict=bool(velocities)) if s.now.video_moves]
-        # where there is no unconditional branch flow_step does not look at it
-        v_uncond = [unguided.get(s.serial, v) for s, v in zip(video, v_cond, strict=True)]
+        v_cond = [velocities[s.serial, True] for s in video]
+        # a sample without an unconditional branch has guidance 1: flow_step does not look at what stands there
+        v_uncond = [velocities.get((s.serial, False), v) for s, v in zip(video, v_cond, strict=True)]
         past = {}
         for name in ("last", "m1", "m2"):
             known = any(getattr(s, name) is not None for s in video)
@@ -199,7 +196,7 @@ class Loop:
         x, corrected, estimate, tokens = flow_step(
             torch.cat([none, *(s.latents for s in video)]),
             torch.cat([none, *v_cond]),
-            torch.cat([none, *v_uncond]) if unguided else None,
+            torch.cat([none, *v_uncond]) if any((s.serial, False) in velocities for s in video) else None,
             self._floats([s.prepared.job.guidance for s in states]),
             self._floats([s.now.coefs for s in states]),
             past["last"],
@@ -230,13 +227,10 @@ class Loop:
 def _start(prepared: Prepared, engine: Engine, savings: Savings) -> tuple[Tensor, Tensor, Tensor | None]:
     """Both streams as the job begins: noise, source, or the clean data that was given; and the mask of the text."""
     device, kind = engine.model.device, prepared.request.kind
-    size = 1
-    for length in prepared.latent_shape:
-        size *= length
-    num_latents = 0 if kind == "caption" else size
+    num_latents = 0 if kind == "caption" else math.prod(prepared.latent_shape)
     num_tokens = 0 if kind == "generate" else prepared.text_len
     latents, tokens = flow_source(
-        torch.tensor([prepared.request.seed], dtype=torch.int64),
+        torch.tensor([prepared.seed], dtype=torch.int64),
         torch.tensor([(0, num_latents)], dtype=torch.int32),
         torch.tensor([(0, num_tokens)], dtype=torch.int32),
         num_latents,
@@ -246,7 +240,10 @@ def _start(prepared: Prepared, engine: Engine, savings: Savings) -> tuple[Tensor
     )
     mask = None
     if kind == "caption":
-        latents = engine.codec.encode(prepared.frames).float().flatten()
+        latents = engine.codec.encode(prepared.frames).float()
+        if latents.shape != prepared.latent_shape:
+            raise ValueError(f"codec must encode to {prepared.latent_shape}, got {tuple(latents.shape)}")
+        latents = latents.flatten()
     if kind == "generate":
         ids = list(prepared.prompt_tokens)
         if not savings.drop_padding:
@@ -255,6 +252,14 @@ def _start(prepared: Prepared, engine: Engine, savings: Savings) -> tuple[Tensor
             ids += [engine.tokenizer.pad_id] * pads
         tokens = torch.tensor(ids, dtype=torch.int64)
     return latents.to(device), tokens.to(device), mask
+
+
+def _rows(condition: Tensor, engine: Engine) -> Tensor:
+    """What a text encoder gave, on the model's device. Checked: a misfit would fail the whole batch, later."""
+    width = engine.model.config.text_dim
+    if condition.dim() != 2 or condition.shape[1] != width:
+        raise ValueError(f"text encoder must return rows of {width}, got {tuple(condition.shape)}")
+    return condition.to(engine.model.device)
 
 
 def _toss(state: State) -> Tensor:

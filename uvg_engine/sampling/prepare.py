@@ -41,6 +41,12 @@ class Prepared:
     temperature: float
 
     @property
+    def seed(self) -> int:
+        """Of every draw of this request."""
+        assert self.request.seed is not None
+        return self.request.seed
+
+    @property
     def num_rows(self) -> int:
         """Rows of the packed matrix: both streams, of both branches where there is guidance."""
         frames, height, width = self.grid
@@ -58,7 +64,10 @@ def prepare(request: Request, engine: Engine) -> Prepared:
     defaults = engine.defaults
     size = (request.frames or defaults.frames, request.height or defaults.height, request.width or defaults.width)
     latent_shape = engine.codec.latent_shape(size)
-    grid = patch_grid(latent_shape[1:], engine.model.config)
+    try:
+        grid = patch_grid(latent_shape[1:], engine.model.config)
+    except ValueError as error:
+        raise ValueError(f"frames, height and width must suit the model, got {size}: {error}") from error
     job = plan(request.kind, request.settings(defaults.jobs[request.kind]))
     prompt_tokens: tuple[int, ...] = ()
     text_len, frames = defaults.text_length, None

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from uvg_engine.flow import KINDS, SOLVERS, FlowSettings
-from uvg_engine.flow.schedules import JUMP_RULES
+from uvg_engine.flow import JUMP_RULES, KINDS, SOLVERS, FlowSettings
 from uvg_engine.sampling.defaults import check_temperature
 from uvg_engine.sampling.trajectory import Trajectory
 

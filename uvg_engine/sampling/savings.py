@@ -11,8 +11,8 @@ class Savings:
     """Which savings are on. Off changes no result: bitwise, but for drop_padding, where it is only to rounding.
 
     lazy_head: the jump coins are tossed first; the text head is evaluated only where they say jump.
-    skip_idle: a step in which no token of a caption jumps leaves its state as it is: no forward at all. How many
-        forwards a caption needs is so bounded by its length, whatever the number of steps.
+    skip_idle: a step in which no token of a caption jumps leaves its state as it is: no forward at all. Over N steps a
+        token jumps about ln N times, so that many steps cost little more than few.
     condition_cache: keys and values of the condition once per request, not once per step.
     skip_unguided: no unconditional branch where guidance is 1 or the video does not move.
     skip_unread: no video head where no sample of the batch reads it (captions); no text head for clean prompts.

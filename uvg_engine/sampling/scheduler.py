@@ -76,12 +76,12 @@ class Scheduler:
     ) -> None:
         self.engine, self.callback = engine, callback
         self.max_rows = engine.max_rows if max_rows is None else max_rows
-        if not isinstance(self.max_rows, int) or self.max_rows < 1:
-            raise ValueError(f"max_rows must be an integer of at least 1, got {self.max_rows!r}")
+        check_max_rows(self.max_rows)
         self.savings = engine.savings if savings is None else savings
         self._loop = Loop(engine, self.savings)
         self._waiting: deque[Handle] = deque()
         self._active: list[Handle] = []
+        self._finished: list[Handle] = []  # not yet returned by step()
 
     @property
     def num_waiting(self) -> int:
@@ -100,8 +100,8 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Nothing to do."""
-        return not self._waiting and not self._active
+        """Nothing to do, and nothing left to tell."""
+        return not self._waiting and not self._active and not self._finished
 
     def submit(self, request: Request) -> Handle:
         """Check a request and queue it. Raises ValueError on one that cannot be run, and warns, as `prepare` tells."""
@@ -120,21 +120,21 @@ class Scheduler:
         self._retire(handle, error=SamplingError("request was cancelled"))
 
     def step(self) -> list[Handle]:
-        """Start what has room, advance every active request by one step. Returns those that are done, in order."""
-        finished = self._admit()
-        states = [self._state(handle) for handle in self._active]
-        self._loop.advance(states)
-        for handle, state in zip(list(self._active), states, strict=True):
-            if handle._recorder is not None and not state.failed:
-                latent = state.estimate.view(state.prepared.latent_shape)
-                handle._recorder.record(state.step, 1 - state.steps[state.step - 1].sigma_next, latent, state.tokens)
-            if state.done:
-                self._finish(handle, state)
-                finished.append(handle)
-        self._active = [handle for handle in self._active if not handle.done]
+        """Start what has room, advance every active request by one step. Returns those that are done, in order.
+
+        A request that cannot be started or finished is done as well: its `result` raises. An error that concerns the
+        whole batch (no memory, say) or comes from the callback is raised here; no request is lost by it.
+        """
+        self._admit()
+        running = list(self._active)
+        self._loop.advance([self._state(handle) for handle in running])
+        for handle in running:
+            self._settle(handle, self._state(handle))
+        self._active = [handle for handle in running if not handle.done]
         if self.callback is not None:
-            for handle in [*finished, *self._active]:
+            for handle in running:
                 self.callback(handle.steps_done, handle.num_steps, handle.request)
+        finished, self._finished = self._finished, []
         return finished
 
     def drain(self) -> Iterator[Handle]:
@@ -142,9 +142,8 @@ class Scheduler:
         while not self.idle:
             yield from self.step()
 
-    def _admit(self) -> list[Handle]:
-        """Start waiting requests while there is room; returns those that could not be started."""
-        broken = []
+    def _admit(self) -> None:
+        """Start waiting requests while there is room."""
         rows = sum(handle.num_rows for handle in self._active)
         while self._waiting and (not self._active or rows + self._waiting[0].num_rows <= self.max_rows):
             handle = self._waiting.popleft()
@@ -152,11 +151,10 @@ class Scheduler:
                 self._start(handle)
             except Exception as error:  # one request's encoder must not end the others
                 self._retire(handle, error=error)
-                broken.append(handle)
+                self._finished.append(handle)
                 continue
             self._active.append(handle)
             rows += handle.num_rows
-        return broken
 
     def _start(self, handle: Handle) -> None:
         prepared = handle._prepared
@@ -171,13 +169,20 @@ class Scheduler:
                 (lambda ids: self.engine.decode(ids, stop_at_eos=False)) if kind != "generate" else None,
             )
 
-    def _finish(self, handle: Handle, state: State) -> None:
+    def _settle(self, handle: Handle, state: State) -> None:
+        """After a step: record it, and take the result where it was the last."""
         try:
             if state.failed:
                 raise SamplingError("the model gave no distribution for a token (NaN or infinite logits)")
-            self._retire(handle, result=self._result(handle, state))
-        except Exception as error:  # told by handle.result, where it concerns one request only
+            if handle._recorder is not None:
+                latent = state.estimate.view(state.prepared.latent_shape)
+                handle._recorder.record(state.step, 1 - state.steps[state.step - 1].sigma_next, latent, state.tokens)
+            if state.done:
+                self._retire(handle, result=self._result(handle, state))
+        except Exception as error:  # told by handle.result: it concerns one request only
             self._retire(handle, error=error)
+        if handle.done:
+            self._finished.append(handle)
 
     @staticmethod
     def _retire(handle: Handle, *, result: Result | None = None, error: Exception | None = None) -> None:
@@ -192,6 +197,8 @@ class Scheduler:
         return handle._state
 
     def _decode_video(self, latent: Tensor) -> Tensor:
+        if not bool(latent.isfinite().all()):
+            raise SamplingError("the model's velocity led to a video that is not finite (NaN or infinity)")
         return self.engine.codec.decode(latent).cpu()
 
     def _result(self, handle: Handle, state: State) -> Result:
@@ -202,9 +209,13 @@ class Scheduler:
             return CaptionResult(self.engine.decode(ids), ids, state.seed, trajectory)
         prompt = request.prompt or ""
         latent = state.latents.view(state.prepared.latent_shape)
-        if not bool(latent.isfinite().all()):
-            raise SamplingError("the model's velocity led to a video that is not finite (NaN or infinity)")
         frames, latent = self._decode_video(latent), latent.cpu()
         if request.kind == "generate":
             return GenerateResult(prompt, frames, fps, state.seed, latent, trajectory)
         return JointResult(prompt, frames, fps, self.engine.decode(ids), ids, state.seed, latent, trajectory)
+
+
+def check_max_rows(value: int) -> None:
+    """Raise ValueError unless it is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"max_rows must be an integer of at least 1, got {value!r}")

@@ -1,0 +1,149 @@
+"""The same request with the same seed gives the same bits, whatever the batch, order, room, arrival and savings."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import alone, bits, make_engine, make_model, make_video, mixed_requests
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from uvg_engine.ops import jump_coins
+from uvg_engine.sampling import Request, Savings
+
+NUM = len(mixed_requests())
+EXACT = [field.name for field in dataclasses.fields(Savings) if field.name != "drop_padding"]
+
+
+@functools.cache
+def engine():
+    return make_engine()
+
+
+@functools.cache
+def bits_alone():
+    return [bits(alone(engine(), request)) for request in mixed_requests()]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    picks=st.lists(st.integers(0, NUM - 1), min_size=1, max_size=7),
+    max_rows=st.sampled_from([1, 50, 120, 10_000]),
+    arrivals=st.lists(st.integers(0, 4), min_size=7, max_size=7),
+    cancelled=st.none() | st.integers(0, 6),
+)
+def test_any_mix_in_any_order_with_any_arrival(picks, max_rows, arrivals, cancelled):
+    """Request i is submitted arrivals[i] steps after the one before; one of them may be cancelled on its way."""
+    scheduler, handles = engine().scheduler(max_rows=max_rows), []
+    for pick, wait in zip(picks, arrivals, strict=False):
+        for _ in range(wait):
+            scheduler.step()
+        handles.append(scheduler.submit(mixed_requests()[pick]))
+    scheduler.step()
+    if cancelled is not None and cancelled < len(handles):
+        scheduler.cancel(handles[cancelled])
+    ended = list(scheduler.drain())
+    assert scheduler.idle and len(set(ended)) == len(ended)
+    for i, (pick, handle) in enumerate(zip(picks, handles, strict=True)):
+        if i != cancelled or handle in ended:
+            assert handle.done
+        if i != cancelled:
+            assert bits(handle.result) == bits_alone()[pick]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+# rows and widths past the size from which torch splits element-wise work over threads (32,768)
+WIDE = (
+    Request("generate", "a red seven", seed=1, num_steps=1, guidance=1, frames=8, height=40, width=40),
+    Request("caption", video=make_video(1, (6, 40, 24)), seed=2, num_steps=1, frames=6, height=40, width=24),
+    Request("joint", "two", seed=3, num_steps=2, solver="unipc", guidance=2.0, height=40, width=24),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_one_thread_and_on_two(threads, dtype):
+    """The number of threads may itself change the rounding of a matrix product; the neighbours may not."""
+    engine = make_engine(make_model(heads=4, head_dim=40, ffn_dim=200, layers=1).to(dtype))
+    want = [bits(alone(engine, request)) for request in WIDE]
+    for picks in ((0, 1, 2), (2, 1, 0, 2)):
+        assert [bits(result) for result in engine.run([WIDE[i] for i in picks])] == [want[i] for i in picks]
+
+
+@pytest.mark.parametrize("off", [*([name] for name in EXACT), EXACT], ids="-".join)
+def test_a_saving_switched_off_changes_nothing(off):
+    savings = Savings(**dict.fromkeys(off, False))
+    got = make_engine(engine().model, savings=savings).run(mixed_requests())
+    assert list(map(bits, got)) == bits_alone()
+    scheduler = engine().scheduler(savings=savings, max_rows=60)
+    handles = [scheduler.submit(request) for request in mixed_requests()]
+    assert len(list(scheduler.drain())) == len(handles) and [bits(h.result) for h in handles] == bits_alone()
+
+
+@pytest.mark.parametrize("savings", [Savings(drop_padding=False), Savings.none()], ids=["padding", "none"])
+def test_padding_changes_only_the_rounding(savings):
+    """Masked keys; the prompt is then computed among more rows."""
+    got = make_engine(engine().model, savings=savings).run(mixed_requests())
+    for request, one, want in zip(mixed_requests(), got, bits_alone(), strict=True):
+        if request.kind != "generate":
+            assert bits(one) == want
+            continue
+        latent = alone(engine(), request).latent
+        assert (one.latent - latent).norm() <= 1e-5 * latent.norm()
+
+
+class Work(TorchDispatchMode):
+    """Counts what ops write, in elements, and the calls of attention: two in each block."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = self.attentions = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.attentions += func is torch.ops.uvg.flash_attention.default
+        if not func.is_view:
+            parts = out if isinstance(out, (tuple, list)) else [out]
+            self.elements += sum(part.numel() for part in parts if isinstance(part, torch.Tensor))
+        return out
+
+
+SAVED_BY = {
+    "lazy_head": Request("caption", video=make_video(), seed=1, num_steps=6),
+    "skip_idle": Request("caption", video=make_video(), seed=1, num_steps=40),
+    "condition_cache": Request("generate", "a red seven", seed=1, num_steps=3),
+    "skip_unguided": Request("generate", "a red seven", seed=1, num_steps=3, guidance=1),
+    "skip_unread": Request("generate", "a red seven", seed=1, num_steps=3),
+    "drop_padding": Request("generate", "a", seed=1, num_steps=3),
+}
+
+
+@pytest.mark.parametrize("name", SAVED_BY)
+def test_a_saving_saves(name):
+    assert set(SAVED_BY) == {field.name for field in dataclasses.fields(Savings)}
+    work = []
+    for on in (True, False):
+        with Work() as counted:
+            alone(make_engine(engine().model, savings=Savings(**{name: on})), SAVED_BY[name])
+        work.append(counted.elements)
+    assert work[0] < work[1]
+
+
+def test_a_caption_takes_one_forward_for_each_step_in_which_a_token_jumps():
+    request = Request("caption", video=make_video(), seed=1, num_steps=60, text_rule="exact")
+    with Work() as counted:
+        alone(engine(), request)
+    length = engine().defaults.text_length
+    prob = torch.tensor([1 / (60 - i) for i in range(60)])  # kappa_t = t
+    spans = torch.tensor([[i * length, length] for i in range(60)], dtype=torch.int32)
+    coins = jump_coins(prob, torch.full((60,), 1), torch.arange(60), spans, 60 * length).view(60, length)
+    forwards = int(coins.any(1).sum())
+    assert counted.attentions == forwards * 2 * engine().model.config.layers and 1 < forwards < 40
