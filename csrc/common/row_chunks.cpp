@@ -27,8 +27,9 @@ std::vector<RowChunk> all_chunks(const int32_t* spans, int64_t num_spans, int64_
   for (int64_t s : order) {
     const int64_t start = spans[s * stride], length = spans[s * stride + 1];
     if (length < 0 || start < next || start + length > num_rows)
-      throw std::invalid_argument("spans must lie in [0, " + std::to_string(num_rows) + ") without overlap, got start " +
-                                  std::to_string(start) + ", len " + std::to_string(length));
+      throw std::invalid_argument("spans must lie in [0, " + std::to_string(num_rows) +
+                                  ") without overlap, got start " + std::to_string(start) + ", len " +
+                                  std::to_string(length));
     cut(out, next, start - next, -1);
     cut(out, start, length, s);
     next = start + length;

@@ -30,9 +30,8 @@ void forward(const Params& p) {
       const H* h = static_cast<const H*>(p.h) + r * p.width;
       const Y* y = static_cast<const Y*>(p.y) + r * p.width;
       H* out = static_cast<H*>(p.out) + r * p.width;
-      columns(p.width, [&](int64_t i, int64_t n) {
-        store(out + i, load(h + i, n) + gate.at(i, n) * load(y + i, n), n);
-      });
+      columns(p.width,
+              [&](int64_t i, int64_t n) { store(out + i, load(h + i, n) + gate.at(i, n) * load(y + i, n), n); });
     }
   }
 }
@@ -50,9 +49,7 @@ void backward(const Params& p) {
       columns(p.width, [&](int64_t i, int64_t n) { store(dy + i, gate.at(i, n) * load(dout + i, n), n); });
       if (gate.values == nullptr) continue;
       const Y* y = static_cast<const Y*>(p.y) + r * p.width;
-      columns(p.width, [&](int64_t i, int64_t n) {
-        add_to(sums.at(c, 0) + i, load(dout + i, n) * load(y + i, n), n);
-      });
+      columns(p.width, [&](int64_t i, int64_t n) { add_to(sums.at(c, 0) + i, load(dout + i, n) * load(y + i, n), n); });
     }
   }
   if (p.gate != nullptr) sums.per_span(0, p.dgate, p.num_spans);

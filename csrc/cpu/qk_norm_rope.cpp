@@ -79,9 +79,8 @@ void forward_row(const Params& p, int which, int64_t r, const Rope& rope, float*
     squares += v * v;
   });
   const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(p.width) + p.eps);
-  columns(p.width, [&](int64_t i, int64_t n) {
-    store(row + i, load(x + i, n) * rstd * load(p.weight[which] + i, n), n);
-  });
+  columns(p.width,
+          [&](int64_t i, int64_t n) { store(row + i, load(x + i, n) * rstd * load(p.weight[which] + i, n), n); });
   rope.apply(row, 1.0f);
   columns(p.width, [&](int64_t i, int64_t n) { store(y + i, load(row + i, n), n); });
   p.rstd[which][r] = rstd;
@@ -151,13 +150,9 @@ void backward(const Params& p) {
 
 }  // namespace
 
-void qk_norm_rope_forward(const Params& p) {
-  p.dtype == Dtype::kFloat32 ? forward<float>(p) : forward<BFloat16>(p);
-}
+void qk_norm_rope_forward(const Params& p) { p.dtype == Dtype::kFloat32 ? forward<float>(p) : forward<BFloat16>(p); }
 
-void qk_norm_rope_backward(const Params& p) {
-  p.dtype == Dtype::kFloat32 ? backward<float>(p) : backward<BFloat16>(p);
-}
+void qk_norm_rope_backward(const Params& p) { p.dtype == Dtype::kFloat32 ? backward<float>(p) : backward<BFloat16>(p); }
 
 }  // namespace UVG_ISA
 }  // namespace uvg

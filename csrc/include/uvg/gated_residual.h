@@ -9,8 +9,8 @@
 namespace uvg {
 
 struct GatedResidualParams {
-  const void* h;  // [rows, width] in dtype_h; forward only
-  const void* y;  // [rows, width] in dtype_y
+  const void* h;         // [rows, width] in dtype_h; forward only
+  const void* y;         // [rows, width] in dtype_y
   const float* gate;     // [spans, width] or null
   const int32_t* spans;  // [spans, 2]
   int64_t rows, width, num_spans;

@@ -1,0 +1,86 @@
+"""The kernels of the cpu backend in every instruction set that runs here, and with any number of threads.
+
+What each op computes is tested in tests/ops, in the instruction set in use; here the others are held against it.
+"""
+
+import pytest
+import torch
+
+from uvg_engine import backends, ops
+from uvg_engine.backends import native
+from uvg_engine.model.embeddings import inverse_frequencies, rope_table
+
+pytestmark = pytest.mark.skipif(native.cpu() is None, reason=str(native.why_not()))
+HEADS, ROWS = 3, 300
+SPANS = torch.tensor([[0, 130], [130, 110], [240, 60]], dtype=torch.int32)
+ROPE_SPANS = torch.tensor([[0, 130, 0, 2, 5, 13], [130, 110, 0, 1, 10, 11], [240, 60, 1, 0, 0, 0]], dtype=torch.int32)
+
+
+def usable():
+    if native.cpu() is None:
+        return []
+    return [isa for isa in native.info()["cpu"]["supported"] if isa in native.info()["build"]["isa"]]
+
+
+def results(width, dtype):
+    """Outputs and gradients of the three row ops, flat."""
+    g = torch.Generator().manual_seed(width)
+
+    def leaf(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=g).to(dtype).requires_grad_()
+
+    x, y, gate, shift, scale = (
+        leaf(ROWS, width, dtype=dtype),
+        leaf(ROWS, width, dtype=dtype),
+        *(leaf(3, width) for _ in "abc"),
+    )
+    weight, bias = leaf(width), leaf(width)
+    table = rope_table(width // HEADS, 64, inverse_frequencies(width // HEADS))
+    outs = [
+        ops.modulated_layer_norm(x, shift, scale, SPANS, weight=weight, bias=bias),
+        ops.gated_residual(x, y, gate, SPANS),
+        *ops.qk_norm_rope(x, y, weight, bias, ROPE_SPANS, table, HEADS),
+    ]
+    douts = [torch.randn(ROWS, width, generator=g).to(dtype) for _ in outs]
+    leaves = [x, y, gate, shift, scale, weight, bias]
+    return [out.detach() for out in outs], list(torch.autograd.grad(outs, leaves, douts))
+
+
+@pytest.fixture
+def isa_restored():
+    yield
+    native.core().use_isa(usable()[-1])
+
+
+@pytest.mark.parametrize("isa", usable())
+@pytest.mark.parametrize("width", [6, 54, 192])
+def test_every_instruction_set_agrees_with_the_reference(isa, width, isa_restored):
+    with backends.force("reference"):
+        want = results(width, torch.float32)
+    native.core().use_isa(isa)
+    with backends.force("cpu"):
+        got = results(width, torch.float32)
+    for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("isa", usable())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_threads(isa, dtype, isa_restored):
+    native.core().use_isa(isa)
+    before, seen = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with backends.force("cpu"):
+                seen.append(results(54, dtype))
+    finally:
+        torch.set_num_threads(before)
+    for other in seen[1:]:
+        for a, b in zip((*seen[0][0], *seen[0][1]), (*other[0], *other[1]), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match="UVG_CPU_ISA must be one of"):
+        native.core().use_isa("sse9")
