@@ -1,8 +1,8 @@
 """What every op is put through. A test file gives the op, its cases and its mistakes, and adds the op's own properties.
 
-The 2x rule (STYLE 8): truth is the reference in fp64 on the same rounded inputs; a backend may err at most twice as much
-as the reference does in the same dtype, plus two ulps of the largest value. NaN fails. Memory that a kernel forgets to
-write is NaN here.
+The 2x rule: truth is the reference in fp64 on the same rounded inputs; a backend may err at most twice as much as the
+reference does in the same dtype, plus two ulps of the largest value. NaN fails. Memory that a kernel forgets to write
+is NaN here. Whatever takes `backend` runs on every backend that has the op (conftest.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uvg_engine import backends, ops
+from uvg_engine.backends import native
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 GRADCHECK_ELEMENTS = 400  # numerical differentiation takes one call per element
+# Backends whose hardware every machine has: they must serve the plainest case, not only explain why not.
+EVERYWHERE = {"sdpa", "reference"} | ({"cpu"} if native.cpu() else set())
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Case:
     make: Callable[[torch.Generator], dict[str, Any]]
     wide: tuple[str, ...] = ()  # stay in fp32 where the rest is narrower
     constant: tuple[str, ...] = ()  # floating-point, but get no gradient
-    dtypes: tuple[torch.dtype, ...] = (FP32, BF16)
+    dtypes: tuple[torch.dtype, ...] = (FP32, BF16, FP16)
     smooth: bool = True  # can be differentiated numerically
     ulps: int = 64  # a reference worse than this in its own dtype would hide an accumulation in too few bits
 
@@ -96,9 +99,12 @@ def cotangents(outputs: Sequence[Tensor]) -> list[Tensor]:
     return [torch.randn(o.shape, generator=g, dtype=FP64).to(o.dtype) for o in outputs if o.requires_grad]
 
 
+Results = tuple[tuple[Tensor, ...], dict[str, Tensor], list[Tensor]]
+
+
 def run(
     function: Callable[..., Any], case: Case, inputs: dict[str, Any], douts: Sequence[Tensor] | None = None
-) -> tuple[tuple[Tensor, ...], dict[str, Tensor], list[Tensor]]:
+) -> Results:
     """(outputs, gradient of each leaf by name, the cotangents used)."""
     leaves = {name: value.detach().requires_grad_() for name, value in case.leaves(inputs).items()}
     outputs = as_tuple(function(**(inputs | leaves)))
@@ -152,7 +158,7 @@ class Recorder(TorchDispatchMode):
 
 
 class OpSuite:
-    """Subclass as Test<Op> with `op`, `cases` and `mistakes`; the first case also goes through compilation and strides."""
+    """Subclass as Test<Op> with `op`, `cases` and `mistakes`; the first case also meets compilation and strides."""
 
     op: str
     cases: tuple[Case, ...]
@@ -165,50 +171,73 @@ class OpSuite:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         names = set(metafunc.fixturenames)
-        if "backend" in names:
-            metafunc.parametrize("backend", [b for b in backends.ORDER if self.op in backends.table(b)])
         if "dtype" in names:
             runs = [(case, dtype, False) for case in self.cases for dtype in case.dtypes]
             runs += [(self.cases[0], dtype, True) for dtype in self.cases[0].dtypes]
             ids = [f"{c.name}-{str(d)[6:]}{'-strided' * s}" for c, d, s in runs]
             metafunc.parametrize("case, dtype, strided", runs, ids=ids)
-        if "smooth_case" in names:
-            small = [
-                c for c in self.cases if c.smooth and c.leaves(c.inputs(FP64)) and _elements(c) <= GRADCHECK_ELEMENTS
-            ]
-            metafunc.parametrize("smooth_case", small, ids=[c.name for c in small])
         if "mistake" in names:
             metafunc.parametrize("mistake", self.mistakes, ids=[m.match for m in self.mistakes])
 
-    def test_values(self, case: Case, dtype: torch.dtype, strided: bool, backend: str) -> None:
-        inputs = case.inputs(dtype, strided)
-        with backends.force(backend), poisoned():
-            try:
-                outputs, grads, douts = run(self.function, case, inputs)
-            except backends.BackendRefused as refusal:
-                pytest.skip(str(refusal))
+    def assert_right(self, case: Case, inputs: dict[str, Any], dtype: torch.dtype, backend: str) -> Results:
+        """Outputs and gradients of the forced backend, held against the 2x rule."""
+        outputs, grads, douts = run(self.function, case, inputs)
         with backends.force("reference"):
             same_outputs, same_grads, _ = run(self.function, case, inputs)
-            exact = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
+            exact = {n: v.double() if _is_float(v) else v for n, v in inputs.items()}
             true_outputs, true_grads, _ = run(self.function, case, exact, douts)
         for i, triple in enumerate(zip(outputs, same_outputs, true_outputs, strict=True)):
             assert_2x(f"output {i}", case.ulps, *triple, further=self.allowed.get((backend, dtype, i), 0))
         for name, grad in grads.items():
             assert grad.dtype == inputs[name].dtype
             assert_2x(f"gradient of {name}", case.ulps, grad.contiguous(), same_grads[name], true_grads[name])
+        return outputs, grads, douts
 
-    def test_gradcheck(self, smooth_case: Case) -> None:
-        inputs = smooth_case.inputs(FP64)
-        leaves = {name: value.requires_grad_() for name, value in smooth_case.leaves(inputs).items()}
+    def test_values(self, case: Case, dtype: torch.dtype, strided: bool, backend: str) -> None:
+        inputs = case.inputs(dtype, strided)
+        before = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
+        with poisoned():
+            self.assert_right(case, inputs, dtype, backend)
+        for name, value in before.items():
+            torch.testing.assert_close(inputs[name], value, rtol=0, atol=0, equal_nan=True, msg=f"{name} was changed")
 
-        def followed(*values: Tensor) -> tuple[Tensor, ...]:
-            outputs = as_tuple(self.function(**(inputs | dict(zip(leaves, values, strict=True)))))
-            return tuple(o for o in outputs if o.requires_grad)
+    def test_the_first_case_is_served(self, backend: str) -> None:
+        if backend not in EVERYWHERE:
+            pytest.skip(f"{backend} may be without its hardware here")
+        inputs = self.cases[0].inputs(FP32)
+        try:
+            self.function(**inputs)
+        except backends.BackendRefused as refusal:
+            pytest.fail(str(refusal))
 
-        assert torch.autograd.gradcheck(followed, tuple(leaves.values()))
+    def test_same_bits_again_with_threads(self, backend: str) -> None:
+        """Three threads, whatever the machine has: no race, no sum whose order depends on who came first."""
+        case, threads = max(self.cases, key=lambda c: _elements(c.inputs(FP32))), torch.get_num_threads()
+        inputs = case.inputs(FP32)
+        torch.set_num_threads(3)
+        try:
+            outputs, grads, douts = self.assert_right(case, inputs, FP32, backend)
+            for _ in range(3):
+                again, more, _ = run(self.function, case, inputs, douts)
+                assert all(torch.equal(a, b) for a, b in zip(again, outputs, strict=True))
+                assert all(torch.equal(more[name], grads[name]) for name in grads)
+        finally:
+            torch.set_num_threads(threads)
 
-    def test_opcheck(self) -> None:
-        """Schema (no mutation, no alias), fake against real (strides included), autograd, and AOT with dynamic shapes."""
+    def test_default_dtype_does_not_matter(self, backend: str) -> None:
+        case, before = self.cases[0], torch.get_default_dtype()
+        inputs = case.inputs(FP32)
+        want = run(self.function, case, inputs)
+        torch.set_default_dtype(FP64)
+        try:
+            got = run(self.function, case, inputs, want[2])
+        finally:
+            torch.set_default_dtype(before)
+        for a, b in zip((*got[0], *got[1].values()), (*want[0], *want[1].values()), strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+
+    def test_opcheck(self, backend: str) -> None:
+        """Schema (no mutation, no alias), fake against real (strides too), autograd, and AOT with dynamic shapes."""
         case = self.cases[0]
         for strided in (False, True):
             with Recorder() as recorder:
@@ -218,8 +247,10 @@ class OpSuite:
                     case.leaves(case.inputs(FP32))
                 )
                 given = [a.detach().requires_grad_(follows) if _is_float(a) else a for a in args]
-                checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-                torch.library.opcheck(function, tuple(given), test_utils=checks if follows else checks[:2])
+                checks = ["test_schema", "test_faketensor"]
+                if follows and backend == "reference":  # registration and tracing see no backend
+                    checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+                torch.library.opcheck(function, tuple(given), test_utils=checks)
 
     @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
     def test_compile(self, dynamic: bool) -> None:
@@ -232,19 +263,57 @@ class OpSuite:
         assert all(torch.equal(a, b) for a, b in zip(outputs, want_outputs, strict=True))
         assert all(torch.equal(grads[name], want_grads[name]) for name in want_grads)
 
-    def test_mistake(self, mistake: Mistake) -> None:
+    def test_mistake(self, mistake: Mistake, backend: str) -> None:
         inputs = self.cases[0].inputs(FP32)
         self.function(**inputs)
         with pytest.raises(ValueError, match=rf"^{mistake.match}.*, got .+"):
             self.function(**mistake.applied(inputs))
 
 
+class DifferentiableOpSuite(OpSuite):
+    """For an op with a backward."""
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        super().pytest_generate_tests(metafunc)
+        if "smooth_case" in metafunc.fixturenames:
+            small = [c for c in self.cases if c.smooth and _elements(c.leaves(c.inputs(FP64))) <= GRADCHECK_ELEMENTS]
+            metafunc.parametrize("smooth_case", small, ids=[c.name for c in small])
+
+    def test_gradcheck(self, smooth_case: Case) -> None:
+        inputs = smooth_case.inputs(FP64)
+        leaves = {name: value.requires_grad_() for name, value in smooth_case.leaves(inputs).items()}
+
+        def followed(*values: Tensor) -> tuple[Tensor, ...]:
+            outputs = as_tuple(self.function(**(inputs | dict(zip(leaves, values, strict=True)))))
+            return tuple(o for o in outputs if o.requires_grad)
+
+        assert torch.autograd.gradcheck(followed, tuple(leaves.values()))
+
+    def test_a_second_derivative_is_refused(self, backend: str) -> None:
+        case = self.cases[0]
+        inputs = case.inputs(FP32)
+        leaves = {name: value.requires_grad_() for name, value in case.leaves(inputs).items()}
+        outputs = [o for o in as_tuple(self.function(**inputs)) if o.requires_grad]
+        grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents(outputs), create_graph=True)
+        with pytest.raises(NotImplementedError, match=f"{self.op} has no second derivative"):
+            sum(g.double().sum() for g in grads if g.requires_grad).backward()
+
+
+class ConstantOpSuite(OpSuite):
+    """For an op without a gradient: every floating-point argument of its cases is `constant`."""
+
+    def test_results_require_no_gradient(self, backend: str) -> None:
+        inputs = self.cases[0].inputs(FP32)
+        asked = {n: v.requires_grad_() for n, v in inputs.items() if _is_float(v)}
+        assert asked and not any(result.requires_grad for result in as_tuple(self.function(**inputs)))
+
+
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _elements(case: Case) -> int:
-    return sum(value.numel() for value in case.leaves(case.inputs(FP64)).values())
+def _elements(inputs: dict[str, Any]) -> int:
+    return sum(value.numel() for value in inputs.values() if isinstance(value, Tensor))
 
 
 def spans(*pairs: tuple[int, ...]) -> Tensor:

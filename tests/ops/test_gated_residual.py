@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from harness import BF16, FP16, FP32, Case, Mistake, OpSuite, normal, spans
+from harness import BF16, FP16, FP32, Case, DifferentiableOpSuite, Mistake, normal, run, spans
 
 from uvg_engine.ops import gated_residual, gated_residual_norm, modulated_layer_norm
 
@@ -18,15 +19,18 @@ def gated(g, lengths, width):
     }
 
 
-class TestGatedResidual(OpSuite):
+class TestGatedResidual(DifferentiableOpSuite):
     op = "gated_residual"
     cases = (
-        Case("empty-span", lambda g: gated(g, (3, 0, 7, 1), 13), ("gate",), dtypes=(FP32, BF16, FP16)),
+        Case("empty-span", lambda g: gated(g, (3, 0, 7, 1), 13), ("gate",)),
         Case("wide-stream", lambda g: gated(g, (4, 5), 16), ("h", "gate"), dtypes=(BF16, FP16)),
         Case("no-gate", lambda g: {"h": normal(g, 5, 8), "y": normal(g, 5, 8)}),
         Case("no-rows", lambda g: gated(g, (0,), 8), ("gate",)),
         Case("no-spans", lambda g: gated(g, (), 8), ("gate",)),
         Case("one-element", lambda g: gated(g, (1,), 1), ("gate",)),
+        Case("many-spans", lambda g: gated(g, [(5 * i) % 7 for i in range(40)], 9), ("gate",)),
+        Case("narrow-gate", lambda g: gated(g, (2, 5), 15)),
+        Case("one-row", lambda g: gated(g, (1,), 33), ("gate",)),
         Case("block-and-one", lambda g: gated(g, (31, 33, 1), 1025), ("gate",)),
     )
     mistakes = (
@@ -37,6 +41,9 @@ class TestGatedResidual(OpSuite):
         Mistake("gate and spans must be given together", {"spans": None}),
         Mistake(r"gate must be \(4, 13\)", {"gate": lambda x: x[:1]}),
         Mistake(r"spans must be an int32 \(S, 2\)", {"spans": lambda s: s.flatten()}),
+        Mistake(r"spans must lie in \[0, 11\)", {"spans": lambda s: s + torch.tensor([1, 0], dtype=torch.int32)}),
+        Mistake(r"spans must lie in \[0, 11\)", {"spans": lambda s: s - torch.tensor([1, 0], dtype=torch.int32)}),
+        Mistake(r"spans must lie in \[0, 11\)", {"spans": lambda s: -s}),
     )
 
 
@@ -46,25 +53,83 @@ def test_equals_its_formula():
     torch.testing.assert_close(gated_residual(**made), made["h"] + made["gate"][owner] * made["y"])
 
 
-def test_rows_outside_the_spans_keep_the_stream():
+def test_rows_outside_the_spans_keep_the_stream(backend):
     g = torch.Generator().manual_seed(0)
-    h, y, gate = normal(g, 6, 4), normal(g, 6, 4), normal(g, 1, 4)
+    h, y, gate = normal(g, 6, 4).float(), normal(g, 6, 4).float().requires_grad_(), normal(g, 1, 4).float()
     out = gated_residual(h, y, gate, spans((2, 2)))
     assert torch.equal(out[[0, 1, 4, 5]], h[[0, 1, 4, 5]])
+    assert not torch.autograd.grad(out.sum(), y)[0][[0, 1, 4, 5]].any()
 
 
-def test_a_closed_gate_keeps_the_stream():
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_rows_do_not_see_their_neighbours(backend, dtype):
+    made = gated(torch.Generator().manual_seed(0), (1,) * 37, 33)
+    made = {n: v.to(dtype) if v.is_floating_point() else v for n, v in made.items()}
+    whole = gated_residual(**made)
+    for i in range(37):
+        alone = {n: made[n][i : i + 1] for n in ("h", "y", "gate")}
+        assert torch.equal(gated_residual(**alone, spans=spans((0, 1))), whole[i : i + 1])
+
+
+def test_spans_may_come_in_any_order(backend):
+    case = TestGatedResidual.cases[0]
+    made = case.inputs(FP32)
+    out, grads, douts = run(gated_residual, case, made)
+    turned = made | {n: made[n].flip(0) for n in ("gate", "spans")}
+    other, turned_grads, _ = run(gated_residual, case, turned, douts)
+    assert torch.equal(out[0], other[0]) and torch.equal(grads["gate"], turned_grads["gate"].flip(0))
+
+
+def test_an_open_gate_is_no_gate(backend):
+    made = gated(torch.Generator().manual_seed(0), (4, 2, 5), 33)
+    h, y = made["h"].to(BF16), made["y"].to(BF16)
+    assert torch.equal(gated_residual(h, y, torch.ones(3, 33), made["spans"]), gated_residual(h, y))
+
+
+def test_the_stream_gets_its_gradient_as_it_is(backend):
+    made = TestGatedResidual.cases[0].inputs(FP32)
+    made["h"].requires_grad_()
+    dout = torch.arange(made["h"].numel()).reshape(made["h"].shape).float()
+    assert torch.equal(torch.autograd.grad(gated_residual(**made), made["h"], dout)[0], dout)
+
+
+def test_a_closed_gate_keeps_the_stream(backend):
     case = TestGatedResidual.cases[0]
     made = case.inputs(BF16)
     assert torch.equal(gated_residual(**(made | {"gate": torch.zeros(4, 13)})), made["h"])
 
 
-def test_gated_residual_norm_is_the_two_ops():
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_gated_residual_norm_is_the_two_ops(backend, dtype):
     g = torch.Generator().manual_seed(0)
     made = gated(g, (4, 2, 5), 12)
-    shift, scale, weight = normal(g, 3, 12), normal(g, 3, 12), normal(g, 12)
-    out, normed = gated_residual_norm(**made, shift=shift, scale=scale, norm_spans=made["spans"], weight=weight)
+    made = {n: v.to(dtype).requires_grad_() if v.is_floating_point() else v for n, v in made.items()}
+    shift, scale, weight, bias = (normal(g, *shape).float() for shape in ((3, 12), (3, 12), (12,), (12,)))
+    affine = {"weight": weight, "bias": bias, "eps": 1e-3}
+    leaves = [made[n] for n in ("h", "y", "gate")]
+    out, normed = gated_residual_norm(**made, shift=shift, scale=scale, norm_spans=made["spans"], **affine)
     want = gated_residual(**made)
-    assert torch.equal(out, want)
-    assert torch.equal(normed, modulated_layer_norm(want, shift, scale, made["spans"], weight=weight))
-    assert gated_residual_norm(made["h"], made["y"], norm_dtype=BF16)[1].dtype == BF16
+    want_normed = modulated_layer_norm(want, shift, scale, made["spans"], **affine)
+    assert torch.equal(out, want) and torch.equal(normed, want_normed)
+    grads, want_grads = (
+        torch.autograd.grad(a.float().sum() + b.float().square().sum(), leaves)
+        for a, b in ((out, normed), (want, want_normed))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(grads, want_grads, strict=True))
+
+
+def test_gated_residual_norm_in_another_dtype(backend):
+    made = TestGatedResidual.cases[0].inputs(FP32)
+    out, normed = gated_residual_norm(**made, norm_dtype=BF16)
+    assert out.dtype == FP32 and torch.equal(normed, modulated_layer_norm(out).to(BF16))
+    assert gated_residual_norm(**made)[1].dtype == FP32
+
+
+def test_gated_residual_norm_refuses_as_the_two_ops_do():
+    made = TestGatedResidual.cases[0].inputs(FP32)
+    with pytest.raises(ValueError, match=r"^y must be \(11, 13\), got"):
+        gated_residual_norm(**(made | {"y": made["y"][1:]}))
+    with pytest.raises(ValueError, match=r"^weight must be \(13,\), got"):
+        gated_residual_norm(**made, weight=torch.ones(12))
+    with pytest.raises(ValueError, match=r"^shift, scale and spans must be given together, got"):
+        gated_residual_norm(**made, shift=torch.ones(4, 13))

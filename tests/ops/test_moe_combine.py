@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import BF16, FP16, FP32, Case, Mistake, OpSuite, normal
+from harness import BF16, FP32, Case, DifferentiableOpSuite, Mistake, normal, run
 
 from uvg_engine.ops import moe_combine
 
 
-def case(name, rows, width, top_k, dtypes=(FP32, BF16)):
+def case(name, rows, width, top_k, wide=("weights",)):
     def make(g):
         return {
             "rows": normal(g, rows * top_k, width),
@@ -17,14 +17,16 @@ def case(name, rows, width, top_k, dtypes=(FP32, BF16)):
             "weights": normal(g, rows, top_k).softmax(-1),
         }
 
-    return Case(name, make, ("weights",), dtypes=dtypes)
+    return Case(name, make, wide)
 
 
-class TestMoeCombine(OpSuite):
+class TestMoeCombine(DifferentiableOpSuite):
     op = "moe_combine"
     cases = (
-        case("two", 11, 7, 2, dtypes=(FP32, BF16, FP16)),
+        case("two", 11, 7, 2),
         case("one", 13, 4, 1),
+        case("narrow-weights", 11, 7, 3, wide=()),
+        case("one-row", 1, 33, 5),
         case("no-rows", 0, 8, 2),
         case("one-element", 1, 1, 1),
         case("block-and-one", 65, 129, 8),
@@ -36,6 +38,9 @@ class TestMoeCombine(OpSuite):
         Mistake("weights must have K > 0 columns", {"weights": lambda w: w[:, :0]}),
         Mistake(r"order must be \(22,\) torch.int32", {"order": lambda o: o.long()}),
         Mistake(r"order must be \(22,\) torch.int32", {"order": lambda o: o[1:]}),
+        Mistake(r"order must lie in \[0, 22\)", {"order": lambda o: o + 1}),
+        Mistake(r"order must lie in \[0, 22\)", {"order": lambda o: o - 1}),
+        Mistake("order must name every slot once", {"order": lambda o: o.clamp(max=20)}),
     )
 
 
@@ -47,8 +52,31 @@ def test_equals_the_sum_written_out():
     torch.testing.assert_close(moe_combine(**made), want)
 
 
+def test_the_order_of_the_grouped_rows_does_not_matter(backend):
+    """Moving rows about together with their slots changes no bit, forward or backward."""
+    case = TestMoeCombine.cases[0]
+    made = case.inputs(FP32)
+    out, grads, douts = run(moe_combine, case, made)
+    moved = torch.randperm(22, generator=torch.Generator().manual_seed(0))
+    turned = made | {n: made[n][moved] for n in ("rows", "order")}
+    other, turned_grads, _ = run(moe_combine, case, turned, douts)
+    assert torch.equal(out[0], other[0]) and torch.equal(grads["weights"], turned_grads["weights"])
+    assert torch.equal(grads["rows"][moved], turned_grads["rows"])
+
+
+def test_one_choice_of_weight_one_is_a_copy(backend):
+    x = normal(torch.Generator().manual_seed(0), 9, 33).to(BF16)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(1)).int()
+    assert torch.equal(moe_combine(x, order, torch.ones(9, 1))[order.long()], x)
+
+
+def test_linear_in_the_weights(backend):
+    made = TestMoeCombine.cases[0].inputs(FP32)
+    assert torch.equal(moe_combine(**(made | {"weights": 2 * made["weights"]})), 2 * moe_combine(**made))
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_rows_do_not_see_their_neighbours(dtype):
+def test_rows_do_not_see_their_neighbours(backend, dtype):
     made = TestMoeCombine.cases[-1].inputs(dtype)
     whole = moe_combine(**made)
     place = torch.argsort(made["order"].long())

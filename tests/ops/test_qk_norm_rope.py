@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import BF16, FP16, FP32, FP64, Case, Mistake, OpSuite, normal, spans
+from harness import BF16, FP32, FP64, Case, DifferentiableOpSuite, Mistake, normal, spans
 
 from uvg_engine.ops import qk_norm_rope
 
@@ -28,22 +28,31 @@ def made(g, rows, rope_spans, heads, head_dim, positions=16):
     }
 
 
-def case(name, *args, dtypes=(FP32, BF16)):
-    return Case(name, lambda g: made(g, *args), ("rope_table",), constant=("rope_table",), dtypes=dtypes)
+def case(name, *args, wide=("rope_table",)):
+    return Case(name, lambda g: made(g, *args), wide, constant=("rope_table",))
 
 
 MIXED = ((0, 12, VIDEO, 2, 3, 2), (12, 0, VIDEO, 0, 0, 0), (12, 5, TEXT, 0, 0, 0))
 
 
-class TestQkNormRope(OpSuite):
+GRIDS = ((1, 2, 3), (0, 4, 4), (2, 2, 1), (1, 1, 1))
+LENGTHS = [6, 0, 4, 1, *[(5 * i) % 7 for i in range(10)]]
+STARTS = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
+MANY = [(s, n, VIDEO, *g) for s, n, g in zip(STARTS, LENGTHS, GRIDS)]
+MANY += [(s, n, TEXT, 0, 0, 0) for s, n in zip(STARTS[4:], LENGTHS[4:])]
+
+
+class TestQkNormRope(DifferentiableOpSuite):
     op = "qk_norm_rope"
     cases = (
-        case("mixed", 18, MIXED, 2, 8, dtypes=(FP32, BF16, FP16)),
+        case("mixed", 18, MIXED, 2, 8),
         case("text-before-video", 19, ((0, 7, TEXT, 0, 0, 0), (7, 12, VIDEO, 1, 4, 3)), 3, 10),
         case("narrowest-head", 4, ((0, 4, TEXT, 0, 0, 0),), 1, 2),
         case("no-rows", 0, ((0, 0, TEXT, 0, 0, 0),), 2, 4),
         case("no-spans", 3, (), 2, 4),
         case("one-row", 1, ((0, 1, VIDEO, 1, 1, 1),), 1, 6),
+        case("many-spans", 44, MANY, 2, 12),
+        case("wide-weights", 18, MIXED, 2, 8, wide=("rope_table", "weight_q", "weight_k")),
         case("wan-heads", 31, ((0, 24, VIDEO, 3, 2, 4), (24, 7, TEXT, 0, 0, 0)), 3, 128),
     )
     mistakes = (
@@ -57,6 +66,16 @@ class TestQkNormRope(OpSuite):
         Mistake(r"num_heads must divide D = 16 into even head widths", {"num_heads": 0}),
         Mistake(r"rope_spans must be an int32 \(S, 6\)", {"rope_spans": spans((0, 18))}),
         Mistake(r"rope_table must be \(2, 16, 4, 2\)", {"rope_table": torch.zeros(2, 16, 3, 2)}),
+        Mistake("rope_table must not require a gradient", {"rope_table": lambda t: t.clone().requires_grad_()}),
+        Mistake(r"rope_spans must lie in \[0, 18\)", {"rope_spans": spans((14, 5, TEXT, 0, 0, 0))}),
+        Mistake(r"rope_spans must lie in \[0, 18\)", {"rope_spans": spans((-1, 5, TEXT, 0, 0, 0))}),
+        Mistake("rope_spans must be of kind 0 or 1", {"rope_spans": spans((0, 5, 2, 0, 0, 0))}),
+        Mistake(r"rope_spans must have len = F\*Y\*X for video", {"rope_spans": spans((0, 12, VIDEO, 2, 3, 3))}),
+        Mistake(r"rope_spans must have len = F\*Y\*X for video", {"rope_spans": spans((0, 12, VIDEO, 2, -3, -2))}),
+        Mistake(
+            "rope_spans must stay within the table's 16 positions", {"rope_spans": spans((0, 18, VIDEO, 1, 1, 18))}
+        ),
+        Mistake("rope_spans must stay within the table's 16 positions", {"rope_spans": spans((0, 17, TEXT, 0, 0, 0))}),
     )
 
 
@@ -89,12 +108,33 @@ def test_video_equals_interleaved_pairs_by_complex_numbers():
     torch.testing.assert_close(qk_norm_rope(**inputs)[1], want)
 
 
-def test_rotation_keeps_lengths_and_uncovered_rows_are_only_normed():
-    inputs = made(torch.Generator().manual_seed(0), 18, MIXED, 2, 8)
+def test_rotation_keeps_lengths_and_uncovered_rows_are_only_normed(backend):
+    inputs = TestQkNormRope.cases[0].inputs(FP32)
     q, _ = qk_norm_rope(**inputs)
     want = rms(inputs["q"], inputs["weight_q"])
     torch.testing.assert_close(q.unflatten(-1, (2, 8)).norm(dim=-1), want.unflatten(-1, (2, 8)).norm(dim=-1))
     torch.testing.assert_close(q[17], want[17])
+
+
+def test_the_scale_of_a_row_does_not_matter(backend):
+    inputs = TestQkNormRope.cases[0].inputs(FP32)
+    want = qk_norm_rope(**inputs, eps=0.0)
+    got = qk_norm_rope(**(inputs | {"q": 0.25 * inputs["q"], "k": 1024 * inputs["k"]}), eps=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))  # powers of two are exact
+
+
+def test_spans_may_come_in_any_order(backend):
+    inputs = TestQkNormRope.cases[0].inputs(FP32)
+    got = qk_norm_rope(**(inputs | {"rope_spans": inputs["rope_spans"].flip(0)}))
+    assert all(torch.equal(a, b) for a, b in zip(got, qk_norm_rope(**inputs), strict=True))
+
+
+def test_q_and_k_do_not_see_each_other(backend):
+    inputs = TestQkNormRope.cases[0].inputs(FP32)
+    q, k = qk_norm_rope(**inputs)
+    turned = {"q": inputs["k"], "k": inputs["q"], "weight_q": inputs["weight_k"], "weight_k": inputs["weight_q"]}
+    k_turned, q_turned = qk_norm_rope(**(inputs | turned))
+    assert torch.equal(q, q_turned) and torch.equal(k, k_turned)
 
 
 def test_text_scores_depend_on_distance_alone():
@@ -109,16 +149,17 @@ def test_text_scores_depend_on_distance_alone():
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_samples_do_not_see_their_neighbours(dtype):
+def test_samples_do_not_see_their_neighbours(backend, dtype):
     case = TestQkNormRope.cases[0]
     inputs = case.inputs(dtype)
     q, k = qk_norm_rope(**inputs)
-    alone = inputs | {"q": inputs["q"][12:17], "k": inputs["k"][12:17], "rope_spans": spans((0, 5, TEXT, 0, 0, 0))}
-    assert all(torch.equal(a, b[12:17]) for a, b in zip(qk_norm_rope(**alone), (q, k), strict=True))
+    for first, last, span in ((0, 12, MIXED[0]), (12, 17, (0, 5, TEXT, 0, 0, 0)), (17, 18, (0, 0, TEXT, 0, 0, 0))):
+        alone = inputs | {n: inputs[n][first:last] for n in "qk"} | {"rope_spans": spans(span)}
+        assert all(torch.equal(a, b[first:last]) for a, b in zip(qk_norm_rope(**alone), (q, k), strict=True))
 
 
-def test_one_result_may_go_unused():
-    inputs = made(torch.Generator().manual_seed(0), 18, MIXED, 2, 8)
+def test_one_result_may_go_unused(backend):
+    inputs = TestQkNormRope.cases[0].inputs(FP32)
     inputs["q"].requires_grad_(), inputs["k"].requires_grad_()
     qk_norm_rope(**inputs)[0].sum().backward()
     assert inputs["q"].grad.abs().sum() > 0 and not inputs["k"].grad.any()

@@ -120,6 +120,12 @@ def require_floating(name: str, value: Tensor, letters: str) -> None:
         raise ValueError(f"{name} must be a floating-point ({letters}), got {describe(value)}")
 
 
+def require_int64(name: str, value: Tensor, letters: str) -> None:
+    """`value` is int64 with as many dimensions as `letters` ("L") names."""
+    if value.dim() != letters.count(",") + 1 or value.dtype != torch.int64:
+        raise ValueError(f"{name} must be an int64 ({letters}), got {describe(value)}")
+
+
 def require_spans(name: str, spans: Tensor, last: int = 2, dims: int = 2) -> None:
     """Spans are int32 with (start, len, ...) in the last of `dims` dimensions."""
     if spans.dtype != torch.int32 or spans.dim() != dims or spans.shape[-1] != last:

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.ops._registry import define, no_gradient, require, require_inside, require_spans
+from uvg_engine.ops._registry import (
+    define,
+    no_gradient,
+    require,
+    require_floating,
+    require_inside,
+    require_int64,
+    require_shape,
+    require_spans,
+)
 
 
 def flow_noise(
@@ -32,15 +41,15 @@ def flow_noise(
     span covers comes back as it was, with velocity 0. The draws depend on (seed, step, place in the sample) alone.
     No gradient. Source: rectified flow; Gat et al. 2024. Raises ValueError on what it does not serve.
     """
-    require(data.dim() == 1 and data.is_floating_point(), "data must be floating-point (N,)", _what(data))
-    require(tokens.dim() == 1 and tokens.dtype == torch.int64, "tokens must be int64 (L,)", _what(tokens))
-    check_spans(latent_spans, token_spans)
+    require_floating("data", data, "N")
+    require_int64("tokens", tokens, "L")
+    require_spans_of_both(latent_spans, token_spans)
     samples = len(latent_spans)
     require_numbers("sigma", sigma, (samples,))
     require_numbers("kappa", kappa, (samples,))
-    require_int64("seeds", seeds, samples)
+    require_shape("seeds", seeds, (samples,), torch.int64)
     require(1 <= vocab < 2**31, "vocab must be in [1, 2^31)", vocab)
-    require(-1 <= mask_id < vocab, f"mask_id must be -1 or in [0, {vocab})", mask_id)
+    require(-1 <= mask_id < vocab, "mask_id must be -1 or in [0, vocab)", mask_id)
     return _fwd(data, tokens, sigma, kappa, seeds, step, latent_spans, token_spans, vocab, mask_id)
 
 
@@ -66,33 +75,17 @@ def flow_source(
     return x, source
 
 
-def check_spans(latent_spans: Tensor, token_spans: Tensor) -> None:
+def require_spans_of_both(latent_spans: Tensor, token_spans: Tensor) -> None:
     """Both streams have one span per sample; shared with `flow_step`."""
-    for name, spans in (("latent_spans", latent_spans), ("token_spans", token_spans)):
-        require(spans.dim() == 2, f"{name} must be (B, 2)", tuple(spans.shape))
-        require_spans(name, spans)
-    require(
-        len(token_spans) == len(latent_spans),
-        f"token_spans must have {len(latent_spans)} rows like latent_spans",
-        len(token_spans),
-    )
+    require_spans("latent_spans", latent_spans)
+    require_spans("token_spans", token_spans)
+    require_shape("token_spans", token_spans, latent_spans.shape)
 
 
 def require_numbers(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     """Coefficients per sample, in fp32 or fp64."""
-    require(value.shape == shape, f"{name} must be {shape}", tuple(value.shape))
+    require_shape(name, value, shape)
     require(value.dtype in (torch.float32, torch.float64), f"{name} must be float32 or float64", value.dtype)
-
-
-def require_int64(name: str, value: Tensor, samples: int) -> None:
-    """One int64 per sample."""
-    require(
-        value.shape == (samples,) and value.dtype == torch.int64, f"{name} must be int64 ({samples},)", _what(value)
-    )
-
-
-def _what(value: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
-    return tuple(value.shape), value.dtype
 
 
 def _check(data: Tensor, tokens: Tensor, *rest: Any) -> None:

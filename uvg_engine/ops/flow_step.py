@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.ops._registry import define, no_gradient, require, require_inside
-from uvg_engine.ops.flow_noise import check_spans, require_int64, require_numbers
+from uvg_engine.ops._registry import (
+    define,
+    no_gradient,
+    require,
+    require_floating,
+    require_inside,
+    require_int64,
+    require_shape,
+)
+from uvg_engine.ops.flow_noise import require_numbers, require_spans_of_both
 
 NUM_COEFS = 10
 
@@ -45,29 +53,20 @@ def flow_step(
     [B, 2]. Returns (x', xc, m, token'); fp32 inside. No gradient. Source: UniPC (Zhao et al. 2023); Gat et al. 2024.
     Raises ValueError on what it does not serve, and where a coefficient asks for history that is None.
     """
-    require(x.dim() == 1 and x.is_floating_point(), "x must be floating-point (N,)", (tuple(x.shape), x.dtype))
+    require_floating("x", x, "N")
     others = {"v_cond": v_cond, "v_uncond": v_uncond, "last": last, "m1": m1, "m2": m2}
     for name, value in others.items():
-        same = value is None or (value.shape == x.shape and value.dtype == x.dtype)
-        require(
-            same,
-            f"{name} must be {x.dtype} {tuple(x.shape)} like x",
-            value if value is None else (tuple(value.shape), value.dtype),
-        )
-    check_spans(latent_spans, token_spans)
+        if value is not None:
+            require_shape(name, value, x.shape, x.dtype)
+    require_spans_of_both(latent_spans, token_spans)
     samples = len(latent_spans)
     require_numbers("coefs", coefs, (samples, NUM_COEFS))
     require_numbers("guidance", guidance, (samples,))
-    require(
-        tokens.dim() == 1 and tokens.dtype == torch.int64,
-        "tokens must be int64 (L,)",
-        (tuple(tokens.shape), tokens.dtype),
-    )
-    same = drawn.shape == tokens.shape and drawn.dtype == tokens.dtype
-    require(same, f"drawn must be int64 {tuple(tokens.shape)} like tokens", (tuple(drawn.shape), drawn.dtype))
+    require_int64("tokens", tokens, "L")
+    require_shape("drawn", drawn, tokens.shape, torch.int64)
     require_numbers("jump_prob", jump_prob, (samples,))
-    require_int64("seeds", seeds, samples)
-    require_int64("steps", steps, samples)
+    require_shape("seeds", seeds, (samples,), torch.int64)
+    require_shape("steps", steps, (samples,), torch.int64)
     return _fwd(
         x,
         v_cond,

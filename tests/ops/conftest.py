@@ -1,0 +1,32 @@
+"""The fixture `backend` of tests/ops/test_<op>.py: each backend that has the op, forced; a refusal is a skip."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from uvg_engine import backends
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        op = Path(metafunc.module.__file__).stem.removeprefix("test_")
+        metafunc.parametrize("backend", [b for b in backends.ORDER if op in backends.table(b)], indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with backends.force(request.param):
+        yield request.param
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    try:
+        return (yield)
+    except backends.BackendRefused as refusal:
+        if "backend" not in getattr(item, "fixturenames", ()):
+            raise
+        pytest.skip(str(refusal))
