@@ -57,7 +57,11 @@ def table(backend: str) -> dict[str, Kernel]:
 
 @contextlib.contextmanager
 def force(backend: str) -> Iterator[None]:
-    """Serve every op inside the block by `backend`; what it refuses raises BackendRefused with the reason."""
+    """Serve every op inside the block by `backend`; what it refuses raises BackendRefused with the reason.
+
+    The backward of an op called inside stays with it, wherever it runs. Code compiled by torch.compile does not carry
+    this on: have its backward inside the block too.
+    """
     table(backend)
     token = _forced.set(backend)
     try:
@@ -78,14 +82,14 @@ def _reason(backend: str, op: str, args: tuple[Any, ...]) -> str | None:
     return kernel.refuses(*args)
 
 
-def select(op: str, args: tuple[Any, ...]) -> Kernel:
-    """The kernel that serves `op` on the forward arguments `args`. Raises BackendRefused when none does."""
+def select(op: str, args: tuple[Any, ...]) -> tuple[str, Kernel]:
+    """The backend that serves `op` on the forward arguments `args`, and its kernel. BackendRefused when none does."""
     pinned = _forced.get()
     reasons = []
     for backend in (pinned,) if pinned else names():
         reason = _reason(backend, op, args)
         if reason is None:
-            return table(backend)[op]
+            return backend, table(backend)[op]
         reasons.append(f"{backend}: {reason}")
     raise BackendRefused(f"{op} is not served here: {'; '.join(reasons)}")
 

@@ -23,7 +23,7 @@ def define(op: str, schema: str, fake: Callable[..., Any], check: Callable[..., 
     """
 
     def dispatch(*args: Any) -> Any:
-        return backends.select(op, args).forward(*args)
+        return backends.select(op, args)[1].forward(*args)
 
     def checked(*args: Any) -> Any:
         if check is not None:
@@ -41,9 +41,9 @@ def define_backward(op: str, schema: str, fake: Callable[..., Any], num_saved: i
     """
 
     def dispatch(*args: Any) -> Any:
-        kernel = backends.select(op, args[num_saved:])
+        backend, kernel = backends.select(op, args[num_saved:])
         if kernel.backward is None:
-            raise backends.BackendRefused(f"{op} has no backward on the chosen backend")
+            raise backends.BackendRefused(f"{op} has no backward on backend {backend}")
         return kernel.backward(*args)
 
     def twice(ctx: Any, *grads: Any) -> Any:
