@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from bench import gpu_check
 from bench.__main__ import main
 from bench.case import SIZES
 from bench.one_op import OPS, bench_op
@@ -73,3 +74,23 @@ def test_contenders_take_turns():
 def test_ratio_is_that_of_the_rounds():
     slow_then_quick = Timing((4.0, 1.0, 1.0)), Timing((8.0, 2.0, 3.0))
     assert slow_then_quick[0].times_faster_than(slow_then_quick[1]) == 2.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_gpu_check_fails_without_a_gpu(capsys):
+    assert gpu_check.main([]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] is False and "no CUDA device" in told["reason"]
+
+
+def test_gpu_check_counts_what_pytest_reports():
+    report = """<testsuites><testsuite>
+      <testcase classname="a" name="good"/><testcase classname="a" name="left"><skipped message="no"/></testcase>
+      <testcase classname="a" name="bad"><failure message="error 3&#10;more">trace</failure></testcase>
+      <testcase classname="a" name="worse"><error message="at setup">trace</error></testcase>
+    </testsuite></testsuites>"""
+    assert gpu_check.counted(report) == {
+        "passed": 1,
+        "skipped": 1,
+        "failures": ["a::bad: ['error 3']", "a::worse: ['at setup']"],
+    }

@@ -6,8 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
-from uvg_engine import backends, ops
+import uvg_engine
+from uvg_engine import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "uvg_engine"
@@ -143,14 +145,24 @@ def test_no_paths_of_one_machine():
     assert found == []
 
 
-def test_every_op_is_documented():
-    page = (ROOT / "docs/api/ops.md").read_text()
-    assert [name for name in ops.__all__ if name != "require" and f".{name}\n" not in page] == []
-
-
 def test_readme_shows_the_two_commands():
     text = (ROOT / "README.md").read_text()
     assert "make demo" in text and "make test" in text
+
+
+def test_hooks_and_make_lint_are_the_same_pinned_tools():
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)(?:;.*)?$", (ROOT / "constraints.txt").read_text(), re.M))
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert local["repo"] == "local" and {hook["language"] for hook in local["hooks"]} == {"system"}
+    hooks = {hook["entry"].split()[0].removeprefix(".venv/bin/") for hook in local["hooks"]}
+    recipe = (ROOT / "Makefile").read_text().partition("\nlint: ")[2].partition("\n\n")[0]
+    assert hooks == set(re.findall(r"\$\(BIN\)/([\w-]+)", recipe)) == {"ruff", "clang-format", "codespell", "mypy"}
+    assert hooks | {"pre-commit"} <= set(pins), "a version of each stands in constraints.txt and nowhere else"
+
+
+def test_versions_agree():
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert uvg_engine.__version__ == version
 
 
 def test_ci_hides_nothing():

@@ -1,4 +1,4 @@
-"""Every op's own cases on a CUDA device: each backend that serves them there, by the 2x rule against fp64 on the CPU."""
+"""Every op's own cases on a CUDA device, on each backend that serves them: the 2x rule against fp64 on the CPU."""
 
 import importlib
 from pathlib import Path

@@ -14,6 +14,7 @@ from uvg_engine.flow.schedules import JUMP_RULES, Kappa, SigmaSchedule, model_ti
 from uvg_engine.flow.solvers import HOLD, SOLVERS, Row, solver_rows
 
 KINDS = ("generate", "caption", "joint")
+"""The jobs: text to video, video to text, both at once."""
 
 
 @dataclass(frozen=True)

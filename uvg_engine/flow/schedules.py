@@ -13,6 +13,8 @@ from torch import Tensor
 
 MODEL_TIMES = 1000.0
 JUMP_RULES = ("euler", "exact", "progress")
+"""When a token may change: the Euler step of its rate, the exact transition, or the published joint rule."""
+
 RATE_FLOOR = 1e-6  # 1 - kappa is taken no smaller, so that the rate stays finite at t = 1
 
 

@@ -16,7 +16,10 @@ from collections.abc import Sequence
 
 Row = tuple[float, ...]
 SOLVERS = ("euler", "unipc")
-HOLD: Row = (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)  # the latent stays, whatever the velocity is
+"""The video solvers: Euler, and UniPC of order 2."""
+
+HOLD: Row = (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+"""The row under which a latent stays, whatever its velocity is."""
 
 
 def solver_rows(solver: str, sigmas: Sequence[float]) -> tuple[Row, ...]:

@@ -95,6 +95,7 @@ CONFIGS = {
         heads=4, head_dim=32, in_channels=24, text_dim=64, freq_dim=64, ffn_dim=512, layers=6, vocab=160
     ),
 }
+"""Named sizes: Uni-ViGU on Wan2.1 1.3B and 14B, and the embedded model's."""
 
 
 def named_config(name: str, **changes: Any) -> UniViGUConfig:

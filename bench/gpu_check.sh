@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# What this machine's GPU makes of the ops: the tests marked gpu, then the timings, as one JSON object on stdout.
+# Exits non-zero where there is no GPU, where no test ran, and where anything failed.
+#   PYTHON=python3   use this interpreter, which must have torch with CUDA, pytest and hypothesis; else .venv is made
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ -z "${PYTHON:-}" ]; then
+  make --no-print-directory .venv/.uvg-dev >&2
+  PYTHON=.venv/bin/python
+fi
+exec "$PYTHON" -m bench.gpu_check "$@"

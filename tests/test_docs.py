@@ -1,0 +1,109 @@
+"""Every public name says what it is and has its place in the API pages; the pages name what there is."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import uvg_engine
+from uvg_engine.training import Stage, TimeSampling, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PACKAGES = ("ops", "backends", "model", "flow", "media", "sampling", "training", "training.data", "evaluation")
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def public_names(package):
+    """What `__all__` lists; without one, what the module itself defines under a name of its own."""
+    module = importlib.import_module(f"uvg_engine.{package}")
+    if hasattr(module, "__all__"):
+        return [(name, getattr(module, name)) for name in module.__all__]
+    own = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
+    return [(name, value) for name, value in own if getattr(value, "__module__", None) == module.__name__]
+
+
+def constants_with_docstring(package):
+    """Names of module level that are followed by a text of their own."""
+    found = set()
+    for path in (ROOT / "uvg_engine" / package.replace(".", "/")).glob("*.py"):
+        body = ast.parse(path.read_text()).body
+        for node, after in itertools.pairwise(body):
+            told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            found |= {target.id for target in targets if told and isinstance(target, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_has_a_docstring(package):
+    assert inspect.getdoc(importlib.import_module(f"uvg_engine.{package}"))
+    silent = []
+    for name, value in public_names(package):
+        if not (inspect.isclass(value) or inspect.isroutine(value)):
+            silent += [name] if name not in constants_with_docstring(package) else []
+        elif not value.__doc__ or value.__doc__.startswith(f"{name}("):  # a dataclass without one gets its signature
+            silent.append(name)
+        elif inspect.isclass(value):
+            fields = getattr(value, "__dataclass_fields__", {})
+            own = {k: v for k, v in vars(value).items() if not k.startswith("_") and k not in fields}
+            methods = {k: v for k, v in own.items() if inspect.isroutine(v) or isinstance(v, property)}
+            silent += [f"{name}.{k}" for k, v in methods.items() if not inspect.getdoc(v)]
+    assert silent == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_in_the_api_pages(package):
+    shown = {m for page in (DOCS / "api").glob("*.md") for m in re.findall(r"^::: (\S+)$", page.read_text(), re.M)}
+    whole, folder = f"uvg_engine.{package}", ROOT / "uvg_engine" / package.replace(".", "/")
+    # a function of its module's own name is hidden behind the module where the whole package is shown
+    hidden = {name for name, _ in public_names(package) if (folder / f"{name}.py").exists()}
+    missing = [
+        name
+        for name, value in public_names(package)
+        if not (whole in shown and name not in hidden) and f"{getattr(value, '__module__', whole)}.{name}" not in shown
+    ]
+    assert missing == []
+
+
+def test_the_front_door_is_part_of_the_pages():
+    from uvg_engine import sampling
+
+    assert set(uvg_engine.__all__) - {"__version__"} <= set(sampling.__all__)
+
+
+def test_pages_are_in_the_navigation():
+    def pages(entry):
+        if isinstance(entry, str):
+            return [entry]
+        return [page for part in (entry if isinstance(entry, list) else entry.values()) for page in pages(part)]
+
+    listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(listed) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_are_there(page):
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)|src=\"([^\"]+)\"", page.read_text())
+    local = [a or b for a, b in targets if "://" not in (a or b)]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_training_page_explains_every_name():
+    page = (DOCS / "training.md").read_text()
+    names = [field.name for kind in (TrainConfig, Stage, TimeSampling) for field in dataclasses.fields(kind)]
+    assert [name for name in names if f"`{name}`" not in page] == []
+
+
+def test_design_names_every_part_of_the_house():
+    page = (DOCS / "design.md").read_text()
+    folders = [path.parent for path in (ROOT / "uvg_engine").glob("*/__init__.py")]
+    folders += [path for path in (ROOT / "csrc").iterdir() if path.is_dir()]
+    folders += [ROOT / name for name in ("kernels", "bench", "configs", "tests", "docs")]
+    assert [str(path.relative_to(ROOT)) for path in folders if f"{path.relative_to(ROOT)}/" not in page] == []

@@ -1,0 +1,88 @@
+"""What the build makes of a checkout: native or pure Python, each told, and every file that the package needs."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("uvg_engine", "kernels", "csrc", "setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE")
+COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
+
+pytest.importorskip("setuptools", minversion="77")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy without anything built."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    (folder / "uvg_engine/embedded/model/deep").mkdir(parents=True)
+    (folder / "uvg_engine/embedded/model/deep/weights.bin").write_bytes(b"weights")
+    return folder
+
+
+def wheel(checkout, target, **env):
+    """(exit code, what was said, the wheel or None), by the call that pip makes in its build environment."""
+    command = [sys.executable, "-c", f"from setuptools.build_meta import build_wheel; build_wheel({str(target)!r})"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("UVG_") and name != "CXX"}
+    done = subprocess.run(command, cwd=checkout, env=clean | env, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr, next(target.glob("*.whl"), None)
+
+
+def path_without_compilers(folder):
+    """A PATH with all that is on this one's, but no compiler."""
+    for place in reversed(os.environ["PATH"].split(os.pathsep)):
+        for program in Path(place).glob("*"):
+            link = folder / program.name
+            if program.name not in COMPILERS and not link.is_symlink():
+                link.symlink_to(program)
+    return str(folder)
+
+
+def test_pure_python_on_demand_and_complete(checkout, tmp_path):
+    code, said, made = wheel(checkout, tmp_path, UVG_NATIVE="0")
+    assert code == 0 and "native core: not built, installing pure Python: UVG_NATIVE=0" in said
+    assert made.name.endswith("-py3-none-any.whl")
+    held = set(zipfile.ZipFile(made).namelist())
+    modules = {str(path.relative_to(checkout)) for path in (checkout / "uvg_engine").rglob("*.py")}
+    assert modules <= held
+    assert {
+        "uvg_engine/kernels/__init__.py",
+        "uvg_engine/py.typed",
+        "uvg_engine/embedded/model/deep/weights.bin",
+    } <= held
+    assert [name for name in held if name.split("/")[0] not in ("uvg_engine",) and ".dist-info/" not in name] == []
+
+
+def test_without_a_compiler_the_reason_is_told(checkout, tmp_path):
+    (tmp_path / "bin").mkdir()
+    bare = path_without_compilers(tmp_path / "bin")
+    code, said, made = wheel(checkout, tmp_path, PATH=bare)
+    assert code == 0 and "native core: not built, installing pure Python: no C++ compiler" in said
+    assert made.name.endswith("-py3-none-any.whl")
+    made.unlink()
+    code, said, made = wheel(checkout, tmp_path, PATH=bare, UVG_NATIVE="1")
+    assert code != 0 and made is None and "UVG_NATIVE=1 asks for the native core, but: no C++ compiler" in said
+
+
+@pytest.mark.parametrize(
+    "env, message",
+    [
+        ({"UVG_NATIVE": "yes"}, "UVG_NATIVE must be auto, 0 or 1, got 'yes'"),
+        ({"CXX": "no-such-compiler"}, "CXX must name a C++ compiler, got 'no-such-compiler'"),
+    ],
+    ids=["wish", "compiler"],
+)
+def test_a_wrong_wish_is_an_error(checkout, tmp_path, env, message):
+    code, said, made = wheel(checkout, tmp_path, **env)
+    assert code != 0 and made is None and message in said
