@@ -121,14 +121,39 @@ def test_a_truncated_file_is_told(suffix, keep, state, tmp_path):
         load_published(UniViGU(CONFIG), path)
 
 
-def compressed(path):
-    """A torch file of 64 MB of zeros in 100 kB, as a zip that inflates when it is read."""
+def repack(state, path, change):
+    """A torch file whose zip entries are written anew; change(entry) says how each is packed."""
     plain = path.with_suffix(".plain")
-    torch.save({"w": torch.zeros(2**24)}, plain)
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+    torch.save(state, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w") as target:
         for entry in source.infolist():
-            target.writestr(entry.filename, source.read(entry))
-    assert path.stat().st_size < 200_000
+            target.writestr(entry.filename, source.read(entry), change(entry.filename))
+
+
+@pytest.mark.parametrize("what", ["data/0", "data.pkl"])
+def test_a_zip_that_inflates_is_told_before_it_does(what, state, tmp_path):
+    """32 MB of zeros in 33 kB, as a tensor or as a part of the pickle."""
+    path = tmp_path / "bomb.pth"
+    held = {"w": torch.zeros(2**23)} if what == "data/0" else {"w": torch.zeros(1), "x": "0" * 2**25}
+    repack(held, path, lambda name: zipfile.ZIP_DEFLATED if name.endswith(what) else zipfile.ZIP_STORED)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(CheckpointError, match=f"bomb.pth must hold its tensors uncompressed .*{what} compressed"):
+        load_published(UniViGU(CONFIG), path)
+    repack(dict(state), path, lambda name: zipfile.ZIP_STORED)
+    with pytest.raises(CheckpointError, match="more bytes than the file has"):
+        overlap(path)
+        load_published(UniViGU(CONFIG), path)
+
+
+def overlap(path):
+    """Let every entry of a zip's directory but the pickle's be the same large one."""
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        for entry in archive.infolist():
+            if "data/" in entry.filename:
+                entry.header_offset, entry.CRC = largest.header_offset, largest.CRC
+                entry.file_size, entry.compress_size = largest.file_size, largest.compress_size
+        archive.comment = b"x"  # makes it write the directory
 
 
 def header(size, text=b"{}"):
@@ -138,7 +163,6 @@ def header(size, text=b"{}"):
 STRANGE_FILES = {
     "garbage.pth": lambda p: p.write_bytes(b"garbage" * 99),
     "text.pt": lambda p: p.write_text("weights"),
-    "bomb.pth": compressed,
     "empty.zip.bin": lambda p: zipfile.ZipFile(p, "w").close(),
     "number.pth": lambda p: torch.save(3, p),
     "list.pth": lambda p: torch.save([torch.zeros(3)], p),

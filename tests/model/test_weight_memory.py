@@ -1,5 +1,7 @@
 """How large the models are, and how much memory it takes to make and to load them."""
 
+import ctypes
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +28,7 @@ class Peak(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or its use again would not show
         self.start = self.most = anonymous_bytes()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
