@@ -80,11 +80,18 @@ def _failed(error: Exception, trace: bool) -> int:
         return 1
     if trace:
         traceback.print_exception(error)
-    print(f"error: {_one_line(usage() if usage is not None else str(error))}", file=sys.stderr)
+    print(f"error: {_one_line(usage() if usage is not None else _told(error))}", file=sys.stderr)
     context = getattr(error, "ctx", None)
     if context is not None:
         print(f"see: {context.command_path} --help", file=sys.stderr)
     return 2
+
+
+def _told(error: Exception) -> str:
+    """The message; of an OSError as the system raises it, without its number."""
+    if isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno"):
+        return f"{error.filename or 'stdout'}: {error.strerror}"
+    return str(error)
 
 
 def _flushed(code: int) -> int:

@@ -61,7 +61,7 @@ def _print_table(result: Evaluation, model: str) -> None:
     for name in ("all", "95 %", "seen", "unseen", "real"):
         table.add_column(name, justify="right", no_wrap=True)
     for measure, title, fields in _ROWS:
-        table.add_row(f"[bold]{title}")
+        table.add_row(title, style="bold")
         for field in fields:
             share = result.share(measure, field)
             low, high = share.interval()
@@ -71,7 +71,7 @@ def _print_table(result: Evaluation, model: str) -> None:
                 f"  {_NAMES.get(field, field)}", _percent(share), f"{100 * low:.1f}-{100 * high:.1f}", *parts, ceiling
             )
         table.add_section()
-    console = Console()
+    console = Console(markup=False, highlight=False)  # a folder's name may look like markup
     console.print(table)
     console.print(_LEGEND)
 
