@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import uvg_engine
+from uvg_engine import backends
 from uvg_engine.training import Stage, TimeSampling, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,3 +108,19 @@ def test_design_names_every_part_of_the_house():
     folders += [path for path in (ROOT / "csrc").iterdir() if path.is_dir()]
     folders += [ROOT / name for name in ("kernels", "bench", "configs", "tests", "docs")]
     assert [str(path.relative_to(ROOT)) for path in folders if f"{path.relative_to(ROOT)}/" not in page] == []
+
+
+def test_readme_tells_which_backend_serves_what():
+    """The table of ops and backends is what the tables of the backends say."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| op |"))
+    columns = [re.findall(r"`(\w+)`", cell)[0] for cell in lines[start].split("|")[2:-1]]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    told = {row.split("|")[1].strip(" `"): [cell.strip() for cell in row.split("|")[2:-1]] for row in rows}
+
+    def served(op, backend):
+        kernel = backends.table(backend).get(op)
+        return "-" if kernel is None else "f b" if kernel.backward else "f"
+
+    assert set(columns) == set(backends.ORDER)
+    assert told == {op: [served(op, name) for name in columns] for op in sorted(backends.table("reference"))}
