@@ -125,8 +125,9 @@ class TrainConfig:
         _require(self.dtype in ("float32", "bfloat16"), "dtype must be float32 or bfloat16", self.dtype)
         _require(0 <= self.ema < 1, "ema must be in [0, 1)", self.ema)
         _require(self.text_length >= 1, "text_length must be at least 1", self.text_length)
-        ok = len(self.betas) == 2 and all(_is(float, beta) and 0 <= beta < 1 for beta in self.betas)
-        _require(ok, "betas must be two numbers in [0, 1)", list(self.betas))
+        ok = isinstance(self.betas, tuple) and len(self.betas) == 2
+        ok = ok and all(_is(float, beta) and 0 <= beta < 1 for beta in self.betas)
+        _require(ok, "betas must be two numbers in [0, 1)", self.betas)
         _require(self.weight_decay >= 0, "weight_decay must not be negative", self.weight_decay)
         _require(self.clip_norm > 0, "clip_norm must be positive", self.clip_norm)
         for name in ("checkpoint_every", "keep_checkpoints", "log_every"):

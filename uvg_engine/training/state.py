@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ def checkpoints(folder: Path) -> list[Path]:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint with weights_only. Raises ValueError on a file that is none or is damaged."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch itself compares no checksums
+            if broken := archive.testzip():
+                raise zipfile.BadZipFile(f"{broken} differs from its checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no message')}"
