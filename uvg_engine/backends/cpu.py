@@ -66,13 +66,13 @@ def norm_backward(
     x, dy = x.contiguous(), dy.contiguous()
     spans = None if spans is None else spans.contiguous()
     given = (shift, scale, weight, bias)
-    floats = [_floats(value) for value in given]
+    f_shift, f_scale, f_weight, f_bias = (_floats(value) for value in given)
     grads = [_new(0) if value is None else _new(*value.shape) for value in given]
     dx = torch.empty_like(x)
     names = dict(zip(("dshift", "dscale", "dweight", "dbias"), grads, strict=True))
     kept = {name: grad for (name, grad), value in zip(names.items(), given, strict=True) if value is not None}
     native.core().modulated_layer_norm(
-        *_norm_args(True, x, *floats[:2], spans, *floats[2:], eps, dy=dy, mean=mean, rstd=rstd, dx=dx, **kept)
+        *_norm_args(True, x, f_shift, f_scale, spans, f_weight, f_bias, eps, dy=dy, mean=mean, rstd=rstd, dx=dx, **kept)
     )
     typed = (g if value is None else g.to(value.dtype) for g, value in zip(grads, given, strict=True))
     return dx, *typed

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from uvg_engine.cli import _options as opt
-from uvg_engine.cli._files import numbered, print_json
+from uvg_engine.cli._files import pictures, print_json
 from uvg_engine.cli._progress import Progress
 from uvg_engine.cli.generate import _SHOWN_STEPS, save_trajectory
 
@@ -28,8 +28,13 @@ def caption(
     threads: opt.Threads = None,
 ) -> None:
     """Tell what each video shows."""
-    pictures = numbered(trajectory, len(files), (".png",), "--trajectory", taken=files)
-    own = {"num_steps": steps, "text_rule": text_rule, "temperature": temperature, **opt.parse_size(size)}
+    drawn = pictures(trajectory, len(files), taken=files)
+    own: dict[str, Any] = {
+        "num_steps": steps,
+        "text_rule": text_rule,
+        "temperature": temperature,
+        **opt.parse_size(size),
+    }
     engine = opt.load_engine(model, device, threads)
     start = time.perf_counter()
     with Progress("caption", unit="steps") as bar:
@@ -37,7 +42,7 @@ def caption(
         results = engine.caption(list(files), callback=bar.sampling(len(files)), **own)
     seconds = time.perf_counter() - start
     told = []
-    for result, file, picture in zip(results, files, pictures, strict=True):
+    for result, file, picture in zip(results, files, drawn, strict=True):
         save_trajectory(result.trajectory, picture)
         entry = {"file": str(file), "text": result.text, "seed": result.seed}
         told.append(entry | ({"trajectory": str(picture)} if picture else {}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,7 +41,7 @@ def export(
     """Write clips as mp4 files with a metadata.jsonl: the form that `uvg train` reads from a folder of yours."""
     from uvg_engine.training.data.export import export as write
 
-    settings = {"augment": augment, "combinations": combinations, "scale": scale}
+    settings: dict[str, Any] = {"augment": augment, "combinations": combinations, "scale": scale}
     with Progress("clips", count) as bar:
         folder = write(split, count, output, seed, **settings, progress=lambda done, total: bar.advance())
     if json:

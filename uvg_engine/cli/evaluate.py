@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,7 +43,7 @@ def evaluate(
     from uvg_engine.evaluation import evaluate as measure
 
     with Progress("eval", unit="steps") as bar:
-        settings = {"seed": seed, "num_steps": steps, "guidance": guidance, "batch_size": batch}
+        settings: dict[str, Any] = {"seed": seed, "num_steps": steps, "guidance": guidance, "batch_size": batch}
         result = measure(engine, limit, **settings, progress=bar.show)
     if json:
         print_json(result.to_dict())

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from uvg_engine.cli import _options as opt
-from uvg_engine.cli._files import VIDEO_SUFFIXES, numbered, print_json
+from uvg_engine.cli._files import VIDEO_SUFFIXES, numbered, pictures, print_json
 from uvg_engine.cli._notes import note
 from uvg_engine.cli._progress import Progress
 
@@ -78,7 +78,7 @@ def _sample(
 ) -> None:
     """Check the names, run the job, write the files, tell what there is."""
     files = numbered(output, len(prompts), VIDEO_SUFFIXES, "--output")
-    pictures = numbered(trajectory, len(prompts), (".png",), "--trajectory", taken=files)
+    drawn = pictures(trajectory, len(prompts), taken=files)
     if not all(prompt.strip() for prompt in prompts):
         note("an empty prompt asks for nothing, so anything may come")
     engine = opt.load_engine(model, device, threads)
@@ -90,7 +90,7 @@ def _sample(
         results = getattr(engine, kind)(list(prompts), callback=bar.sampling(len(prompts)), **own)
     seconds = time.perf_counter() - start
     told = []
-    for result, file, picture in zip(results, files, pictures, strict=True):
+    for result, file, picture in zip(results, files, drawn, strict=True):
         write_video(file, result.frames, result.fps)
         save_trajectory(result.trajectory, picture)
         frames, height, width = result.frames.shape[:3]

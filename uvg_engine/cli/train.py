@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from uvg_engine.cli import _options as opt
 from uvg_engine.cli._files import print_json
 from uvg_engine.cli._progress import Progress
+
+if TYPE_CHECKING:
+    from uvg_engine.training import Trainer
 
 
 def train(
@@ -74,7 +77,7 @@ def export(
         print(f"{folder}: the model of {checkpoint}")
 
 
-def publish(source: object, folder: Path, *, ema: bool = True) -> Path:
+def publish(source: Trainer | Path, folder: Path, *, ema: bool = True) -> Path:
     """Engine.save_pretrained of a trainer, run or checkpoint; returns the folder."""
     from uvg_engine.sampling import Engine
     from uvg_engine.training.publish import engine_parts
@@ -83,7 +86,7 @@ def publish(source: object, folder: Path, *, ema: bool = True) -> Path:
     return folder
 
 
-def _show(bar: Progress, trainer: object, log: dict[str, float]) -> None:
+def _show(bar: Progress, trainer: Trainer, log: dict[str, float]) -> None:
     bar.label = trainer.stage.name
     losses = ", ".join(f"{name} {log[name]:.4f}" for name in ("video", "text") if log[name] == log[name])
     bar.advance(note=f"{losses}, {log['samples_per_s']:.0f} samples/s")

@@ -135,7 +135,7 @@ class Loop:
             device=self.model.device,
         )
         blocks = zip(*parts, strict=True)
-        condition = [tuple(torch.cat(rows) for rows in zip(*block, strict=True)) for block in blocks]
+        condition = [(torch.cat([k for k, _ in block]), torch.cat([v for _, v in block])) for block in blocks]
         self._packed = (branches, layout, condition)
         return layout, condition
 

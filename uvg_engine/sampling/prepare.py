@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from uvg_engine.flow import Job, plan
 from uvg_engine.media import read_video, resize_video
 from uvg_engine.model.layout import Grid
 from uvg_engine.model.patches import patch_grid
-from uvg_engine.sampling.requests import Request, new_seed
+from uvg_engine.sampling.requests import Request, Video, new_seed
 
 if TYPE_CHECKING:
     from uvg_engine.sampling.engine import Engine
@@ -75,7 +74,7 @@ def prepare(request: Request, engine: Engine) -> Prepared:
         prompt_tokens = _prompt_tokens(request.prompt, engine, as_text=request.kind == "generate")
     if request.kind == "generate":
         text_len = len(prompt_tokens)
-    if request.kind == "caption":
+    if request.video is not None:
         frames = _fitted(request.video, size)
     if request.seed is None:
         request = dataclasses.replace(request, seed=new_seed())
@@ -101,7 +100,7 @@ def _prompt_tokens(prompt: str, engine: Engine, as_text: bool) -> tuple[int, ...
     return tuple(ids)
 
 
-def _fitted(video: Tensor | str | os.PathLike[str] | None, size: tuple[int, int, int]) -> Tensor:
+def _fitted(video: Video, size: tuple[int, int, int]) -> Tensor:
     if isinstance(video, Tensor):
         name, frames = "video", video
     else:

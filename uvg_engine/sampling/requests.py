@@ -91,7 +91,7 @@ class Request:
     def settings(self, defaults: FlowSettings) -> FlowSettings:
         """The engine's settings for this kind, with what the request says in their place."""
         shift = "caption_shift" if self.kind == "caption" else "shift"
-        own = {"steps": self.num_steps, "guidance": self.guidance, shift: self.shift}
+        own: dict[str, Any] = {"steps": self.num_steps, "guidance": self.guidance, shift: self.shift}
         own |= {"solver": self.solver, "text_rule": self.text_rule}
         return dataclasses.replace(defaults, **{name: value for name, value in own.items() if value is not None})
 
@@ -155,4 +155,5 @@ def seed_list(seeds: int | Sequence[int] | None, count: int) -> list[int | None]
             raise ValueError(f"seeds must have one entry a request ({count}), got {len(seeds)}")
         return list(seeds)
     check_seed(seeds)
+    assert isinstance(seeds, int)
     return [seeds + i for i in range(count)]
