@@ -97,6 +97,15 @@ def test_permuting_experts_moves_their_groups(backend):
     torch.testing.assert_close(torch.cat([out[7:], out[:7]]), moe_mlp(**made), rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_is_its_parts(backend):
+    made = in_dtype(experts(torch.Generator().manual_seed(0), (0, 5, 12), 6, 9), FP32)
+    parts = [
+        moe_mlp(**(made | {"x": made["x"][first:last], "group_offsets": offsets(*bounds)}))
+        for first, last, bounds in ((0, 2, (0, 2, 2)), (2, 8, (0, 3, 6)), (8, 12, (0, 0, 4)))
+    ]
+    torch.testing.assert_close(torch.cat(parts), moe_mlp(**made), rtol=1e-5, atol=1e-6)
+
+
 def test_groups_do_not_see_each_other(backend):
     made = in_dtype(experts(torch.Generator().manual_seed(0), (0, 5, 12), 6, 9), FP32)
     whole = moe_mlp(**made)
