@@ -12,6 +12,7 @@ from uvg_engine.reference.spans import rows_of
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_CACHE_LINE = 64  # bytes
 
 
 def refuses(q: Tensor, *rest: object) -> str | None:
@@ -23,13 +24,18 @@ def refuses(q: Tensor, *rest: object) -> str | None:
     return None
 
 
-def _groups(q_spans: Tensor, k_spans: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Row indices (queries [G, Lq], keys [G, Lk]) of the samples, those of equal lengths together."""
-    groups: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
-    for sample_q, sample_k in zip(q_spans, k_spans, strict=True):
+def _groups(q: Tensor, q_spans: Tensor, k_spans: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Row indices (queries [G, Lq], keys [G, Lk]) of the samples, those of equal lengths together.
+
+    Rows of no whole number of cache lines: one by one. Else a sample would start off a line, where the CPU's library
+    may sum in another order, and its bits would depend on its neighbours.
+    """
+    together = q.shape[1] * q.shape[2] * q.element_size() % _CACHE_LINE == 0
+    groups: dict[tuple[int, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    for index, (sample_q, sample_k) in enumerate(zip(q_spans, k_spans, strict=True)):
         rows, keys = rows_of(sample_q), rows_of(sample_k)
         if len(rows) and len(keys):
-            queries, others = groups.setdefault((len(rows), len(keys)), ([], []))
+            queries, others = groups.setdefault((len(rows), len(keys), 0 if together else index), ([], []))
             queries.append(rows)
             others.append(keys)
     for queries, others in groups.values():
@@ -45,7 +51,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, s
     """Arguments and results as in reference.flash_attention.forward."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
-    for rows, keys in _groups(q_spans, k_spans):
+    for rows, keys in _groups(q, q_spans, k_spans):
         out_GNLH, lse_GNL = _forward(_take(q, rows), _take(k, keys), _take(v, keys), 0.0, False, scale=scale)
         out[rows] = out_GNLH.transpose(1, 2)
         lse[:, rows] = lse_GNL.transpose(0, 1).float()
@@ -65,7 +71,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as in reference.flash_attention.backward."""
     dq, dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))  # fp32: samples may share keys
-    for rows, keys in _groups(q_spans, k_spans):
+    for rows, keys in _groups(q, q_spans, k_spans):
         tensors = _take(dout, rows), _take(q, rows), _take(k, keys), _take(v, keys), _take(out, rows)
         grads = _backward(*tensors, lse[:, rows].transpose(0, 1), 0.0, False, scale=scale)
         for total, index, grad in ((dq, rows, grads[0]), (dk, keys, grads[1]), (dv, keys, grads[2])):
