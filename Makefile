@@ -58,11 +58,11 @@ $(DOCS): $(DEV)
 
 demo: $(RUNTIME)
 	@mkdir -p $(DEMO)
-	$(UVG) generate "a red seven moving right, fast" -o $(DEMO)/seven.mp4
-	$(UVG) generate "a red seven moving right, fast" -o $(DEMO)/seven.png
-	$(UVG) caption $(DEMO)/seven.mp4
-	$(UVG) joint "a green three moving up, slowly" -o $(DEMO)/joint.mp4
-	@echo "Done. The videos: $(DEMO)/seven.mp4, $(DEMO)/joint.mp4; the first one's frames side by side: $(DEMO)/seven.png"
+	$(UVG) generate "a red seven moving right, fast" -o $(DEMO)/seven.mp4 --trajectory $(DEMO)/seven.png --seed 1
+	$(UVG) caption $(DEMO)/seven.mp4 --seed 1
+	$(UVG) joint "a green three moving up, slowly" -o $(DEMO)/joint.mp4 --trajectory $(DEMO)/joint.png --seed 1
+	@echo "Done. Look at the videos $(DEMO)/seven.mp4 and $(DEMO)/joint.mp4;"
+	@echo "how they came out of noise, each step's frames side by side: $(DEMO)/seven.png and $(DEMO)/joint.png"
 
 test: $(DEV)
 	@if $(BIN)/python -c 'import uvg_engine._cpu' 2>/dev/null; then \

@@ -177,7 +177,7 @@ def _table(ops: dict[str, list[dict[str, Any]]]) -> Any:
     table = Table(title="which backend serves the op")
     table.add_column("op")
     for call in next(iter(ops.values())):
-        table.add_column(f"{call['device']} {call['dtype']}")
+        table.add_column(f"{call['dtype']} on {call['device']}")
     for op, calls in ops.items():
         table.add_row(op, *(call["served_by"] if not call["error"] else f"fails: {call['error']}" for call in calls))
     return table
@@ -192,7 +192,7 @@ def _refusals(report: dict[str, Any]) -> list[str]:
         for call in answers:
             for backend, reason in call["refused"].items():
                 lacks = reason == f"backend {backend} has no kernel for {op}"
-                calls[backend, "no kernel" if lacks else reason].append(f"{op} ({call['device']} {call['dtype']})")
+                calls[backend, "no kernel" if lacks else reason].append(f"{op} ({call['dtype']} on {call['device']})")
     every = {op: len(answers) for op, answers in report["ops"].items()}
     for (backend, reason), where in calls.items():
         names = [call.partition(" ")[0] for call in where]
