@@ -51,6 +51,12 @@ def test_every_step(engine, name):
     assert picture.dtype == torch.uint8 and picture.shape[-1] == 3
 
 
+@pytest.mark.parametrize("name", ["generate", "caption", "joint"])
+def test_a_result_prints_without_its_pixels(engine, name):
+    shown = repr(record(engine, name, 2))
+    assert "seed=1" in shown and "steps=(1, 6)" in shown and "tensor" not in shown
+
+
 @pytest.mark.parametrize("name", REQUESTS)
 def test_recording_changes_nothing(engine, name):
     plain = record(engine, name, False)

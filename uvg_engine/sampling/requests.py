@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -101,10 +101,10 @@ class GenerateResult:
     """frames: uint8 [F, H, W, 3]. latent: fp32 [C, f, h, w]. seed: gives the same bits again."""
 
     prompt: str
-    frames: Tensor
+    frames: Tensor = field(repr=False)
     fps: float
     seed: int
-    latent: Tensor
+    latent: Tensor = field(repr=False)
     trajectory: Trajectory | None = None
 
 
@@ -123,12 +123,12 @@ class JointResult:
     """A video and its caption from one process; fields as in GenerateResult and CaptionResult."""
 
     prompt: str
-    frames: Tensor
+    frames: Tensor = field(repr=False)
     fps: float
     text: str
     tokens: tuple[int, ...]
     seed: int
-    latent: Tensor
+    latent: Tensor = field(repr=False)
     trajectory: Trajectory | None = None
 
 

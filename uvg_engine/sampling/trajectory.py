@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ class Trajectory:
 
     steps: tuple[int, ...]
     times: tuple[float, ...]
-    frames: tuple[Tensor, ...] | None
+    frames: tuple[Tensor, ...] | None = field(repr=False)
     texts: tuple[str, ...] | None
 
     @property
