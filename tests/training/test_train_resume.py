@@ -147,7 +147,7 @@ def test_the_only_checkpoint_damaged(stopped):
     folder, config = stopped
     (folder / "checkpoints" / "step_00000002.pt").unlink()
     damage(folder / "checkpoints" / "step_00000004.pt", 0.5)
-    with pytest.raises(ValueError, match="delete it to start again$"):
+    with pytest.raises(ValueError, match=r"delete it to start again$"):
         Trainer(config, folder, resume=True)
 
 
@@ -155,7 +155,7 @@ def test_a_checkpoint_of_something_else(stopped):
     folder, config = stopped
     for strange in ([1, 2], {"model": {}}):
         torch.save(strange, folder / "checkpoints" / "step_00000008.pt")
-        with pytest.raises(ValueError, match="must be a checkpoint of uvg train, got one without .*config.*step"):
+        with pytest.raises(ValueError, match=r"must be a checkpoint of uvg train, got one without .*config.*step"):
             Trainer(config, folder, resume=True)
 
 
