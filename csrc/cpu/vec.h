@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "uvg/dtype.h"
+#include "common/dtype.h"
 
 namespace uvg {
 namespace UVG_ISA {

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
-#include "uvg/dtype.h"
+#include "common/dtype.h"
 
 namespace uvg {
 
