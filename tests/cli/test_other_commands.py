@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,18 @@ def test_doctor_for_people(uvg, monkeypatch):
         assert [line.split()[1::2] for line in lines if f" {op} " in line and "reference" in line], op
     for name in set(backends.ORDER) - {"reference"}:
         assert f"{name}: left out by UVG_BACKENDS" in lines
+
+
+def test_doctor_tells_of_models_and_what_is_wrong_with_them(uvg, model, monkeypatch):
+    shutil.copytree(model, "models/sound")
+    shutil.copytree(model, "models/cut")
+    Path("models/cut/engine.json").write_text("{")
+    monkeypatch.setattr("uvg_engine.sampling.engine.EMBEDDED", Path("models").resolve())
+    cut, sound = json.loads(uvg("doctor", "--json").out)["models"]
+    size = sum(path.stat().st_size for path in Path(model).iterdir())
+    assert (sound["name"], sound["clip"], sound["bytes"]) == ("sound", [8, 32, 32], size) and "error" not in sound
+    assert cut["name"] == "cut" and cut["error"] and "clip" not in cut
+    assert uvg("doctor").code == 0
 
 
 def test_doctor_tells_of_a_wrong_setting(uvg, monkeypatch):
