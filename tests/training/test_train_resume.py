@@ -166,9 +166,9 @@ def test_checkpoints_run_no_code(tmp_path):
 
     (tmp_path / "checkpoints").mkdir()
     torch.save({"config": Harm()}, tmp_path / "checkpoints" / "step_00000001.pt")
-    with pytest.raises(ValueError, match="must be a whole checkpoint"):
+    with pytest.raises(ValueError, match="must hold tensors and plain values only") as caught:
         Trainer(tiny(), tmp_path, resume=True)
-    assert not (tmp_path / "harm").exists()
+    assert not (tmp_path / "harm").exists() and "weights_only" not in str(caught.value)
 
 
 def test_a_checkpoint_without_the_later_names_resumes(stopped, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -54,6 +55,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             if broken := archive.testzip():
                 raise zipfile.BadZipFile(f"{broken} differs from its checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own words advise to trust the file
+        raise ValueError(f"{path} must hold tensors and plain values only, got other objects") from error
     except Exception as error:
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no message')}"
         raise ValueError(f"{path} must be a whole checkpoint of uvg train, got {reason}") from error
