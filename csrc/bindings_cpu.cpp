@@ -11,6 +11,7 @@
 #include "common/philox.h"
 #include "uvg/gated_residual.h"
 #include "uvg/modulated_layer_norm.h"
+#include "uvg/moe_mlp.h"
 #include "uvg/qk_norm_rope.h"
 
 namespace py = pybind11;
@@ -106,6 +107,14 @@ void residual(bool backward, Address h, Address y, Address gate, Address spans, 
   run(backward ? uvg::gated_residual_backward : uvg::gated_residual_forward, p);
 }
 
+void activate(bool backward, Address pre, int64_t size, int dtype, int threads, Address hidden, Address dhidden,
+              Address dpre) {
+  uvg::MoeMlpParams p{};
+  p.pre = at<void>(pre), p.size = size, p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
+  p.hidden = at<void>(hidden), p.dhidden = at<void>(dhidden), p.dpre = at<void>(dpre);
+  run(backward ? uvg::moe_mlp_activate_backward : uvg::moe_mlp_activate, p);
+}
+
 using Pair = std::array<Address, 2>;
 
 void norm_rope(bool backward, Pair x, Pair weight, Address spans, Address table, int64_t rows, int64_t width,
@@ -138,5 +147,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("modulated_layer_norm", &layer_norm);
   m.def("gated_residual", &residual);
   m.def("qk_norm_rope", &norm_rope);
+  m.def("moe_mlp", &activate);
   m.def("build_info", &build_info, "Version, compiler, instruction sets compiled in, OpenMP or not.");
 }

@@ -12,6 +12,7 @@ import yaml
 
 TEXT_TARGETS = ("none", "prompt", "caption")
 SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = ("adamw", "muon")
 T = TypeVar("T")
 
 
@@ -97,6 +98,7 @@ class TrainConfig:
     loss: str = "ce"
     times: TimeSampling = field(default_factory=TimeSampling)
     dtype: str = "float32"
+    optimizer: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -123,6 +125,8 @@ class TrainConfig:
         _require(self.source in ("uniform", "mask"), "source must be uniform or mask", self.source)
         _require(self.loss in ("ce", "gkl"), "loss must be ce or gkl", self.loss)
         _require(self.dtype in ("float32", "bfloat16"), "dtype must be float32 or bfloat16", self.dtype)
+        ok = self.optimizer in OPTIMIZERS
+        _require(ok, f"optimizer must be one of {', '.join(OPTIMIZERS)}", self.optimizer)
         _require(0 <= self.ema < 1, "ema must be in [0, 1)", self.ema)
         _require(self.text_length >= 1, "text_length must be at least 1", self.text_length)
         ok = isinstance(self.betas, tuple) and len(self.betas) == 2

@@ -22,6 +22,7 @@ from uvg_engine.training.config import Stage, TrainConfig, differences
 from uvg_engine.training.ema import Ema
 from uvg_engine.training.initial import initial_weights
 from uvg_engine.training.losses import compute_losses
+from uvg_engine.training.optimizer import make_optimizer
 from uvg_engine.training.pieces import data_order, make_dataset, make_pieces, model_config, saved_pieces
 from uvg_engine.training.state import checkpoints, load_newest, save_checkpoint
 
@@ -68,12 +69,9 @@ class Trainer:
         model = UniViGU(sizes, compute_dtype=getattr(torch, self.config.dtype))
         return initial_weights(model, init)
 
-    def _make_optimizer(self, stage: Stage) -> torch.optim.AdamW:
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
-        decay = self.config.weight_decay
-        groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=stage.lr, betas=self.config.betas, fused=True)
+    def _make_optimizer(self, stage: Stage) -> torch.optim.Optimizer:
+        config = self.config
+        return make_optimizer(self.model, config.optimizer, stage.lr, config.betas, config.weight_decay)
 
     def _prepare_folder(self) -> None:
         """Write the config, and drop what the log says of steps that are to come (again)."""

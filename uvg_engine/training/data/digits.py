@@ -1,8 +1,9 @@
 """The data set `digits`: 1,797 real handwritten digits (scikit-learn's `load_digits`), coloured and moving.
 
-A clip has 8 frames of 32x32 RGB. A 14x14 digit moves by whole pixels and bounces at the borders by reflection of its
-position. Sample `index` is a pure function of (seed, split, index): its numbers come from numpy's Philox with key
-(seed, split) and counter (0, index, 0, 0), whatever else was drawn. Source of the digits: UCI ML hand-written digits.
+A clip has 8 frames of 32x32 RGB. A 16x16 digit starts at a multiple of 4 px, moves by whole pixels and bounces at the
+borders by reflection of its position. Sample `index` is a pure function of (seed, split, index): its numbers come from
+numpy's Philox with key (seed, split) and counter (0, index, 0, 0), whatever else was drawn. Source of the digits: UCI
+ML hand-written digits.
 
 Shape letters: B clips, F frames, Y rows, X columns, S sprite side, N source images.
 """
@@ -19,7 +20,7 @@ import torch
 
 from .digits_text import COLORS, DIRECTIONS, PLACES, make_caption, make_prompt
 
-NUM_FRAMES, SIZE, SPRITE = 8, 32, 14
+NUM_FRAMES, SIZE, SPRITE = 8, 32, 16
 FPS = 4
 REACH = SIZE - SPRITE  # the sprite's upper left corner lies in 0..REACH on each axis
 RGB = {
@@ -33,7 +34,7 @@ VELOCITY = {  # unit steps (y, x); y grows downwards
     "still": (0, 0), "right": (0, 1), "left": (0, -1), "up": (-1, 0), "down": (1, 0),
     "up-right": (-1, 1), "up-left": (-1, -1), "down-right": (1, 1), "down-left": (1, -1),
 }  # fmt: skip
-_ANCHORS, _JITTER = (2, 9, 16), 2  # start positions per axis: anchor of the third, plus or minus the jitter
+_GRID = 4  # px: starts lie on it, so that few offsets to a model's patches occur
 _UNIFORMS = 16  # drawn per sample before its texts
 
 
@@ -118,17 +119,17 @@ def third(position: int) -> int:
 def starts(velocity: int, place: int) -> tuple[int, ...]:
     """Start positions of one axis within third `place` that leave no doubt about place and direction.
 
-    No reflection in the first two transitions, and neither start nor end within 1 px of a border between thirds.
+    Multiples of the grid; no reflection in the first two transitions, neither start nor end within 0.5 px of a border
+    between thirds.
     """
     borders = (REACH / 3, 2 * REACH / 3)
 
     def admissible(start: int) -> bool:
         end = simulate(start, velocity)[0][-1]
-        clear = all(abs(p - border) >= 1 for p in (start, end) for border in borders)
-        return clear and 0 <= start <= REACH and 0 <= start + 2 * velocity <= REACH
+        clear = all(abs(p - border) >= 0.5 for p in (start, end) for border in borders)
+        return clear and 0 <= start + 2 * velocity <= REACH
 
-    anchor = _ANCHORS[place]
-    return tuple(p for p in range(anchor - _JITTER, anchor + _JITTER + 1) if admissible(p))
+    return tuple(p for p in range(0, REACH + 1, _GRID) if third(p) == place and admissible(p))
 
 
 @dataclass(frozen=True)
