@@ -9,6 +9,7 @@
 
 #include "common/cpu_features.h"
 #include "common/philox.h"
+#include "uvg/flash_attention.h"
 #include "uvg/gated_residual.h"
 #include "uvg/modulated_layer_norm.h"
 #include "uvg/moe_mlp.h"
@@ -115,6 +116,24 @@ void activate(bool backward, Address pre, int64_t size, int dtype, int threads, 
   run(backward ? uvg::moe_mlp_activate_backward : uvg::moe_mlp_activate, p);
 }
 
+using Spans = std::array<int64_t, 4>;  // address of int32 [samples, per_sample, 2], samples, per_sample, rows
+
+uvg::RowLists row_lists(const Spans& spans) {
+  return uvg::RowLists(at<int32_t>(static_cast<Address>(spans[0])), spans[1], spans[2], spans[3]);
+}
+
+void attention(bool backward, std::array<Address, 3> x, Spans q_spans, Spans k_spans, int64_t heads, int64_t width,
+               float scale, int dtype, int threads, Address out, Address lse, Address dout, std::array<Address, 3> dx) {
+  const uvg::RowLists queries = row_lists(q_spans), keys = row_lists(k_spans);
+  uvg::FlashAttentionParams p{};
+  p.q = at<void>(x[0]), p.k = at<void>(x[1]), p.v = at<void>(x[2]);
+  p.queries = &queries, p.keys = &keys, p.rows_q = q_spans[3], p.rows_k = k_spans[3];
+  p.heads = heads, p.width = width, p.scale = scale, p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
+  p.out = at<void>(out), p.lse = at<float>(lse), p.dout = at<void>(dout);
+  p.dq = at<void>(dx[0]), p.dk = at<void>(dx[1]), p.dv = at<void>(dx[2]);
+  run(backward ? uvg::flash_attention_backward : uvg::flash_attention_forward, p);
+}
+
 using Pair = std::array<Address, 2>;
 
 void norm_rope(bool backward, Pair x, Pair weight, Address spans, Address table, int64_t rows, int64_t width,
@@ -148,5 +167,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gated_residual", &residual);
   m.def("qk_norm_rope", &norm_rope);
   m.def("moe_mlp", &activate);
+  m.def("flash_attention", &attention);
   m.def("build_info", &build_info, "Version, compiler, instruction sets compiled in, OpenMP or not.");
 }

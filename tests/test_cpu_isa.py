@@ -13,6 +13,7 @@ from uvg_engine.model.embeddings import inverse_frequencies, rope_table
 pytestmark = pytest.mark.skipif(native.cpu() is None, reason=str(native.why_not()))
 HEADS, ROWS = 3, 300
 SPANS = torch.tensor([[0, 130], [130, 110], [240, 60]], dtype=torch.int32)
+ATTENTION_SPANS = torch.tensor([[[0, 130], [240, 60]], [[130, 110], [0, 0]]], dtype=torch.int32)
 ROPE_SPANS = torch.tensor([[0, 130, 0, 2, 5, 13], [130, 110, 0, 1, 10, 11], [240, 60, 1, 0, 0, 0]], dtype=torch.int32)
 
 
@@ -42,6 +43,8 @@ def results(width, dtype, *, products=True):
         ops.gated_residual(x, y, gate, SPANS),
         *ops.qk_norm_rope(x, y, weight, bias, ROPE_SPANS, table, HEADS),
     ]
+    heads = [part.unflatten(1, (HEADS, -1)) for part in (x, y, x + y)]
+    outs.append(ops.flash_attention(*heads, ATTENTION_SPANS, ATTENTION_SPANS)[0].flatten(1))
     if products:
         offsets = torch.tensor([0, 120, ROWS], dtype=torch.int32)
         outs.append(ops.moe_mlp(x, *(p.to(dtype) for p in experts), offsets))

@@ -8,8 +8,8 @@ namespace {
 
 using Params = MoeMlpParams;
 
-constexpr int64_t kChunk = 8192;           // values that one thread does alone
-constexpr float kSlope = 1.5957691216f;    // 2 sqrt(2 / pi)
+constexpr int64_t kChunk = 8192;            // values that one thread does alone
+constexpr float kSlope = 1.5957691216f;     // 2 sqrt(2 / pi)
 constexpr float kCubic = 0.0713548162726f;  // kSlope * 0.044715
 
 // GELU in its tanh form is x * s(u) with the logistic s and u = kSlope x + kCubic x^3.

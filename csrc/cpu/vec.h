@@ -15,9 +15,16 @@ namespace UVG_ISA {
 constexpr int64_t kLanes = 16;
 typedef float Vec __attribute__((vector_size(64)));
 typedef uint32_t VecBits __attribute__((vector_size(64)));
+typedef int32_t VecInts __attribute__((vector_size(64)));
 typedef uint16_t HalfBits __attribute__((vector_size(32)));
 
 inline Vec splat(float value) { return Vec{} + value; }
+
+// All bits of the first n lanes.
+inline VecInts first_lanes(int64_t n) {
+  const VecInts lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return lane < static_cast<int32_t>(n);
+}
 
 inline Vec load(const float* p) {
   Vec v;

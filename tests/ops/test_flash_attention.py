@@ -57,7 +57,10 @@ class TestFlashAttention(DifferentiableOpSuite):
         case("sharp", 11, 31, table(((0, 11),)), table(((0, 31),)), 1, 16, gain=30.0),
     )
     # PyTorch's CPU kernel takes a short polynomial for exp where the values are narrow: its lse is off by up to 5e-5.
-    allowed = MappingProxyType({("sdpa", BF16, 1): 128, ("sdpa", FP16, 1): 128})
+    # The C++ kernel takes 0 for the exponent's reference where it can: an lse near 0 is off by an ulp of 1.
+    allowed = MappingProxyType(
+        {("sdpa", BF16, 1): 128, ("sdpa", FP16, 1): 128, ("cpu", FP32, 1): 128, ("cpu", BF16, 1): 128}
+    )
     mistakes = (
         Mistake(r"q must be a floating-point \(T, N, H\)", {"q": lambda q: q[0]}),
         Mistake(r"k must be \(19, 2, 4\) torch.float32", {"k": lambda k: k.double()}),

@@ -204,9 +204,43 @@ def mlp_backward(
     return dx, dw1, db1, dw2, db2
 
 
+def _attention(backward: bool, x: list[Tensor], q_spans: Tensor, k_spans: Tensor, scale: float, **out) -> None:
+    """Calls the kernel on packed tensors; x and dx are (for q, for k, for v)."""
+    spans = [s.contiguous() for s in (q_spans, k_spans)]
+    rows = [(_at(s), *s.shape[:2], len(y)) for s, y in zip(spans, x, strict=False)]
+    native.core().flash_attention(
+        *(backward, [_at(value) for value in x], *rows, *x[0].shape[1:], scale),
+        *(_DTYPES[x[0].dtype], torch.get_num_threads()),
+        *(_at(out.get(name)) for name in ("out", "lse", "dout")),
+        [_at(value) for value in out.get("dx", (None, None, None))],
+    )
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as in reference.flash_attention.forward."""
+    x = [value.contiguous() for value in (q, k, v)]
+    out, lse = torch.empty_like(x[0]), _new(q.shape[1], q.shape[0])
+    _attention(False, x, q_spans, k_spans, scale, out=out, lse=lse)
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as in reference.flash_attention.backward."""
+    x = [value.contiguous() for value in (q, k, v)]
+    dq, dk, dv = (torch.empty_like(value) for value in x)
+    given = {"out": out.contiguous(), "lse": lse.contiguous(), "dout": dout.contiguous()}
+    _attention(True, x, q_spans, k_spans, scale, dx=(dq, dk, dv), **given)
+    return dq, dk, dv
+
+
 TABLE = {
     "modulated_layer_norm": Kernel(norm_forward, norm_backward, lambda x, *rest: _refuses(x)),
     "gated_residual": Kernel(residual_forward, residual_backward, _refuses_residual),
     "qk_norm_rope": Kernel(rope_forward, rope_backward, _refuses_rope),
+    "flash_attention": Kernel(attention_forward, attention_backward, lambda q, *rest: _refuses(q)),
     "moe_mlp": Kernel(mlp_forward, mlp_backward, _refuses_mlp),
 }

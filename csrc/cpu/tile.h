@@ -1,0 +1,278 @@
+// Register tiles of matrix products, for kernels that do something of their own with the result.
+//
+// A tile is kTileRows rows times up to kPanel columns and stays in registers. The left operand is read one dword at a
+// time and broadcast; the right one lies in panels [depth][columns] of dwords. A dword is one fp32 value (Singles) or
+// two neighbours along the depth in bf16 (Pairs).
+#pragma once
+
+#include "cpu/vec.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace uvg {
+namespace UVG_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kTileVecs = 4;
+#else
+constexpr int kTileVecs = 1;
+#endif
+constexpr int64_t kTileRows = 6;
+constexpr int64_t kPanel = kTileVecs * kLanes;
+
+#define UVG_INLINE inline __attribute__((always_inline))
+#define UVG_NOINLINE __attribute__((noinline))
+
+constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+UVG_INLINE VecBits load_bits(const uint32_t* p) {
+  VecBits v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+UVG_INLINE void store_bits(uint32_t* p, VecBits v) { std::memcpy(p, &v, sizeof v); }
+
+// T: type of the tensor. All formats have: kPer values to a dword, depth of a row of `width` values, one
+// multiply-accumulate, and storing kTileVecs * kLanes results as a left operand, rounded as they will be read.
+template <typename T>
+struct Singles {
+  using Value = T;
+  static constexpr int64_t kPer = 1;
+
+  static UVG_INLINE Vec mac(Vec sum, uint32_t left, VecBits right) {
+    float value;
+    std::memcpy(&value, &left, sizeof value);
+    return sum + splat(value) * reinterpret_cast<Vec>(right);
+  }
+
+  // Sixteen dwords of a row from value i on; n values are left there.
+  static UVG_INLINE VecBits dwords(const T* row, int64_t i, int64_t n) {
+    return reinterpret_cast<VecBits>(load(row + i, n));
+  }
+
+  // Sixteen columns, n of them real, of the kPer rows that share dwords. A row that is not there is null.
+  static UVG_INLINE VecBits across(const T* const* rows, int64_t i, int64_t n) {
+    return reinterpret_cast<VecBits>(rows[0] == nullptr ? Vec{} : load(rows[0] + i, n));
+  }
+
+  static UVG_INLINE void put(uint32_t* row, int64_t column, const Vec (&values)[kTileVecs]) {
+    for (int j = 0; j < kTileVecs; ++j) store_bits(row + column + j * kLanes, reinterpret_cast<VecBits>(values[j]));
+  }
+
+  static UVG_INLINE Vec get(const uint32_t* row, int64_t column) {
+    return reinterpret_cast<Vec>(load_bits(row + column));
+  }
+
+  static UVG_INLINE Vec rounded_sum(Vec sum, const Vec (&values)[kTileVecs]) {
+    for (int j = 0; j < kTileVecs; ++j) sum += values[j];
+    return sum;
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  using Value = BFloat16;
+  static constexpr int64_t kPer = 2;
+
+  static UVG_INLINE Vec mac(Vec sum, uint32_t left, VecBits right) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(left)), (__m512bh)right);
+  }
+
+  static UVG_INLINE VecBits dwords(const BFloat16* row, int64_t i, int64_t n) {
+    if (n >= 2 * kLanes) {
+      VecBits v;
+      std::memcpy(&v, row + i, sizeof v);
+      return v;
+    }
+    BFloat16 part[2 * kLanes] = {};
+    std::memcpy(part, row + i, static_cast<size_t>(n) * sizeof(BFloat16));
+    VecBits v;
+    std::memcpy(&v, part, sizeof v);
+    return v;
+  }
+
+  static UVG_INLINE VecBits across(const BFloat16* const* rows, int64_t i, int64_t n) {
+    const VecBits low = rows[0] == nullptr ? VecBits{} : reinterpret_cast<VecBits>(load(rows[0] + i, n)) >> 16;
+    return rows[1] == nullptr ? low : low | reinterpret_cast<VecBits>(load(rows[1] + i, n));
+  }
+
+  static UVG_INLINE void put(uint32_t* row, int64_t column, const Vec (&values)[kTileVecs]) {
+    for (int j = 0; j < kTileVecs; j += 2)
+      store_bits(row + (column + j * kLanes) / 2,
+                 (VecBits)_mm512_cvtne2ps_pbh((__m512)values[j + 1], (__m512)values[j]));
+  }
+
+  static UVG_INLINE Vec get(const uint32_t* row, int64_t column) {
+    return load(reinterpret_cast<const BFloat16*>(row) + column);
+  }
+
+  static UVG_INLINE Vec rounded_sum(Vec sum, const Vec (&values)[kTileVecs]) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3F803F80);
+    for (int j = 0; j < kTileVecs; j += 2)
+      sum = (Vec)_mm512_dpbf16_ps((__m512)sum, _mm512_cvtne2ps_pbh((__m512)values[j + 1], (__m512)values[j]), ones);
+    return sum;
+  }
+};
+#endif
+
+// sum[r][j] += left row r times columns j of a panel. left(r, k) = left[r * row + k * step].
+template <typename F, int V>
+UVG_INLINE void multiply(Vec (&sum)[kTileRows][V], const uint32_t* left, int64_t row, int64_t step,
+                         const uint32_t* panel, int64_t depth) {
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; ++k) {
+    VecBits right[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) right[j] = load_bits(panel + k * V * kLanes + j * kLanes);
+#pragma GCC unroll 6
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const uint32_t value = left[r * row + k * step];
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) sum[r][j] = F::mac(sum[r][j], value, right[j]);
+    }
+  }
+}
+
+// A tile of out [kTileRows, V * kLanes] (+)= left times panel.
+template <typename F, int V>
+UVG_NOINLINE void multiply_into(float* out, int64_t out_row, const uint32_t* left, int64_t row, int64_t step,
+                                const uint32_t* panel, int64_t depth, bool first) {
+  Vec sum[kTileRows][V];
+#pragma GCC unroll 6
+  for (int64_t r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) sum[r][j] = first ? Vec{} : load(out + r * out_row + j * kLanes);
+  multiply<F, V>(sum, left, row, step, panel, depth);
+#pragma GCC unroll 6
+  for (int64_t r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) store(out + r * out_row + j * kLanes, sum[r][j]);
+}
+
+// out [rows, width] (+)= left times a matrix packed by pack_columns, of which depth rows of dwords from `skip` on are
+// used; `total` rows of dwords lie in it. rows: a multiple of kTileRows. out has round_up(width, kLanes) columns.
+template <typename F>
+void multiply_all(float* out, int64_t rows, int64_t width, const uint32_t* left, int64_t row, int64_t step,
+                  const uint32_t* packed, int64_t total, int64_t skip, int64_t depth, bool first) {
+  const int64_t out_row = round_up(width, kLanes);
+  for (int64_t c = 0; c < width; c += kPanel) {
+    const int64_t vecs = (width - c + kLanes - 1) / kLanes;
+    const uint32_t* base = packed + c * total;
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const auto run = [&](auto tile, int64_t count) {
+        tile(out + r * out_row + c, out_row, left + r * row, row, step, base + skip * count * kLanes, depth, first);
+      };
+      if (vecs >= kTileVecs) {
+        run(multiply_into<F, kTileVecs>, kTileVecs);
+      } else if (vecs == 3) {
+        run(multiply_into<F, 3>, 3);
+      } else if (vecs == 2) {
+        run(multiply_into<F, 2>, 2);
+      } else {
+        run(multiply_into<F, 1>, 1);
+      }
+    }
+  }
+}
+
+#if defined(__AVX512F__)
+// 16 x 16 dwords.
+inline void transpose16(const uint32_t* from, int64_t from_row, uint32_t* to, int64_t to_row) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * from_row);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+  }
+  for (int i = 0; i < 8; ++i) {
+    _mm512_storeu_si512(to + i * to_row, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_si512(to + (i + 8) * to_row, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD));
+  }
+}
+#else
+inline void transpose16(const uint32_t* from, int64_t from_row, uint32_t* to, int64_t to_row) {
+  for (int64_t i = 0; i < 16; ++i)
+    for (int64_t j = 0; j < 16; ++j) to[j * to_row + i] = from[i * from_row + j];
+}
+#endif
+
+// Rows of a tensor [*, stride], picked by index, `width` values of each.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+  const int32_t* index;
+  int64_t count;
+
+  const T* at(int64_t i) const { return i < count ? data + index[i] * stride : nullptr; }
+  Rows from(int64_t first, int64_t rows) const { return {data, stride, index + first, rows}; }
+};
+
+template <typename F>
+constexpr int64_t depth_of(int64_t width) {
+  return (width + F::kPer - 1) / F::kPer;
+}
+
+// Dwords of a packed row, with room to transpose.
+template <typename F>
+constexpr int64_t row_words(int64_t width) {
+  return round_up(depth_of<F>(width), kLanes);
+}
+
+// Left operand: rows one after the other, row_words each; zeros up to `padded` rows.
+template <typename F>
+void pack_rows(const Rows<typename F::Value>& x, int64_t width, int64_t padded, uint32_t* out) {
+  for (int64_t i = 0; i < padded; ++i) {
+    const auto* row = x.at(i);
+    for (int64_t c = 0; c < row_words<F>(width); c += kLanes)
+      store_bits(out + i * row_words<F>(width) + c,
+                 row == nullptr ? VecBits{} : F::dwords(row, c * F::kPer, width - c * F::kPer));
+  }
+}
+
+// Right operand of x^T: panels of kPanel rows of x, [row_words][kPanel] each; zeros up to a whole panel. Needs
+// kLanes * row_words dwords to work in.
+template <typename F>
+void pack_transposed(const Rows<typename F::Value>& x, int64_t width, uint32_t* out, uint32_t* work) {
+  const int64_t words = row_words<F>(width);
+  for (int64_t i = 0; i < round_up(x.count, kPanel); i += kLanes) {
+    const int64_t left = x.count > i ? x.count - i : 0;
+    pack_rows<F>(x.from(i, left < kLanes ? left : kLanes), width, kLanes, work);
+    uint32_t* panel = out + i / kPanel * kPanel * words + i % kPanel;
+    for (int64_t c = 0; c < words; c += kLanes) transpose16(work + c, words, panel + c * kPanel, kPanel);
+  }
+}
+
+// Right operand of x itself: panels of kPanel columns, [padded / kPer][columns] each, the last one of fewer vectors;
+// zeros up to `padded` rows.
+template <typename F>
+void pack_columns(const Rows<typename F::Value>& x, int64_t width, int64_t padded, uint32_t* out) {
+  const int64_t total = padded / F::kPer;
+  for (int64_t k = 0; k < total; ++k) {
+    const typename F::Value* rows[F::kPer];
+    for (int64_t e = 0; e < F::kPer; ++e) rows[e] = x.at(k * F::kPer + e);
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t first = c / kPanel * kPanel, rest = round_up(width - first, kLanes);
+      const int64_t columns = rest < kPanel ? rest : kPanel;
+      store_bits(out + first * total + k * columns + (c - first), F::across(rows, c, width - c));
+    }
+  }
+}
+
+}  // namespace UVG_ISA
+}  // namespace uvg

@@ -1,0 +1,55 @@
+// Rows of each sample in the order of its spans, and those of none; memory on cache lines of its own.
+#include "common/row_lists.h"
+
+#include <stdexcept>
+#include <vector>
+
+#include "tests/check.h"
+
+namespace {
+
+std::vector<int32_t> list(const uvg::RowLists& lists, int64_t number) {
+  return {lists.rows(number), lists.rows(number) + lists.size(number)};
+}
+
+bool refused(std::vector<int32_t> spans, int64_t rows) {
+  try {
+    uvg::RowLists(spans.data(), 1, static_cast<int64_t>(spans.size() / 2), rows);
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+int main() {
+  using Rows = std::vector<int32_t>;
+  const std::vector<int32_t> spans = {6, 2, 0, 2, 3,  1,
+                                      0, 0, 9, 0, 99, 0};  // three samples of two; empty ones anywhere
+  const uvg::RowLists lists(spans.data(), 3, 2, 9);
+  CHECK(lists.samples() == 3 && lists.longest() == 4 && !lists.shared());
+  CHECK(list(lists, 0) == Rows({6, 7, 0, 1}));
+  CHECK(list(lists, 1) == Rows({3}));
+  CHECK(list(lists, 2).empty());
+  CHECK(list(lists, 3) == Rows({2, 4, 5, 8}));
+
+  const std::vector<int32_t> common = {0, 3, 2, 3};
+  CHECK(uvg::RowLists(common.data(), 2, 1, 5).shared());
+  CHECK(uvg::RowLists(common.data(), 1, 2, 5).shared());
+  CHECK(uvg::RowLists(nullptr, 0, 0, 2).size(0) == 2);
+
+  CHECK(refused({0, 6}, 5));
+  CHECK(refused({-1, 2}, 5));
+  CHECK(refused({0, -2}, 5));
+  CHECK(!refused({3, 2}, 5));
+
+  uvg::Scratch scratch;
+  for (int64_t count : {1, 0, 1000}) {
+    uint32_t* words = scratch.words(count);
+    CHECK(reinterpret_cast<uintptr_t>(words) % 64 == 0);
+    for (int64_t i = 0; i < count; ++i) words[i] = 7;
+  }
+  CHECK(reinterpret_cast<uintptr_t>(scratch.floats(3)) % 64 == 0);
+  return uvg::test::finish("row_lists");
+}
