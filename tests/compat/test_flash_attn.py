@@ -1,0 +1,111 @@
+"""flash-attn's calls: the same numbers as attention written out, samples kept apart, and refusals by name."""
+
+import inspect
+
+import pytest
+import torch
+
+from uvg_engine.compat import flash_attn as ours
+
+DENSE = ("q", "k", "v")
+COMMON = {
+    "dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
+    "alibi_slopes": None, "deterministic": False, "return_attn_probs": False,
+}  # fmt: skip
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def written_out(q, k, v, scale=None):
+    """Attention of [B, L, N, H] with as many key heads as query heads, and its lse [B, N, L]."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("blnh,bsnh->bnls", q, k) * scale
+    return torch.einsum("bnls,bsnh->blnh", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def test_signatures_are_flash_attns():
+    """Names, order and defaults as published for flash-attn 2.8."""
+
+    def signature(function):
+        return {n: p.default for n, p in inspect.signature(function).parameters.items()}
+
+    none = inspect.Parameter.empty
+    varlen = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    expected = {
+        "flash_attn_func": dict.fromkeys(DENSE, none) | COMMON,
+        "flash_attn_varlen_func": dict.fromkeys(varlen, none) | COMMON | {"block_table": None},
+        "flash_attn_qkvpacked_func": {"qkv": none} | COMMON,
+    }
+    for name, parameters in expected.items():
+        assert list(signature(getattr(ours, name)).items()) == list(parameters.items())
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_dense_with_gradients(scale, key_heads):
+    q, k, v = normal(2, 5, 4, 8), normal(2, 7, key_heads, 8, seed=1), normal(2, 7, key_heads, 8, seed=2)
+    out, lse, none = ours.flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)
+    many = [x.repeat_interleave(4 // key_heads, 2) for x in (k, v)]
+    want, want_lse = written_out(q, *many, scale)
+    assert none is None and out.shape == (2, 5, 4, 8)
+    torch.testing.assert_close((out, lse), (want, want_lse))
+    dout = torch.randn_like(out)
+    torch.testing.assert_close(torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(want, (q, k, v), dout))
+    assert torch.equal(ours.flash_attn_func(q, k, v, softmax_scale=scale), out)
+
+
+def test_packed_qkv_is_its_parts():
+    qkv = normal(2, 6, 3, 2, 8)
+    out = ours.flash_attn_qkvpacked_func(qkv, softmax_scale=0.2)
+    assert torch.equal(out, ours.flash_attn_func(*qkv.unbind(2), softmax_scale=0.2))
+    assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
+
+
+def test_variable_lengths_are_samples_of_their_own():
+    q, k, v = normal(8, 2, 8), normal(9, 2, 8, seed=1), normal(9, 2, 8, seed=2)
+    bounds_q, bounds_k = torch.tensor([0, 3, 3, 8]).int(), torch.tensor([0, 4, 9, 9]).int()
+    out, lse, _ = ours.flash_attn_varlen_func(q, k, v, bounds_q, bounds_k, 5, 5, return_attn_probs=True)
+    alone = ours.flash_attn_func(q[None, :3], k[None, :4], v[None, :4])
+    torch.testing.assert_close(out[:3], alone[0])
+    assert not out[3:].any() and lse.shape == (2, 8) and torch.isneginf(lse[:, 3:]).all()  # the third has no keys
+
+
+@pytest.mark.parametrize(
+    "name, value, match",
+    [
+        ("dropout_p", 0.1, "dropout_p must be 0.0: others are not served, got 0.1"),
+        ("causal", True, "causal must be False"),
+        ("window_size", (3, 0), r"window_size must be \(-1, -1\)"),
+        ("softcap", 5.0, "softcap must be 0.0"),
+        ("alibi_slopes", torch.ones(2), "alibi_slopes must be None"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(name, value, match):
+    x, bounds = torch.ones(1, 3, 2, 8), torch.tensor([0, 3]).int()
+    calls = [
+        lambda **more: ours.flash_attn_func(x, x, x, **more),
+        lambda **more: ours.flash_attn_qkvpacked_func(torch.stack([x, x, x], 2), **more),
+        lambda **more: ours.flash_attn_varlen_func(x[0], x[0], x[0], bounds, bounds, 3, 3, **more),
+    ]
+    for call in calls:
+        call()
+        with pytest.raises(ValueError, match=match):
+            call(**{name: value})
+
+
+def test_shapes_that_do_not_fit_are_told():
+    x, bounds = torch.ones(2, 3, 4, 8), torch.tensor([0, 3]).int()
+    with pytest.raises(ValueError, match=r"q must be \(B, L, N, H\), got \(3, 4, 8\)"):
+        ours.flash_attn_func(x[0], x, x)
+    with pytest.raises(ValueError, match="k must have q's B = 2"):
+        ours.flash_attn_func(x, x[:1], x[:1])
+    with pytest.raises(ValueError, match="heads of q must be a multiple of k's 3, got 4"):
+        ours.flash_attn_func(x, x[:, :, :3], x[:, :, :3])
+    with pytest.raises(ValueError, match=r"qkv must be \(B, L, 3, N, H\)"):
+        ours.flash_attn_qkvpacked_func(x)
+    with pytest.raises(ValueError, match="cu_seqlens_k must be an int32"):
+        ours.flash_attn_varlen_func(x[0], x[0], x[0], bounds, bounds.long(), 3, 3)
+    with pytest.raises(ValueError, match="block_table must be None"):
+        ours.flash_attn_varlen_func(x[0], x[0], x[0], bounds, bounds, 3, 3, block_table=bounds)

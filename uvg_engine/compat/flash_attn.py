@@ -1,0 +1,139 @@
+"""flash-attn 2's calls, on every device and dtype that `ops.flash_attention` serves, forward and backward.
+
+    from uvg_engine.compat.flash_attn import flash_attn_func
+
+An argument that changes the result and is not served is refused by its name. Letters: B samples, L queries, S keys,
+N heads, M heads of keys and values (N is a multiple of it), H head width, T packed queries, U packed keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uvg_engine.ops import flash_attention
+
+__all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func"]
+
+Result = Tensor | tuple[Tensor, Tensor, None]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """Bidirectional attention of a dense batch. q: [B, L, N, H]; k, v: [B, S, M, H], the same floating dtype.
+
+    softmax_scale: 1/sqrt(H) unless given. deterministic: always is, on the CPU. Returns out [B, L, N, H]; with
+    return_attn_probs also lse (fp32 [B, N, L]) and None, as flash-attn does without dropout. Raises ValueError on
+    dropout, causal, window, softcap, alibi_slopes, and on shapes that do not fit.
+    """
+    _refuse(dropout_p=dropout_p, causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _require(x.ndim == 4, f"{name} must be (B, L, N, H)", tuple(x.shape))
+        _require(x.shape[0] == q.shape[0], f"{name} must have q's B = {q.shape[0]}", tuple(x.shape))
+    samples, queries, heads = q.shape[:3]
+    q_spans, k_spans = _even_spans(samples, queries, q), _even_spans(samples, k.shape[1], q)
+    out, lse = _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), q_spans, k_spans, softmax_scale)
+    out = out.unflatten(0, (samples, queries))
+    if return_attn_probs:
+        return out, lse.view(heads, samples, queries).transpose(0, 1).contiguous(), None
+    return out
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Result:
+    """Bidirectional attention of samples that lie one after the other. q: [T, N, H]; k, v: [U, M, H].
+
+    cu_seqlens_q, cu_seqlens_k: int32 [B + 1], where each sample starts, and the end. max_seqlen_q, max_seqlen_k: the
+    longest sample; our kernels do not need them. Returns out [T, N, H], with return_attn_probs also lse (fp32 [N, T])
+    and None. A sample without keys gives 0 and -inf. Raises ValueError as `flash_attn_func`, and on block_table.
+    """
+    _refuse(dropout_p=dropout_p, causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes)
+    _require(block_table is None, "block_table must be None: paged keys are not served", block_table)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _require(x.ndim == 3, f"{name} must be (T, N, H)", tuple(x.shape))
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        ok = x.ndim == 1 and x.dtype == torch.int32 and len(x) == len(cu_seqlens_q) >= 1
+        _require(ok, f"{name} must be an int32 (B + 1), the same B for both", f"{x.dtype} {tuple(x.shape)}")
+    out, lse = _attend(q, k, v, _spans(cu_seqlens_q), _spans(cu_seqlens_k), softmax_scale)
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_func` of qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]. qkv: [B, L, 3, N, H]."""
+    _require(qkv.ndim == 5 and qkv.shape[2] == 3, "qkv must be (B, L, 3, N, H)", tuple(qkv.shape))
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    heads, groups = q.shape[1], k.shape[1]
+    if groups != heads:
+        _require(groups > 0 and heads % groups == 0, f"heads of q must be a multiple of k's {groups}", heads)
+        k, v = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
+    return flash_attention(q, k, v, q_spans, k_spans, scale=scale)
+
+
+def _even_spans(samples: int, length: int, like: Tensor) -> Tensor:
+    start = torch.arange(samples, dtype=torch.int32, device=like.device) * length
+    return torch.stack([start, torch.full_like(start, length)], 1)[:, None]
+
+
+def _spans(bounds: Tensor) -> Tensor:
+    return torch.stack([bounds[:-1], bounds.diff()], 1)[:, None]
+
+
+def _refuse(**given: Any) -> None:
+    served = {"dropout_p": 0.0, "causal": False, "window_size": (-1, -1), "softcap": 0.0, "alibi_slopes": None}
+    for name, value in given.items():
+        want, value = served[name], tuple(value) if isinstance(value, list) else value
+        _require(
+            value is None if want is None else value == want, f"{name} must be {want}: others are not served", value
+        )
+
+
+def _require(condition: bool, rule: str, value: Any) -> None:
+    if not condition:
+        raise ValueError(f"{rule}, got {value!r}")
