@@ -210,6 +210,7 @@ SPOILT = {
     "a strange size": (spoil_config(width=3), "unknown .'width'"),
     "a text for a size": (spoil_config(heads="2"), "heads must be a positive integer"),
     "a bad patch": (spoil_config(patch=2), "patch must be three positive integers"),
+    "a bad prediction": (spoil_config(prediction="noise"), "prediction must be one of velocity, sample, got 'noise'"),
     "a bad quirk": (spoil_config(round_temb="no"), "round_temb must be true or false"),
     "cut weights": (lambda f: os.truncate(f / "model.safetensors", 5000), "must be a whole safetensors file"),
 }

@@ -94,6 +94,17 @@ def test_matches_the_equations_whatever_the_sizes(data):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_a_predicted_sample_is_told_as_a_velocity():
+    """The head's x0 becomes (x - x0) / sigma, sigma not below 0.05; text is as it was."""
+    times = ([0.0, 30.0, 800.0], [500.0] * 3)
+    inputs = case_inputs(make_config(), {"times": times})
+    told = {p: make_model(make_config(prediction=p))(*inputs) for p in ("velocity", "sample")}
+    x_v, sigma = inputs[0], torch.tensor([0.05, 0.05, 0.8]).view(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(told["sample"][0], (x_v - told["velocity"][0]) / sigma)
+    assert torch.equal(told["sample"][1], told["velocity"][1])
+
+
 def test_each_quirk_changes_the_result():
     config = make_config()
     inputs = case_inputs(config, {})

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PREDICTIONS = ("velocity", "sample")
+
 
 @dataclass(frozen=True)
 class UniViGUConfig:
@@ -15,7 +17,9 @@ class UniViGUConfig:
 
     heads, head_dim: attention heads and their width. in_channels: latent channels C. text_dim: width of the text
     encoder's rows. freq_dim: width of the time sinusoid. ffn_dim: hidden width of an expert. layers: blocks. vocab: V
-    of the text stream. patch: (pf, py, px) latent cells per video token. Quirks of the published code: round_temb (temb
+    of the text stream. patch: (pf, py, px) latent cells per video token. prediction: what the video head gives,
+    "velocity" as Wan does, or "sample", the clean latent, from which the model makes the velocity: easier where a token
+    holds nearly as many values as D (T. Li and K. He, arXiv 2511.13720). Quirks of the published code: round_temb (temb
     rounded to bf16 and back), round_time (model times rounded to bf16). Raises ValueError on a size that cannot be.
     """
 
@@ -28,6 +32,7 @@ class UniViGUConfig:
     layers: int
     vocab: int
     patch: tuple[int, int, int] = (1, 2, 2)
+    prediction: str = "velocity"
     round_temb: bool = False
     round_time: bool = False
 
@@ -43,6 +48,8 @@ class UniViGUConfig:
         ):
             raise ValueError(f"patch must be three positive integers, got {self.patch!r}")
         object.__setattr__(self, "patch", tuple(self.patch))
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
         for name in ("round_temb", "round_time"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")

@@ -5,6 +5,7 @@ Letters: B samples, T rows, D width, C latent channels, L text length, V vocabul
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from uvg_engine.model.patches import patch_grid, patchify, unpatchify
 from uvg_engine.ops import modulated_layer_norm, require
 
 ConditionKV = list[tuple[Tensor, Tensor]]
+_LOWEST_SIGMA = 0.05  # of what a predicted sample's error is divided by, as in arXiv 2511.13720
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,8 @@ class UniViGU(nn.Module):
             normed = modulated_layer_norm(h[: layout.num_video], shift, scale, layout.row_spans[: layout.num_samples])
             patches = linear(self.video_head.proj_out, normed, dtype, video_spans)
             velocity = unpatchify(patches.float(), layout, config)
+            if config.prediction == "sample":
+                velocity = _velocity(latents, velocity, layout, time_v, config)
         if want_text and layout.num_text:
             shift, scale = (self.scale_shift_table_t.float() + temb_t[:, None]).unbind(1)
             weight = self.text_head.norm_final.weight
@@ -248,3 +252,11 @@ class UniViGU(nn.Module):
 
     def _rope_table(self, layout: Layout) -> Tensor:
         return self.rotary_emb_text.table(max((*layout.text_lens, *(max(grid) for grid in layout.grids), 1)))
+
+
+def _velocity(latents: Tensor, sample: Tensor, layout: Layout, time_v: Tensor, config: UniViGUConfig) -> Tensor:
+    """(x - x0) / sigma from a prediction x0 of the clean latents; all flat [N]."""
+    sigma = (time_v / 1000).clamp_min(_LOWEST_SIGMA)
+    values = [math.prod(grid) * config.patch_volume * config.in_channels for grid in layout.grids]
+    counts = torch.tensor(values, device=time_v.device)
+    return (latents - sample) / sigma.float().repeat_interleave(counts, output_size=len(latents))
