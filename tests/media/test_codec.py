@@ -60,12 +60,14 @@ def test_batch_is_bitwise_the_single():
     assert torch.equal(codec.encode_batch(strided), latents)
 
 
-def test_fit_gives_unit_latents_with_a_floor():
+def test_fit_centres_and_scales_all_channels_alike_with_a_floor():
     frames = (video(16, 4, 16, 16) // 2) + 40
     codec = PixelCodec(keep=(1, 2, 2)).fit([frames[:3], *frames[3:]])
     latents = codec.encode_batch(frames).transpose(0, 1).flatten(1)
     torch.testing.assert_close(latents.mean(1), torch.zeros(12), atol=1e-4, rtol=0)
-    torch.testing.assert_close(latents.std(1), torch.ones(12), atol=1e-3, rtol=0)
+    raw = PixelCodec(keep=(1, 2, 2)).encode_batch(frames).transpose(0, 1).flatten(1)
+    assert latents.std(1).max() == pytest.approx(1, abs=1e-3) and len(set(codec.std)) == 1
+    torch.testing.assert_close(latents.std(1) * codec.std[0], raw.std(1))  # the proportions stay
     flat = PixelCodec().fit([torch.full((2, 4, 4, 3), 9, dtype=torch.uint8)], floor=0.1)
     assert min(flat.std) == max(flat.std) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="at least one video"):

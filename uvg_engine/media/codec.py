@@ -93,9 +93,10 @@ class PixelCodec:
         return _to_uint8(x)
 
     def fit(self, videos: Iterable[torch.Tensor], floor: float = 0.02) -> PixelCodec:
-        """A codec with mean and std measured on videos (uint8 [F, H, W, 3] or [B, F, H, W, 3] each).
+        """A codec with means measured on videos (uint8 [F, H, W, 3] or [B, F, H, W, 3] each) and one std for all.
 
-        floor: least std, in units of the DCT of [-1, 1] pixels: a frequency that the data hardly has stays small.
+        The std is that of the loudest channel: frequencies keep their proportions, so that noise takes the fine ones
+        first and a model decides from coarse to fine. floor: least std, in units of the DCT of [-1, 1] pixels.
         """
         total = torch.zeros(self.channels, dtype=torch.float64)
         square, count = total.clone(), 0
@@ -105,8 +106,8 @@ class PixelCodec:
         if not count:
             raise ValueError("videos must hold at least one video, got none")
         mean = total / count
-        std = (square / count - mean * mean).clamp_min(0).sqrt().clamp_min(floor)
-        return PixelCodec(self.block, self.keep, mean.tolist(), std.tolist())
+        loudest = float((square / count - mean * mean).clamp_min(0).sqrt().max())
+        return PixelCodec(self.block, self.keep, mean.tolist(), [max(loudest, floor)] * self.channels)
 
     def to_config(self) -> dict[str, Any]:
         """Plain lists and numbers, for json; `from_config` gives the same codec back."""
