@@ -52,14 +52,14 @@ def test_it_makes_the_videos_that_it_is_asked_for(engine):
     batch = DigitsDataset("heldout", seed=5).batch(range(24))
     results = engine.generate(batch["prompts"], seeds=100)
     got = answers([judge(result.frames) for result in results], batch["attrs"])
-    assert got["color"] >= 0.9 and got["digit"] >= 0.2 and got["direction"] >= 0.2, got
+    assert got["color"] >= 0.9 and got["digit"] >= 0.3 and got["direction"] >= 0.45, got
 
 
 def test_it_tells_what_clips_show(engine):
     batch = DigitsDataset("heldout", seed=6).batch(range(24))
     results = engine.caption(batch["frames"], seeds=200)
     got = answers([parse_caption(result.text) for result in results], batch["attrs"])
-    assert got["digit"] >= 0.35 and got["color"] >= 0.9 and got["direction"] >= 0.75, got
+    assert got["digit"] >= 0.75 and got["color"] >= 0.95 and got["direction"] >= 0.9, got
 
 
 def test_its_text_and_its_video_have_one_color(engine):
