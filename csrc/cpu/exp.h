@@ -10,7 +10,7 @@
 namespace uvg {
 namespace UVG_ISA {
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+constexpr float kLog2E = 1.44269504f;
 
 // Within 2 ulps where the result is a normal number. Arguments are held to -87..88. Cody and Waite's reduction to
 // |r| <= ln 2 / 2, then a polynomial of degree 6 (coefficients of S. Moshier's Cephes expf).

@@ -5,7 +5,7 @@
 
 // The scores of a tile never reach memory: scaled, exponentiated and rounded in registers, they are stored as the left
 // operand of the product with the values. The exponent's reference is 0 until a score asks for another one, so that
-// ordinary rows never rescale (prototype and figures: docs/design.md).
+// ordinary rows never rescale (figures: AGENTS.md).
 namespace uvg {
 namespace UVG_ISA {
 namespace {
@@ -13,17 +13,17 @@ namespace {
 using Params = FlashAttentionParams;
 
 constexpr int64_t kQueries = 192;  // rows of a block; a multiple of kTileRows
-constexpr float kHigh = 60.0f;     // in powers of two: from there on a row takes another reference
+constexpr float kHigh = 40.0f;     // from there on a row takes another reference
 constexpr float kNever = -__builtin_inff();
 
 template <typename F>
 constexpr int64_t kKeys = F::kPer == 2 ? 512 : 256;  // keys of a block
 
-// Softmax of the rows of a block so far. x = score * scale * log2(e) - reference.
+// Softmax of the rows of a block so far. x = score * scale - reference.
 struct RowState {
   Vec* top;       // largest x of the block of keys, lane by lane
-  Vec* total;     // sum of 2^x in fp32
-  Vec* rounded;   // sum of 2^x as the product reads it
+  Vec* total;     // sum of e^x in fp32
+  Vec* rounded;   // sum of e^x as the product reads it
   Vec* block[2];  // total and rounded of this block of keys alone
   float* reference;
 };
@@ -68,7 +68,7 @@ UVG_NOINLINE void score(const uint32_t* queries, const uint32_t* panel, int64_t 
       Vec at = x[r][j] * scale - reference;
       if (kTail) at = first_lanes(valid - j * kLanes) ? at : splat(kNever);
       top = at > top ? at : top;
-      p[j] = exp2(at);
+      p[j] = F::kPer == 1 ? exp(at) : exp2(at * kLog2E);  // bf16 does not see the difference
       total += p[j];
     }
     rows.top[row] = top;
@@ -94,7 +94,7 @@ bool rebase(const RowState& rows, int64_t count, bool first, float* out, int64_t
     any = true;
     rows.reference[r] += top;
     if (first) continue;
-    const float shrink = exp2(splat(-top))[0];
+    const float shrink = exp2(splat(-top * kLog2E))[0];
     rows.total[r] *= shrink, rows.rounded[r] *= shrink;
     float* row = out + r * round_up(width, kLanes);
     for (int64_t i = 0; i < width; i += kLanes) store(row + i, load(row + i) * shrink);
@@ -109,7 +109,7 @@ void attend(const Params& p, const Rows<typename F::Value>& queries, int64_t hea
   const int64_t padded = round_up(queries.count, kTileRows), words = row_words<F>(p.width);
   const int64_t total = round_up(num_keys, kPanel) / F::kPer;
   constexpr int64_t row = Workspace<F>::row_of_probabilities();
-  const float scale = p.scale * kLog2E;
+  const float scale = p.scale;
   pack_rows<F>(queries, p.width, padded, w.queries);
   for (int64_t r = 0; r < padded; ++r) w.rows.total[r] = w.rows.rounded[r] = Vec{}, w.rows.reference[r] = 0.0f;
   for (int64_t k = 0; k < num_keys; k += kKeys<F>) {
@@ -132,7 +132,7 @@ void attend(const Params& p, const Rows<typename F::Value>& queries, int64_t hea
   auto* out = static_cast<typename F::Value*>(p.out);
   for (int64_t r = 0; r < queries.count; ++r) {
     const int64_t at = queries.index[r];
-    p.lse[head * p.rows_q + at] = (__builtin_log2f(sum(w.rows.total[r])) + w.rows.reference[r]) * kLn2;
+    p.lse[head * p.rows_q + at] = __builtin_logf(sum(w.rows.total[r])) + w.rows.reference[r];
     const float share = 1.0f / sum(w.rows.rounded[r]);
     const float* row_out = w.out + r * round_up(p.width, kLanes);
     columns(p.width, [&](int64_t i, int64_t n) {

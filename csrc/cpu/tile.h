@@ -140,16 +140,15 @@ UVG_INLINE void multiply(Vec (&sum)[kTileRows][V], const uint32_t* left, int64_t
 template <typename F, int V>
 UVG_NOINLINE void multiply_into(float* out, int64_t out_row, const uint32_t* left, int64_t row, int64_t step,
                                 const uint32_t* panel, int64_t depth, bool first) {
-  Vec sum[kTileRows][V];
-#pragma GCC unroll 6
-  for (int64_t r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) sum[r][j] = first ? Vec{} : load(out + r * out_row + j * kLanes);
+  Vec sum[kTileRows][V] = {};  // a sum of its own for every block of the depth: long ones lose fewer bits
   multiply<F, V>(sum, left, row, step, panel, depth);
 #pragma GCC unroll 6
   for (int64_t r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) store(out + r * out_row + j * kLanes, sum[r][j]);
+    for (int j = 0; j < V; ++j) {
+      float* to = out + r * out_row + j * kLanes;
+      store(to, first ? sum[r][j] : load(to) + sum[r][j]);
+    }
 }
 
 // out [rows, width] (+)= left times a matrix packed by pack_columns, of which depth rows of dwords from `skip` on are

@@ -31,6 +31,13 @@ def case(name, *args, **kwargs):
     return Case(name, lambda g: attention(g, *args, **kwargs))
 
 
+def rising(g):
+    """Scores that grow along the keys, far enough that every block has a new largest one."""
+    made = attention(g, 7, 1500, table(((0, 7),)), table(((0, 1500),)), 1, 16)
+    made["k"] *= torch.linspace(0.5, 60, 1500, dtype=FP64)[:, None, None]
+    return made
+
+
 TWO = table(((0, 5), (12, 3)), ((5, 7), (15, 4)))  # video of both samples, then text of both: the packed layout
 STARTS = [sum((5 * j) % 7 for j in range(i)) for i in range(20)]
 MANY = table(*[tuple((STARTS[i], (5 * i) % 7) for i in range(b, 20, 4)) for b in range(4)])  # sample b: every 4th run
@@ -54,6 +61,9 @@ class TestFlashAttention(DifferentiableOpSuite):
         case("many-spans", 61, 61, MANY, MANY.flip(1), 2, 8),
         case("masked-keys", 19, 19, TWO, table(((0, 1), (2, 2), (12, 1)), ((5, 7), (16, 1), (18, 1))), 2, 8),
         case("block-and-one", 65, 129, table(((0, 65),)), table(((0, 129),)), 1, 64),
+        # More queries and keys than any block of the C++ kernel has, in one panel of columns and a part of one
+        case("several-blocks", 400, 1100, table(((0, 390), (395, 5))), table(((0, 900), (910, 190))), 1, 80),
+        Case("rising", lambda g: rising(g), smooth=False),
         case("sharp", 11, 31, table(((0, 11),)), table(((0, 31),)), 1, 16, gain=30.0),
     )
     # PyTorch's CPU kernel takes a short polynomial for exp where the values are narrow: its lse is off by up to 5e-5.

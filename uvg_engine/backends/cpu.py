@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from uvg_engine.backends import Kernel, native
+from uvg_engine.reference.moe_mlp import expert_rows
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -172,14 +171,10 @@ def _activate(backward: bool, pre: Tensor, hidden: Tensor, dhidden: Tensor | Non
     )
 
 
-def _expert_rows(group_offsets: Tensor) -> list[tuple[int, slice]]:
-    return [(e, slice(a, b)) for e, (a, b) in enumerate(pairwise(group_offsets.tolist())) if b > a]
-
-
 def mlp_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor):
     """Arguments and results as in reference.moe_mlp.forward; products are oneDNN's, written where they belong."""
     y, pre = x.new_empty(len(x), w2.shape[1]), x.new_empty(len(x), w1.shape[1])
-    for e, rows in _expert_rows(group_offsets):
+    for e, rows in expert_rows(group_offsets):
         torch.addmm(b1[e], x[rows], w1[e].T, out=pre[rows])
         hidden = torch.empty_like(pre[rows])
         _activate(False, pre[rows], hidden)
@@ -193,7 +188,7 @@ def mlp_backward(
     """Arguments and results as in reference.moe_mlp.backward."""
     dy, dx = dy.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     dw1, db1, dw2, db2 = (torch.zeros_like(p, memory_format=torch.contiguous_format) for p in (w1, b1, w2, b2))
-    for e, rows in _expert_rows(group_offsets):
+    for e, rows in expert_rows(group_offsets):
         dpre, hidden = dy[rows] @ w2[e], torch.empty_like(pre[rows])
         _activate(True, pre[rows], hidden, dpre)
         torch.mm(dy[rows].T, hidden, out=dw2[e])

@@ -11,7 +11,8 @@ from torch.nn import functional
 from uvg_engine.reference.spans import accumulation_dtype
 
 
-def _groups(group_offsets: Tensor) -> list[tuple[int, slice]]:
+def expert_rows(group_offsets: Tensor) -> list[tuple[int, slice]]:
+    """Experts that have rows, each with its rows."""
     return [(e, slice(a, b)) for e, (a, b) in enumerate(pairwise(group_offsets.tolist())) if b > a]
 
 
@@ -21,7 +22,7 @@ def forward(
     """Returns (y [T, D], pre [T, F]: the hidden rows before GELU, which the backward reads)."""
     y = x_TD.new_zeros(len(x_TD), w2_EDF.shape[1])
     pre = x_TD.new_zeros(len(x_TD), w1_EFD.shape[1])
-    for e, rows in _groups(group_offsets):
+    for e, rows in expert_rows(group_offsets):
         pre[rows] = functional.linear(x_TD[rows], w1_EFD[e], b1_EF[e])
         y[rows] = functional.linear(functional.gelu(pre[rows], approximate="tanh"), w2_EDF[e], b2_ED[e])
     return y, pre
@@ -39,7 +40,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (dx, dw1, db1, dw2, db2); an expert without rows gets zeros."""
     dx, dw1, db1, dw2, db2 = (torch.zeros_like(t) for t in (x_TD, w1_EFD, b1_EF, w2_EDF, b2_ED))
-    for e, rows in _groups(group_offsets):
+    for e, rows in expert_rows(group_offsets):
         dtype = accumulation_dtype(x_TD.dtype)
         hidden = functional.gelu(pre_TF[rows], approximate="tanh")
         dw2[e] = dy_TD[rows].T @ hidden

@@ -5,7 +5,6 @@ Letters: S matrices of one shape, M rows, N columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,10 +53,12 @@ class Muon(torch.optim.Optimizer):
         self._adamw = torch.optim.AdamW(plain, lr=lr, betas=betas, fused=True)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update with each group's `lr`. closure: not taken, it must be None."""
+    def step(self, closure: Any = None) -> Any:
+        """One update with each group's `lr`. closure: computes the gradients first; its loss is returned."""
+        loss = None
         if closure is not None:
-            raise ValueError("closure must be None")
+            with torch.enable_grad():
+                loss = closure()
         plain = iter(self._adamw.param_groups)
         for group in self.param_groups:
             if group["orthogonal"]:
@@ -65,6 +66,7 @@ class Muon(torch.optim.Optimizer):
             else:
                 next(plain)["lr"] = group["lr"]
         self._adamw.step()
+        return loss
 
     def _step_orthogonal(self, group: dict[str, Any]) -> None:
         shapes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
