@@ -161,7 +161,7 @@ PYBIND11_MODULE(_cpu, m) {
         "Instruction set in use (UVG_CPU_ISA lowers it; ValueError on one this CPU or build lacks), those that the "
         "CPU supports, and single feature flags.");
   m.def("use_isa", &uvg::use_isa, py::arg("name"), "Run the kernels in another instruction set from now on.");
-  // Kernels: addresses of packed tensors, sizes, Dtype numbers (0 float32, 1 bfloat16); uvg_engine/backends/cpu.py
+  // Kernels: addresses of packed tensors, sizes, Dtype numbers (0 float32, 1 bfloat16); uvg_engine/backends/cpu/
   // checks and calls. Fields as in csrc/include/uvg/<op>.h.
   m.def("modulated_layer_norm", &layer_norm);
   m.def("gated_residual", &residual);
