@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uvg_engine import backends, ops
-from uvg_engine.backends import native
+from uvg_engine.backends import native, triton
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 GRADCHECK_ELEMENTS = 100  # numerical differentiation takes two calls per element; larger cases: in random directions
 # Backends whose hardware every machine has: they must serve the plainest case, not only explain why not.
 EVERYWHERE = {"sdpa", "reference"} | ({"cpu"} if native.cpu() else set())
+if triton.interpreting():
+    EVERYWHERE.add("triton")
 
 
 @dataclass(frozen=True)

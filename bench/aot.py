@@ -1,0 +1,200 @@
+"""Compile every Triton kernel for sm_80, sm_90 and sm_100 without a GPU, and look into what came out.
+
+A kernel module's `AOT_CASES` call its host functions on meta tensors; what they would launch is compiled here, with the
+arguments specialised as Triton does it. `python -m bench.aot` prints the table of docs/gpu_static_report.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import roofline
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+SHARED_LIMIT = {(8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448}  # bytes of a block, the most a launch may ask for
+DOT = {(8, 0): r"mma\.sync", (9, 0): r"wgmma\.mma_async|mma\.sync", (10, 0): r"tcgen05\.mma|mma\.sync"}
+BEST_DOT = {(8, 0): r"mma\.sync", (9, 0): r"wgmma\.mma_async", (10, 0): r"tcgen05\.mma"}
+TMA = r"cp\.async\.bulk\.tensor"
+_ACCESS = re.compile(r"(?:ld|st)\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[bfus](\d+)\b")
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel of one case on one architecture."""
+
+    op: str
+    case: str
+    kernel: str
+    capability: tuple[int, int]
+    grid: tuple[int, ...]
+    options: dict[str, Any]
+    registers: int
+    stack: int  # bytes of a thread in local memory: what was spilled
+    shared: int  # bytes of a block
+    ptx: str
+    cubin: bytes
+    bytes_moved: int  # every tensor of the launch once
+    flops: float
+    expects: tuple[str, ...]
+
+    @property
+    def warps(self) -> int:
+        return self.options["num_warps"]
+
+    @property
+    def programs(self) -> int:
+        count = 1
+        for size in self.grid:
+            count *= size
+        return count
+
+    @property
+    def where(self) -> str:
+        return f"{self.kernel} ({self.case}) on sm_{self.capability[0]}{self.capability[1]}"
+
+    def faults(self) -> Iterator[str]:
+        """What this kernel should not have, or lacks."""
+        if self.stack:
+            yield f"{self.where} spills: {self.stack} bytes of stack"
+        if self.shared > SHARED_LIMIT[self.capability]:
+            yield f"{self.where} wants {self.shared} bytes of shared memory of {SHARED_LIMIT[self.capability]}"
+        if "dot" in self.expects and not re.search(BEST_DOT[self.capability], self.ptx):
+            yield f"{self.where} has no {BEST_DOT[self.capability]}"
+        if "dot" not in self.expects and re.search(DOT[self.capability], self.ptx):
+            yield f"{self.where} has tensor-core instructions that its case does not tell of"
+        if "tma" in self.expects and self.capability >= (9, 0) and not re.search(TMA, self.ptx):
+            yield f"{self.where} has no {TMA}"
+        if "wide" in self.expects and self.wide_share < 0.75:
+            yield f"{self.where} moves {self.wide_share:.0%} of its bytes by 128-bit accesses"
+
+    @property
+    def wide_share(self) -> float:
+        """Bytes of the global accesses in the code that are 128-bit ones; each instruction counted once."""
+        sizes = [int(count or 1) * int(bits) for count, bits in _ACCESS.findall(self.ptx)]
+        return sum(size for size in sizes if size >= 128) / max(1, sum(sizes))
+
+    def sass(self) -> Counter[str]:
+        """How often each machine instruction stands in the code, by its first word."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            text = _tool("nvdisasm", "-c", file.name)
+        return Counter(name.split(".")[0] for name in _SASS.findall(text))
+
+
+class _Driver:
+    """Stands in for a GPU's driver while Triton specialises arguments and compiles."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 10 * self.capability[0] + self.capability[1], 32)
+
+    def get_current_device(self) -> Any:
+        return self.capability  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+def ops() -> list[str]:
+    """The kernel modules that have cases."""
+    stems = sorted(path.stem for path in KERNELS.glob("*.py") if not path.stem.startswith("_"))
+    return [stem for stem in stems if hasattr(_module(stem), "AOT_CASES")]
+
+
+def _module(op: str) -> Any:
+    return importlib.import_module(f"uvg_engine.kernels.{op}")
+
+
+def compile_op(op: str, capability: tuple[int, int]) -> list[Compiled]:
+    """Every kernel of every case of `op` for one architecture, each specialisation once."""
+    from triton.runtime import driver
+
+    from uvg_engine.kernels import _launch
+
+    driver.set_active(_Driver(capability))
+    found: dict[Any, Compiled] = {}
+    for case in _module(op).AOT_CASES:
+        if capability not in case.capabilities:
+            continue
+        with _launch.recording(capability) as launches:
+            case.call()
+        for launch in launches:
+            options = {**launch.options, **_launch.EVERY_LAUNCH}
+            binary = launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **options)
+            registers, stack = _resources(binary.asm["cubin"])
+            tensors = {id(x): x for x in _launch.tensors_of(launch.args)}.values()
+            found.setdefault(
+                binary.hash,
+                Compiled(
+                    *(op, case.name, launch.name, capability, launch.grid, {"num_warps": 4, **launch.options}),
+                    *(registers, stack, binary.metadata.shared, binary.asm["ptx"], binary.asm["cubin"]),
+                    sum(x.numel() * x.element_size() for x in tensors),
+                    case.flops.get(launch.name, 0.0),
+                    tuple(case.expects[launch.name]),
+                ),
+            )
+    return list(found.values())
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = _tool("cuobjdump", "-res-usage", file.name)
+    ((registers, stack, _, local),) = _RESOURCES.findall(text)
+    return int(registers), int(stack) + int(local)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def compile_all(names: Sequence[str], capabilities: Sequence[tuple[int, int]], workers: int = 2) -> list[Compiled]:
+    """`compile_op` of each op and architecture, in processes of their own."""
+    jobs = [(op, capability) for op in names for capability in capabilities]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        done = [pool.submit(compile_op, *job) for job in jobs]
+        return [compiled for job in done for compiled in job.result()]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; returns 1 where a kernel has a fault."""
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
+    parser.add_argument("op", nargs="*", help="all that have kernels if none is named")
+    args = parser.parse_args(arguments)
+    if strangers := sorted(set(args.op) - set(ops())):
+        parser.error(f"no kernel module here is called {', '.join(strangers)}; have {', '.join(ops())}")
+    compiled = compile_all(args.op or ops(), sorted(SHARED_LIMIT))
+    print("\n".join(roofline.table(compiled)))
+    faults = [fault for one in compiled for fault in one.faults()]
+    print("\n".join(faults), file=sys.stderr)
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())

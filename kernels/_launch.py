@@ -1,0 +1,152 @@
+"""How host functions start kernels, and what lets them be looked at without a GPU.
+
+Every launch goes through `launch`. `recording` collects the launches in place of running them: host functions then
+work on meta tensors, and what they would start is compiled ahead of time (bench/aot.py) or checked (tests).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+Capability = tuple[int, int]
+SM80, SM90, SM100 = (8, 0), (9, 0), (10, 0)
+ALL = (SM80, SM90, SM100)
+EVERY_LAUNCH = {"enable_fp_fusion": True}  # said aloud: Triton is about to change its default
+
+_log = logging.getLogger("uvg_engine.kernels")
+_recorder: ContextVar[list[Launch] | None] = ContextVar("uvg_kernels_recorder", default=None)
+_target: ContextVar[Capability | None] = ContextVar("uvg_kernels_target", default=None)
+_started: set[tuple[Any, ...]] = set()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of a kernel: its arguments as the host function gave them."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """What a kernel module is compiled for ahead of time: a call of its host functions on meta tensors.
+
+    A module lists its cases in `AOT_CASES`; together they reach each of its kernels and configurations.
+    call: makes meta tensors and calls `forward`, `backward`. expects: kernel name to what its machine code must show:
+    "dot" (tensor-core instructions), "tma" (descriptor loads, from sm_90 on), "wide" (128-bit global accesses only).
+    flops: kernel name to floating-point operations of one launch, where the arithmetic counts for the time.
+    No spills, and shared memory within the chip's limit, are asked of every kernel.
+    """
+
+    name: str
+    call: Callable[[], object]
+    expects: Mapping[str, tuple[str, ...]]
+    flops: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    capabilities: tuple[Capability, ...] = ALL
+
+
+@contextlib.contextmanager
+def recording(capability: Capability) -> Iterator[list[Launch]]:
+    """Collect launches in place of running them; configurations are those of `capability`."""
+    found: list[Launch] = []
+    recorder, target = _recorder.set(found), _target.set(capability)
+    try:
+        yield found
+    finally:
+        _recorder.reset(recorder)
+        _target.reset(target)
+
+
+@contextlib.contextmanager
+def configured_for(capability: Capability) -> Iterator[None]:
+    """Take the configurations of `capability` inside, whatever the device is: for tests under the interpreter."""
+    token = _target.set(capability)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def capability_of(device: torch.device) -> Capability:
+    """Compute capability, by which configurations are chosen.
+
+    ROCm devices and the interpreter count as sm_80: plain loads, no tensor descriptors.
+    """
+    return _target.get() or _capability_of(device)
+
+
+@functools.cache
+def _capability_of(device: torch.device) -> Capability:
+    if device.type != "cuda" or torch.version.hip:
+        return SM80
+    return torch.cuda.get_device_capability(device)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Start `kernel` on the device of its first tensor. A grid with a zero starts nothing.
+
+    args: the kernel's arguments in order. options: its constexprs by name, num_warps, num_stages. Never waits for the
+    device. The first call of each specialisation is logged, as it compiles.
+    """
+    if 0 in grid:
+        return
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.append(Launch(kernel, grid, args, options))
+        return
+    device = tensors_of(args)[0].device
+    _tell_once(kernel, device, args, options)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **options, **EVERY_LAUNCH)
+
+
+def tensors_of(args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors among a kernel's arguments, those under descriptors too."""
+    bare = [x.base if isinstance(x, TensorDescriptor) else x for x in args]
+    return [x for x in bare if isinstance(x, torch.Tensor)]
+
+
+def _tell_once(kernel: Any, device: torch.device, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    dtypes = tuple(x.dtype for x in tensors_of(args))
+    key = (kernel.__name__, device, dtypes, tuple(options.items()))
+    if key in _started:
+        return
+    _started.add(key)
+    told = ", ".join([*(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes)), *_pairs(options)])
+    _log.info("first call of %s on %s (%s): compiled now unless Triton's cache has it", kernel.__name__, device, told)
+
+
+def _pairs(options: Mapping[str, Any]) -> Iterator[str]:
+    return (f"{name}={value}" for name, value in options.items())
+
+
+def packed(x: torch.Tensor | None) -> torch.Tensor | None:
+    """Contiguous, or None."""
+    return None if x is None else x.contiguous()
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two not below `value`."""
+    return triton.next_power_of_2(value)
+
+
+def blocks(count: int, size: int) -> int:
+    """Number of blocks of `size` that hold `count`."""
+    return triton.cdiv(count, size)

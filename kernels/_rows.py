@@ -1,0 +1,151 @@
+"""What the row kernels share: who owns a row, and sums over the rows of a span in an order that never varies.
+
+Letters: T rows, D width, S spans. A span is (start, len, ...) in int32; spans come in any order, do not overlap, and
+need not cover every row. A backward walks blocks of BLOCK_T rows, each cut into runs of rows with one owner. The sums
+of a run go to row `block + rank` of a table of partial sums, rank being the place of its span among the spans sorted
+by start: from run to run either grows, so no two runs meet. `sum_partials_kernel` adds them up, first to last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from uvg_engine.kernels._launch import Capability, blocks, launch, power_of_two
+
+MAX_WIDTH = 16384
+_TILE = 4096  # untuned: elements of a program's tile; 16-byte accesses of bf16 by 4 warps take 1,024
+_MAX_WARPS = 16
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """A program's tile of ROWS x BLOCK_D elements; in a backward it walks BLOCK_T rows with it. Untuned."""
+
+    ROWS: int
+    BLOCK_D: int
+    BLOCK_T: int
+    num_warps: int
+
+
+def row_config(capability: Capability, num_rows: int, width: int, tile: int = _TILE) -> RowConfig:
+    """Shape class: the width rounded up to a power of two, and whether there are rows enough for long blocks."""
+    block_d = power_of_two(max(width, 16))
+    rows = max(1, min(8, tile // block_d))
+    num_warps = max(1, min(_MAX_WARPS, block_d * rows // 1024))
+    block_t = max(rows, 32 if num_rows >= 16384 else 16 if num_rows >= 2048 else 4)
+    return RowConfig(rows, block_d, block_t, num_warps)
+
+
+@triton.jit
+def owner_of_rows(o_T, p_spans, num_spans, SPAN: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The span that covers each row, -1 where none does. SPAN: int32 words of a span."""
+    owner = tl.full(o_T.shape, -1, tl.int32)
+    for first in range(0, num_spans, BLOCK_S):
+        o_S = first + tl.arange(0, BLOCK_S)
+        m_S = o_S < num_spans
+        start = tl.load(p_spans + o_S * SPAN, mask=m_S, other=0)
+        length = tl.load(p_spans + o_S * SPAN + 1, mask=m_S, other=0)
+        inside = (o_T[:, None] >= start[None, :]) & (o_T[:, None] < (start + length)[None, :])
+        owner = tl.maximum(owner, tl.max(tl.where(inside, o_S[None, :], -1), axis=1))
+    return owner
+
+
+@triton.jit
+def run_of_row(i_T, end, p_spans, num_spans, BLOCK_S: tl.constexpr):
+    """(owner of row i_T or -1, its rank, the first row after i_T with another owner; `end` at the latest)."""
+    owner, rank, stop = -1, -1, end
+    for first in range(0, num_spans, BLOCK_S):
+        o_S = first + tl.arange(0, BLOCK_S)
+        m_S = o_S < num_spans
+        start = tl.load(p_spans + o_S * 2, mask=m_S, other=0)
+        length = tl.load(p_spans + o_S * 2 + 1, mask=m_S, other=0)
+        before = (length > 0) & (start <= i_T)
+        inside = before & (i_T < start + length)
+        ahead = (length > 0) & (start > i_T)
+        owner = tl.maximum(owner, tl.max(tl.where(inside, o_S, -1), axis=0))
+        rank += tl.sum(before.to(tl.int32), axis=0)
+        bound = tl.where(inside, start + length, tl.where(ahead, start, end))
+        stop = tl.minimum(stop, tl.min(bound, axis=0))
+    return owner, rank, stop
+
+
+@triton.jit
+def sum_partials_kernel(
+    p_partials,  # [P, PARTS, D] fp32
+    p_spans,  # [S, 2], or one span of all rows
+    p_first,  # [S, D]: sum of part 0
+    p_second,  # [S, D]: sum of part 1
+    num_rows,
+    width,
+    num_spans,
+    HAS_SPANS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program (s, d): the partial sums of span s, columns of block d."""
+    i_S, rank = tl.program_id(0), 0
+    start, length = 0, num_rows
+    if HAS_SPANS:
+        start, length = tl.load(p_spans + i_S * 2), tl.load(p_spans + i_S * 2 + 1)
+        for first in range(0, num_spans, BLOCK_S):
+            o_S = first + tl.arange(0, BLOCK_S)
+            m_S = o_S < num_spans
+            other_start = tl.load(p_spans + o_S * 2, mask=m_S, other=0)
+            other_length = tl.load(p_spans + o_S * 2 + 1, mask=m_S, other=0)
+            rank += tl.sum(((other_length > 0) & (other_start < start)).to(tl.int32), axis=0)
+    begin = start // BLOCK_T + rank
+    end = begin
+    if length > 0:
+        end = (start + length - 1) // BLOCK_T + rank + 1
+    o_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_D = o_D < width
+    b_first = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    b_second = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    for i_P in range(begin, end, BLOCK_P):
+        o_P = (i_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+        m_PD = (o_P < end)[:, None] & m_D[None, :]
+        at = p_partials + o_P[:, None] * (PARTS * width) + o_D[None, :]
+        b_first += tl.load(at, mask=m_PD, other=0.0)
+        if PARTS == 2:
+            b_second += tl.load(at + width, mask=m_PD, other=0.0)
+    o_out = i_S.to(tl.int64) * width + o_D
+    tl.store(p_first + o_out, tl.sum(b_first, axis=0), mask=m_D)
+    if PARTS == 2:
+        tl.store(p_second + o_out, tl.sum(b_second, axis=0), mask=m_D)
+
+
+def new_partials(like: torch.Tensor, num_rows: int, num_spans: int, parts: int, config: RowConfig) -> torch.Tensor:
+    """Room for the partial sums of `parts` quantities: fp32 [blocks + spans, parts, D]."""
+    rows = blocks(num_rows, config.BLOCK_T) + num_spans
+    return torch.empty(rows, parts, like.shape[-1], dtype=torch.float32, device=like.device)
+
+
+def sum_partials(
+    partials: torch.Tensor, spans: torch.Tensor | None, num_rows: int, config: RowConfig, *out: torch.Tensor
+) -> None:
+    """Write the sums of each part over each span into out, [S, D] each; without spans over all rows, [D]."""
+    parts, width = partials.shape[1:]
+    num_spans = 1 if spans is None else len(spans)
+    launch(
+        *(sum_partials_kernel, (num_spans, blocks(width, 64)), partials, spans, out[0], out[-1]),
+        *(num_rows, width, num_spans),
+        HAS_SPANS=spans is not None,
+        PARTS=parts,
+        BLOCK_T=config.BLOCK_T,
+        BLOCK_P=32,
+        BLOCK_D=64,
+        BLOCK_S=span_block(num_spans),
+        num_warps=4,
+    )
+
+
+def span_block(num_spans: int) -> int:
+    """Spans that are looked at together."""
+    return min(256, power_of_two(max(num_spans, 16)))

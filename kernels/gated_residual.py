@@ -1,0 +1,147 @@
+"""h + gate * y in one pass, and its backward. Letters: T rows, D width, S spans."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from uvg_engine.kernels._launch import AotCase, blocks, capability_of, launch, packed
+from uvg_engine.kernels._rows import (
+    RowConfig,
+    new_partials,
+    owner_of_rows,
+    row_config,
+    run_of_row,
+    span_block,
+    sum_partials,
+)
+
+
+@triton.jit
+def gated_residual_fwd_kernel(
+    p_h,  # [T, D]
+    p_y,  # [T, D]
+    p_gate,  # [S, D] or None
+    p_spans,  # [S, 2] or None
+    p_out,  # [T, D]
+    num_rows,
+    width,
+    num_spans,
+    HAS_GATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program t: ROWS rows."""
+    o_T = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_D = tl.arange(0, BLOCK_D)
+    m_D = o_D < width
+    m_TD = (o_T < num_rows)[:, None] & m_D[None, :]
+    o_TD = o_T[:, None] * width + o_D[None, :]
+    b_h = tl.load(p_h + o_TD, mask=m_TD, other=0.0).to(tl.float32)
+    b_y = tl.load(p_y + o_TD, mask=m_TD, other=0.0).to(tl.float32)
+    if HAS_GATE:
+        owner = owner_of_rows(o_T, p_spans, num_spans, 2, BLOCK_S)
+        o_gate = owner.to(tl.int64)[:, None] * width + o_D[None, :]
+        b_y *= tl.load(p_gate + o_gate, mask=(owner >= 0)[:, None] & m_D[None, :], other=0.0).to(tl.float32)
+    tl.store(p_out + o_TD, b_h + b_y, mask=m_TD)
+
+
+@triton.jit
+def gated_residual_bwd_kernel(
+    p_dout,  # [T, D]
+    p_y,  # [T, D]
+    p_gate,  # [S, D]
+    p_spans,  # [S, 2]
+    p_dy,  # [T, D]
+    p_partials,  # [P, 1, D] fp32: sums of dout * y
+    num_rows,
+    width,
+    num_spans,
+    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program b: BLOCK_T rows, run by run."""
+    i_B = tl.program_id(0)
+    o_D = tl.arange(0, BLOCK_D)
+    m_D = o_D < width
+    row = i_B * BLOCK_T
+    end = tl.minimum(row + BLOCK_T, num_rows)
+    while row < end:
+        owner, rank, stop = run_of_row(row, end, p_spans, num_spans, BLOCK_S)
+        covered = owner >= 0
+        b_gate = tl.load(p_gate + owner.to(tl.int64) * width + o_D, mask=m_D & covered, other=0.0).to(tl.float32)
+        b_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for first in range(row, stop, ROWS):
+            o_T = (first + tl.arange(0, ROWS)).to(tl.int64)
+            m_TD = (o_T < stop)[:, None] & m_D[None, :]
+            o_TD = o_T[:, None] * width + o_D[None, :]
+            b_dout = tl.load(p_dout + o_TD, mask=m_TD, other=0.0).to(tl.float32)
+            b_y = tl.load(p_y + o_TD, mask=m_TD & covered, other=0.0).to(tl.float32)
+            b_sum += b_dout * b_y
+            tl.store(p_dy + o_TD, b_dout * b_gate[None, :], mask=m_TD)
+        o_sum = (i_B + rank).to(tl.int64) * width + o_D
+        tl.store(p_partials + o_sum, tl.sum(b_sum, axis=0), mask=m_D & covered)
+        row = stop
+
+
+def _config(y: Tensor) -> RowConfig:
+    return row_config(capability_of(y.device), *y.shape)
+
+
+def forward(h: Tensor, y: Tensor, gate: Tensor | None, spans: Tensor | None) -> Tensor:
+    """Arguments and results as in reference.gated_residual.forward."""
+    h, y, gate, spans = packed(h), packed(y), packed(gate), packed(spans)
+    out, config = torch.empty_like(h), _config(y)
+    num_spans = 0 if spans is None else len(spans)
+    launch(
+        *(gated_residual_fwd_kernel, (blocks(len(h), config.ROWS),), h, y, gate, spans, out, *h.shape, num_spans),
+        HAS_GATE=gate is not None,
+        ROWS=config.ROWS,
+        BLOCK_D=config.BLOCK_D,
+        BLOCK_S=span_block(num_spans),
+        num_warps=config.num_warps,
+    )
+    return out
+
+
+def backward(dout: Tensor, h: Tensor, y: Tensor, gate: Tensor | None, spans: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Arguments and results as in reference.gated_residual.backward."""
+    if gate is None or spans is None:
+        return dout.to(y.dtype, copy=True), torch.empty(0, dtype=torch.float32, device=y.device)
+    dout, y, gate, spans = packed(dout), packed(y), packed(gate), packed(spans)
+    dy, dgate, config, num_spans = torch.empty_like(y), torch.empty_like(gate), _config(y), len(spans)
+    partials = new_partials(y, len(y), num_spans, 1, config)
+    launch(
+        *(gated_residual_bwd_kernel, (blocks(len(y), config.BLOCK_T),), dout, y, gate, spans, dy, partials),
+        *(*y.shape, num_spans),
+        BLOCK_T=config.BLOCK_T,
+        ROWS=config.ROWS,
+        BLOCK_D=config.BLOCK_D,
+        BLOCK_S=span_block(num_spans),
+        num_warps=config.num_warps,
+    )
+    sum_partials(partials, spans, len(y), config, dgate)
+    return dy, dgate
+
+
+def _aot_call(rows: int, width: int, dtype: torch.dtype, num_spans: int = 4) -> None:
+    h, y = (torch.empty(rows, width, dtype=kind, device="meta") for kind in (torch.float32, dtype))
+    gate = torch.empty(num_spans, width, dtype=torch.float32, device="meta")
+    spans = torch.empty(num_spans, 2, dtype=torch.int32, device="meta")
+    backward(forward(h, y, gate, spans), h, y, gate, spans)
+
+
+_EXPECTS = {
+    "gated_residual_fwd_kernel": ("wide",),
+    "gated_residual_bwd_kernel": ("wide",),
+    "sum_partials_kernel": ("wide",),
+}
+AOT_CASES = tuple(
+    AotCase(f"T={rows} D={width} {str(dtype)[6:]}", lambda a=(rows, width, dtype): _aot_call(*a), _EXPECTS)
+    for rows, width, dtype in ((32768, 1536, torch.bfloat16), (32768, 5120, torch.bfloat16), (1024, 128, torch.float32))
+)

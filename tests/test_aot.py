@@ -1,0 +1,87 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, without spills, with the instructions meant.
+
+`bench/aot.py` compiles; what each kernel must show stands in the `AOT_CASES` of its module.
+"""
+
+import ast
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+from uvg_engine.backends import triton as backend
+
+pytest.importorskip("triton", reason="triton is not installed")
+if backend.interpreting():
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from bench import aot, roofline
+
+CAPABILITIES = sorted(aot.SHARED_LIMIT)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    workers = min(len(CAPABILITIES), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("op", aot.ops())
+def test_kernels_compile_well(pool, op):
+    done = [pool.submit(aot.compile_op, op, capability) for capability in CAPABILITIES]
+    compiled = [one for job in done for one in job.result()]
+    assert [fault for one in compiled for fault in one.faults()] == []
+    tree = ast.parse((aot.KERNELS / f"{op}.py").read_text())
+    named = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")}
+    for capability in CAPABILITIES:
+        assert named <= {one.kernel for one in compiled if one.capability == capability}, "AOT_CASES leave kernels out"
+
+
+def test_every_op_that_the_backend_serves_has_cases():
+    assert set(backend.TABLE) <= set(aot.ops())
+
+
+def made(**changes):
+    given = {
+        **dict(op="op", case="case", kernel="some_kernel", capability=(8, 0), grid=(4, 2), options={"num_warps": 8}),
+        **dict(registers=64, stack=0, shared=1000, ptx="", cubin=b"", bytes_moved=1, flops=0.0, expects=()),
+    }
+    return aot.Compiled(**(given | changes))
+
+
+WIDE, NARROW = "ld.global.v4.b32 { }; st.global.v2.b64 [ ];", "@%p1 ld.global.L1::evict_first.b16 { };"
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"stack": 8}, "spills: 8 bytes"),
+        ({"shared": 166_913}, "166913 bytes of shared memory"),
+        ({"expects": ("dot",)}, "no mma"),
+        ({"ptx": "mma.sync.aligned"}, "does not tell of"),
+        ({"capability": (9, 0), "expects": ("dot",), "ptx": "mma.sync.aligned"}, "no wgmma"),
+        ({"capability": (10, 0), "expects": ("dot",), "ptx": "mma.sync.aligned"}, "no tcgen05"),
+        ({"capability": (9, 0), "expects": ("tma",)}, "no cp"),
+        ({"expects": ("wide",), "ptx": 10 * NARROW + WIDE}, "62% of its bytes"),
+    ],
+)
+def test_faults_are_found(changes, match):
+    (fault,) = made(**changes).faults()
+    assert match in fault and "some_kernel (case) on sm_" in fault
+
+
+def test_what_is_right_has_no_fault():
+    assert list(made(expects=("wide", "tma"), ptx=WIDE).faults()) == []
+
+
+def test_occupancy_and_roof_by_hand():
+    chip = roofline.CHIPS[0]
+    assert roofline.blocks_per_sm(made(registers=64), chip) == 4  # 65,536 registers by 8 warps of 2,048
+    assert roofline.blocks_per_sm(made(registers=65), chip) == 3  # rounded up to 2,304 a warp
+    assert roofline.blocks_per_sm(made(registers=16), chip) == 8  # 64 warps
+    assert roofline.blocks_per_sm(made(registers=16, shared=60_000), chip) == 2
+    assert roofline.predicted(made(bytes_moved=2_039_000_000), chip) == (pytest.approx(1e-3), "memory")
+    assert roofline.predicted(made(flops=312e9), chip) == (pytest.approx(1e-3), "tensor cores")
+    assert roofline.predicted(made(), chip)[1] == "launch"

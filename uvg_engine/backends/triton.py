@@ -1,0 +1,74 @@
+"""The triton backend: kernels/<op>.py on CUDA and ROCm devices. Triton is imported at the first call it serves.
+
+Under Triton's interpreter (TRITON_INTERPRET=1 before triton is imported) it serves CPU tensors too, thousands of times
+slower: for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uvg_engine.backends import Kernel
+
+MAX_WIDTH = 16384  # of a row that a program holds in registers
+OLDEST = (8, 0)  # compute capability of bf16 tensor cores and asynchronous copies
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in Python, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip:
+        return None
+    found = torch.cuda.get_device_capability(device)
+    return None if found >= OLDEST else f"compute capability {found[0]}.{found[1]}; from {OLDEST[0]}.{OLDEST[1]} on"
+
+
+def refuses(*tensors: Tensor) -> str | None:
+    """Rules of every op: device, dtype, Triton itself."""
+    for x in tensors:
+        if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreting()):
+            return f"tensors are on {x.device.type}"
+        if x.dtype not in _DTYPES:
+            return f"dtype {x.dtype}; have float32, bfloat16, float16"
+    if _missing():
+        return _missing()
+    return None if tensors[0].device.type == "cpu" else _too_old(tensors[0].device)
+
+
+def refuses_rows(x: Tensor, *more: Tensor) -> str | None:
+    """Rules of the ops that hold a whole row of x in a program."""
+    if x.shape[1] > MAX_WIDTH:
+        return f"width {x.shape[1]}; up to {MAX_WIDTH}"
+    return refuses(x, *more)
+
+
+def _host(op: str, function: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"uvg_engine.kernels.{op}"), function)(*args)
+
+    return call
+
+
+def _kernel(op: str, rule: Callable[..., str | None], backward: bool = True) -> tuple[str, Kernel]:
+    return op, Kernel(_host(op, "forward"), _host(op, "backward") if backward else None, rule)
+
+
+TABLE = dict((_kernel("gated_residual", lambda h, y, *rest: refuses_rows(h, y)),))
