@@ -1,4 +1,4 @@
-// exp and exp2 of sixteen floats.
+// exp of sixteen floats, and exp2 where the instruction set has its parts.
 #pragma once
 
 #include "cpu/vec.h"
@@ -31,29 +31,19 @@ inline Vec exp(Vec x) {
   return p * reinterpret_cast<Vec>(power << 23);
 }
 
-// 2^f for |f| <= 1/2, relative error 7.5e-8: minimax polynomial of degree 5 (Remez).
-inline Vec exp2_fraction(Vec f) {
-  Vec p = splat(1.3276471993e-3f);
-  p = p * f + 9.6755413345e-3f;
-  p = p * f + 5.5507132735e-2f;
-  p = p * f + 2.4022119724e-1f;
-  p = p * f + 6.9314696706e-1f;
-  return p * f + 1.0000000717f;
-}
-
-// 2^x; below 2^-126 what is left of it or 0; 0 at -inf; NaN stays.
-inline Vec exp2(Vec x) {
 #if defined(__AVX512F__)
-  const auto f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 of infinities
-  return (Vec)_mm512_scalef_ps((__m512)exp2_fraction(f), (__m512)(x - f));
-#else
-  const Vec held = x > splat(128.0f) ? splat(128.0f) : (x < splat(-126.0f) ? splat(-126.0f) : x);
-  const Vec n = (held + 12582912.0f) - 12582912.0f;
-  const VecInts power = __builtin_convertvector(n, VecInts) + 127;
-  const Vec y = exp2_fraction(held - n) * reinterpret_cast<Vec>(power << 23);
-  return x < splat(-126.0f) ? Vec{} : y;
-#endif
+// 2^x, relative error 7.5e-8; 0 at -inf; NaN stays. Minimax polynomial of degree 5 on [0, 1) (Remez).
+inline Vec exp2(Vec x) {
+  const auto f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // 0 of infinities
+  Vec p = splat(1.8775767000e-3f);
+  p = p * f + 8.9893400236e-3f;
+  p = p * f + 5.5826318116e-2f;
+  p = p * f + 2.4015361702e-1f;
+  p = p * f + 6.9315307320e-1f;
+  p = p * f + 9.9999992506e-1f;
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);  // which takes the floor of x
 }
+#endif
 
 }  // namespace UVG_ISA
 }  // namespace uvg

@@ -1,6 +1,5 @@
 #include "uvg/flash_attention.h"
 
-#include "cpu/exp.h"
 #include "cpu/tile.h"
 
 // The scores of a tile never reach memory: scaled, exponentiated and rounded in registers, they are stored as the left
@@ -12,32 +11,65 @@ namespace {
 
 using Params = FlashAttentionParams;
 
-constexpr int64_t kQueries = 192;  // rows of a block; a multiple of kTileRows
-constexpr float kHigh = 40.0f;     // from there on a row takes another reference
+constexpr int64_t kQueries = 192;       // rows of a block; a multiple of kTileRows
+constexpr float kHigh = 2.3538527e17f;  // e^40: where sums leave [1 / kHigh, kHigh], a row takes another reference
 constexpr float kNever = -__builtin_inff();
 
 template <typename F>
 constexpr int64_t kKeys = F::kPer == 2 ? 512 : 256;  // keys of a block
 
-// Softmax of the rows of a block so far. x = score * scale - reference.
+// Softmax of the rows of a block so far. x = (score - reference) * scale in the format's unit.
 struct RowState {
-  Vec* top;       // largest x of the block of keys, lane by lane
+  Vec* top;       // largest x of a block of keys, lane by lane, where one is asked for
   Vec* total;     // sum of e^x in fp32
   Vec* rounded;   // sum of e^x as the product reads it
   Vec* block[2];  // total and rounded of this block of keys alone
   float* reference;
 };
 
+// Keys and values of one sample and head, packed. A slot of several: each has room for the longest sample.
+template <typename F>
+struct Packed {
+  uint32_t *keys, *values;
+  int64_t key_words, value_words;
+
+  Packed(Scratch& scratch, const Params& p, int64_t slots) {
+    const int64_t most = round_up(p.keys->longest(), kPanel);
+    key_words = most * row_words<F>(p.width), value_words = most / F::kPer * round_up(p.width, kLanes);
+    keys = scratch.words(slots * key_words), values = scratch.words(slots * value_words);
+  }
+
+  Packed slot(int64_t i) const {
+    Packed one = *this;
+    one.keys += i * key_words, one.values += i * value_words;
+    return one;
+  }
+};
+
+template <typename T>
+Rows<T> rows_of(const Params& p, const void* x, int64_t head, const RowLists& lists, int64_t s) {
+  return {static_cast<const T*>(x) + head * p.width, p.heads * p.width, lists.rows(s), lists.size(s)};
+}
+
+template <typename F>
+void pack_keys(const Params& p, int64_t s, int64_t head, const Packed<F>& to, uint32_t* work) {
+  pack_transposed<F>(rows_of<typename F::Value>(p, p.k, head, *p.keys, s), p.width, to.keys, work);
+}
+
+template <typename F>
+void pack_values(const Params& p, int64_t s, int64_t head, const Packed<F>& to, uint32_t*) {
+  const int64_t padded = round_up(p.keys->size(s), kPanel);
+  pack_columns<F>(rows_of<typename F::Value>(p, p.v, head, *p.keys, s), p.width, padded, to.values);
+}
+
 template <typename F>
 struct Workspace {
-  uint32_t *keys, *values, *queries, *probabilities, *work;
+  uint32_t *queries, *probabilities, *work;
   float* out;
   RowState rows;
 
   Workspace(Scratch& scratch, const Params& p) {
-    const int64_t words = row_words<F>(p.width), most = round_up(p.keys->longest(), kPanel);
-    keys = scratch.words(most * words);
-    values = scratch.words(most / F::kPer * round_up(p.width, kLanes));
+    const int64_t words = row_words<F>(p.width);
     queries = scratch.words(kQueries * words);
     probabilities = scratch.words(kQueries * row_of_probabilities());
     work = scratch.words(kLanes * words);
@@ -52,8 +84,9 @@ struct Workspace {
   }  // rows off one another's sets
 };
 
-// One tile of scores to probabilities; keys from `valid` on count nothing.
-template <typename F, bool kTail>
+// One tile of scores to probabilities and their sums, or, with kPeak, to the largest score of each row; keys from
+// `valid` on count nothing.
+template <typename F, bool kTail, bool kPeak>
 UVG_NOINLINE void score(const uint32_t* queries, const uint32_t* panel, int64_t width, float scale, int64_t valid,
                         uint32_t* probabilities, int64_t column, const RowState& rows, int64_t first) {
   Vec x[kTileRows][kTileVecs] = {};
@@ -62,16 +95,21 @@ UVG_NOINLINE void score(const uint32_t* queries, const uint32_t* panel, int64_t 
   for (int64_t r = 0; r < kTileRows; ++r) {
     const int64_t row = first + r;
     const Vec reference = splat(rows.reference[row]);
-    Vec p[kTileVecs], top = rows.top[row], total = rows.block[0][row];
 #pragma GCC unroll 4
     for (int j = 0; j < kTileVecs; ++j) {
-      Vec at = x[r][j] * scale - reference;
-      if (kTail) at = first_lanes(valid - j * kLanes) ? at : splat(kNever);
-      top = at > top ? at : top;
-      p[j] = F::kPer == 1 ? exp(at) : exp2(at * kLog2E);  // bf16 does not see the difference
+      x[r][j] = x[r][j] * scale - reference;
+      if (kTail) x[r][j] = first_lanes(valid - j * kLanes) ? x[r][j] : splat(kNever);
+    }
+    if (kPeak) {
+      for (int j = 0; j < kTileVecs; ++j) rows.top[row] = x[r][j] > rows.top[row] ? x[r][j] : rows.top[row];
+      continue;
+    }
+    Vec p[kTileVecs], total = rows.block[0][row];
+#pragma GCC unroll 4
+    for (int j = 0; j < kTileVecs; ++j) {
+      p[j] = F::power(x[r][j]);
       total += p[j];
     }
-    rows.top[row] = top;
     rows.block[0][row] = total;
     rows.block[1][row] = F::rounded_sum(rows.block[1][row], p);
     F::put(probabilities + r * Workspace<F>::row_of_probabilities(), column, p);
@@ -84,56 +122,68 @@ float largest(Vec v) {
   return most;
 }
 
-// Rows whose x left the range take their largest score as reference. Returns whether there were any: then the block of
-// keys must be done again.
-bool rebase(const RowState& rows, int64_t count, bool first, float* out, int64_t width) {
-  bool any = false;
+// Whether a block's sum asks for another reference: it is too large, or the first and too small.
+bool far(Vec total, bool first) {
+  const float most = largest(total);
+  return most > kHigh || (first && most < 1.0f / kHigh);
+}
+
+// Rows of far scores take their largest one as reference; rows.top has it.
+template <typename F>
+void rebase(const RowState& rows, int64_t count, bool first, float* out, int64_t width) {
   for (int64_t r = 0; r < count; ++r) {
     const float top = largest(rows.top[r]);
-    if (!(top > kHigh || (first && top < -kHigh)) || top == kNever) continue;
-    any = true;
+    if (!far(rows.block[0][r], first) || top == kNever) continue;
     rows.reference[r] += top;
     if (first) continue;
-    const float shrink = exp2(splat(-top * kLog2E))[0];
+    const float shrink = F::power(splat(-top))[0];
     rows.total[r] *= shrink, rows.rounded[r] *= shrink;
     float* row = out + r * round_up(width, kLanes);
     for (int64_t i = 0; i < width; i += kLanes) store(row + i, load(row + i) * shrink);
   }
-  return any;
 }
 
-// Queries `first`.. of a sample, one head; keys and values are packed.
+// Queries of a sample, one head; its keys and values are packed.
 template <typename F>
 void attend(const Params& p, const Rows<typename F::Value>& queries, int64_t head, int64_t num_keys,
-            const Workspace<F>& w) {
+            const Packed<F>& packed, const Workspace<F>& w) {
   const int64_t padded = round_up(queries.count, kTileRows), words = row_words<F>(p.width);
   const int64_t total = round_up(num_keys, kPanel) / F::kPer;
   constexpr int64_t row = Workspace<F>::row_of_probabilities();
-  const float scale = p.scale;
+  const float scale = p.scale / F::kUnit;
+  const RowState& rows = w.rows;
   pack_rows<F>(queries, p.width, padded, w.queries);
-  for (int64_t r = 0; r < padded; ++r) w.rows.total[r] = w.rows.rounded[r] = Vec{}, w.rows.reference[r] = 0.0f;
+  for (int64_t r = 0; r < padded; ++r) rows.total[r] = rows.rounded[r] = Vec{}, rows.reference[r] = 0.0f;
   for (int64_t k = 0; k < num_keys; k += kKeys<F>) {
     const int64_t left = num_keys - k, here = left < kKeys<F> ? left : kKeys<F>;
-    for (int attempt = 0; attempt < 2; ++attempt) {
-      for (int64_t r = 0; r < padded; ++r)
-        w.rows.top[r] = splat(kNever), w.rows.block[0][r] = w.rows.block[1][r] = Vec{};
+    const auto scores = [&](auto whole, auto tail) {
       for (int64_t c = 0; c < here; c += kPanel)
-        for (int64_t r = 0; r < padded; r += kTileRows) {
-          const auto tile = here - c < kPanel ? score<F, true> : score<F, false>;
-          tile(w.queries + r * words, w.keys + (k + c) * words, p.width, scale, here - c, w.probabilities + r * row, c,
-               w.rows, r);
-        }
-      if (attempt == 1 || !rebase(w.rows, queries.count, k == 0, w.out, p.width)) break;
+        for (int64_t r = 0; r < padded; r += kTileRows)
+          (here - c < kPanel ? tail : whole)(w.queries + r * words, packed.keys + (k + c) * words, p.width, scale,
+                                             here - c, w.probabilities + r * row, c, rows, r);
+    };
+    const auto probabilities = [&] {
+      for (int64_t r = 0; r < padded; ++r) rows.block[0][r] = rows.block[1][r] = Vec{};
+      scores(score<F, false, false>, score<F, true, false>);
+    };
+    probabilities();
+    bool again = false;
+    for (int64_t r = 0; r < queries.count; ++r) again = again || far(rows.block[0][r], k == 0);
+    if (again) {
+      for (int64_t r = 0; r < padded; ++r) rows.top[r] = splat(kNever);
+      scores(score<F, false, true>, score<F, true, true>);
+      rebase<F>(rows, queries.count, k == 0, w.out, p.width);
+      probabilities();
     }
-    for (int64_t r = 0; r < padded; ++r) w.rows.total[r] += w.rows.block[0][r], w.rows.rounded[r] += w.rows.block[1][r];
-    multiply_all<F>(w.out, padded, p.width, w.probabilities, row, 1, w.values, total, k / F::kPer,
+    for (int64_t r = 0; r < padded; ++r) rows.total[r] += rows.block[0][r], rows.rounded[r] += rows.block[1][r];
+    multiply_all<F>(w.out, padded, p.width, w.probabilities, row, 1, packed.values, total, k / F::kPer,
                     round_up(here, kPanel) / F::kPer, k == 0);
   }
   auto* out = static_cast<typename F::Value*>(p.out);
   for (int64_t r = 0; r < queries.count; ++r) {
     const int64_t at = queries.index[r];
-    p.lse[head * p.rows_q + at] = __builtin_logf(sum(w.rows.total[r])) + w.rows.reference[r];
-    const float share = 1.0f / sum(w.rows.rounded[r]);
+    p.lse[head * p.rows_q + at] = __builtin_logf(sum(rows.total[r])) + rows.reference[r] * F::kUnit;
+    const float share = 1.0f / sum(rows.rounded[r]);
     const float* row_out = w.out + r * round_up(p.width, kLanes);
     columns(p.width, [&](int64_t i, int64_t n) {
       store(out + (at * p.heads + head) * p.width + i, load(row_out + i, n) * share, n);
@@ -150,8 +200,8 @@ void without_keys(const Params& p, int64_t list) {
   }
 }
 
-// Sample, head and part of the queries of a task: whole samples where there are enough of them for the threads. Cutting
-// costs packing the keys again and changes no bit.
+// Sample, head and part of the queries of a task: whole samples where there are enough of them for the threads, each
+// with its keys packed on the way. Else samples are cut, and their keys are packed before. Cutting changes no bit.
 template <typename F>
 void forward(const Params& p) {
   using T = typename F::Value;
@@ -161,24 +211,30 @@ void forward(const Params& p) {
   without_keys<T>(p, samples);
   for (int64_t s = 0; s < samples; ++s)
     if (p.keys->size(s) == 0) without_keys<T>(p, s);
+  Scratch common;
+  const Packed<F> shared(common, p, parts > 1 ? pairs : 0);
 #pragma omp parallel num_threads(p.threads)
   {
     Scratch scratch;
     const Workspace<F> w(scratch, p);
+    const Packed<F> own(scratch, p, parts > 1 ? 0 : 1);
+    if (parts > 1) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < 2 * pairs; ++i) {
+        const auto pack = i % 2 == 0 ? pack_keys<F> : pack_values<F>;
+        pack(p, i / 2 / p.heads, i / 2 % p.heads, shared.slot(i / 2), w.work);
+      }
+    }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < pairs * parts; ++task) {
-      const int64_t head = task % p.heads, s = task / p.heads % samples, first = task / pairs * part;
-      const int64_t num_keys = p.keys->size(s), end = first + part, all = p.queries->size(s);
-      const int64_t last = end < all ? end : all;
-      if (num_keys == 0 || first >= last) continue;
-      const auto rows_of = [&](const void* x, const int32_t* index, int64_t count) {
-        return Rows<T>{static_cast<const T*>(x) + head * p.width, p.heads * p.width, index, count};
-      };
-      pack_transposed<F>(rows_of(p.k, p.keys->rows(s), num_keys), p.width, w.keys, w.work);
-      pack_columns<F>(rows_of(p.v, p.keys->rows(s), num_keys), p.width, round_up(num_keys, kPanel), w.values);
-      const Rows<T> queries = rows_of(p.q, p.queries->rows(s), all);
+      const int64_t pair = task % pairs, s = pair / p.heads, head = pair % p.heads, first = task / pairs * part;
+      const int64_t end = first + part, all = p.queries->size(s), last = end < all ? end : all;
+      if (p.keys->size(s) == 0 || first >= last) continue;
+      if (parts == 1) pack_keys<F>(p, s, head, own, w.work), pack_values<F>(p, s, head, own, w.work);
+      const Rows<T> queries = rows_of<T>(p, p.q, head, *p.queries, s);
       for (int64_t q = first; q < last; q += kQueries)
-        attend<F>(p, queries.from(q, last - q < kQueries ? last - q : kQueries), head, num_keys, w);
+        attend<F>(p, queries.from(q, last - q < kQueries ? last - q : kQueries), head, p.keys->size(s),
+                  parts > 1 ? shared.slot(pair) : own, w);
     }
   }
 }

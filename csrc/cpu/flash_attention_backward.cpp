@@ -1,4 +1,3 @@
-#include "cpu/exp.h"
 #include "cpu/tile.h"
 #include "uvg/flash_attention.h"
 
@@ -41,7 +40,7 @@ struct Workspace {
   }
 };
 
-// Probabilities of a tile, keys by queries, as the forward had them: exp(score - lse).
+// Probabilities of a tile, keys by queries, as the forward had them: power(score * scale - lse), in the format's unit.
 template <typename F>
 UVG_NOINLINE void probability(const uint32_t* keys, const uint32_t* panel, int64_t width, float scale, const float* lse,
                               uint32_t* out, int64_t column) {
@@ -51,7 +50,7 @@ UVG_NOINLINE void probability(const uint32_t* keys, const uint32_t* panel, int64
   for (int64_t r = 0; r < kTileRows; ++r) {
     Vec p[kTileVecs];
 #pragma GCC unroll 4
-    for (int j = 0; j < kTileVecs; ++j) p[j] = exp(x[r][j] * scale - load(lse + j * kLanes));
+    for (int j = 0; j < kTileVecs; ++j) p[j] = F::power(x[r][j] * scale - load(lse + j * kLanes));
     F::put(out + r * Workspace<F>::kRow, column, p);
   }
 }
@@ -102,7 +101,7 @@ void prepare(const Params& p, const Rows<typename F::Value>& q, const Rows<typen
     Vec dot = {};
     columns(p.width, [&](int64_t c, int64_t n) { dot += load(out.at(i) + c, n) * load(dout.at(i) + c, n); });
     w.delta[i] = sum(dot);
-    w.lse[i] = p.lse[head * p.rows_q + q.index[i]];
+    w.lse[i] = p.lse[head * p.rows_q + q.index[i]] / F::kUnit;
   }
 }
 
@@ -119,8 +118,8 @@ void block(const Params& p, const Rows<typename F::Value>& k, const Rows<typenam
     const int64_t left = round_up(num_queries - q, kPanel), here = left < kQueries ? left : kQueries;
     for (int64_t c = 0; c < here; c += kPanel) {
       for (int64_t r = 0; r < padded; r += kTileRows)
-        probability<F>(w.key_rows + r * words, w.queries_t + (q + c) * words, p.width, p.scale, w.lse + q + c,
-                       w.probabilities + r * row, c);
+        probability<F>(w.key_rows + r * words, w.queries_t + (q + c) * words, p.width, p.scale / F::kUnit,
+                       w.lse + q + c, w.probabilities + r * row, c);
       for (int64_t r = 0; r < padded; r += kTileRows)
         score_gradient<F>(w.value_rows + r * words, w.douts_t + (q + c) * words, p.width, k.count - r, w.delta + q + c,
                           w.probabilities + r * row, w.scores + r * row,

@@ -5,11 +5,7 @@
 // two neighbours along the depth in bf16 (Pairs).
 #pragma once
 
-#include "cpu/vec.h"
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "cpu/exp.h"
 
 namespace uvg {
 namespace UVG_ISA {
@@ -36,11 +32,16 @@ UVG_INLINE VecBits load_bits(const uint32_t* p) {
 UVG_INLINE void store_bits(uint32_t* p, VecBits v) { std::memcpy(p, &v, sizeof v); }
 
 // T: type of the tensor. All formats have: kPer values to a dword, depth of a row of `width` values, one
-// multiply-accumulate, and storing kTileVecs * kLanes results as a left operand, rounded as they will be read.
+// multiply-accumulate, storing kTileVecs * kLanes results as a left operand, rounded as they will be read, and the
+// exponential that is exact enough for them: power(x) = e^(x * kUnit). kRaw: tensors lie in memory as dwords already.
 template <typename T>
 struct Singles {
   using Value = T;
   static constexpr int64_t kPer = 1;
+  static constexpr bool kRaw = sizeof(T) == sizeof(uint32_t);
+  static constexpr float kUnit = 1.0f;
+
+  static UVG_INLINE Vec power(Vec x) { return exp(x); }
 
   static UVG_INLINE Vec mac(Vec sum, uint32_t left, VecBits right) {
     float value;
@@ -76,6 +77,10 @@ struct Singles {
 struct Pairs {
   using Value = BFloat16;
   static constexpr int64_t kPer = 2;
+  static constexpr bool kRaw = true;
+  static constexpr float kUnit = 0.693147181f;
+
+  static UVG_INLINE Vec power(Vec x) { return exp2(x); }
 
   static UVG_INLINE Vec mac(Vec sum, uint32_t left, VecBits right) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(left)), (__m512bh)right);
@@ -178,10 +183,10 @@ void multiply_all(float* out, int64_t rows, int64_t width, const uint32_t* left,
 }
 
 #if defined(__AVX512F__)
-// 16 x 16 dwords.
-inline void transpose16(const uint32_t* from, int64_t from_row, uint32_t* to, int64_t to_row) {
+// 16 rows of 16 dwords, each from `column` on.
+UVG_INLINE void transpose16(const uint32_t* const* rows, int64_t column, uint32_t* to, int64_t to_row) {
   __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * from_row);
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + column);
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -204,9 +209,9 @@ inline void transpose16(const uint32_t* from, int64_t from_row, uint32_t* to, in
   }
 }
 #else
-inline void transpose16(const uint32_t* from, int64_t from_row, uint32_t* to, int64_t to_row) {
+inline void transpose16(const uint32_t* const* rows, int64_t column, uint32_t* to, int64_t to_row) {
   for (int64_t i = 0; i < 16; ++i)
-    for (int64_t j = 0; j < 16; ++j) to[j * to_row + i] = from[i * from_row + j];
+    for (int64_t j = 0; j < 16; ++j) to[j * to_row + i] = rows[i][column + j];
 }
 #endif
 
@@ -220,6 +225,14 @@ struct Rows {
 
   const T* at(int64_t i) const { return i < count ? data + index[i] * stride : nullptr; }
   Rows from(int64_t first, int64_t rows) const { return {data, stride, index + first, rows}; }
+
+  // Rows of different places come one cache line after the other only if one asks in time.
+  UVG_INLINE void prefetch(int64_t i, int64_t width) const {
+    const T* row = at(i);
+    if (row == nullptr) return;
+    for (int64_t c = 0; c < width; c += kLine) __builtin_prefetch(row + c);
+  }
+  static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
 };
 
 template <typename F>
@@ -233,11 +246,14 @@ constexpr int64_t row_words(int64_t width) {
   return round_up(depth_of<F>(width), kLanes);
 }
 
+constexpr int64_t kAhead = 32;  // rows that packing asks for before it reads them
+
 // Left operand: rows one after the other, row_words each; zeros up to `padded` rows.
 template <typename F>
 void pack_rows(const Rows<typename F::Value>& x, int64_t width, int64_t padded, uint32_t* out) {
   for (int64_t i = 0; i < padded; ++i) {
     const auto* row = x.at(i);
+    x.prefetch(i + kAhead, width);
     for (int64_t c = 0; c < row_words<F>(width); c += kLanes)
       store_bits(out + i * row_words<F>(width) + c,
                  row == nullptr ? VecBits{} : F::dwords(row, c * F::kPer, width - c * F::kPer));
@@ -250,10 +266,15 @@ template <typename F>
 void pack_transposed(const Rows<typename F::Value>& x, int64_t width, uint32_t* out, uint32_t* work) {
   const int64_t words = row_words<F>(width);
   for (int64_t i = 0; i < round_up(x.count, kPanel); i += kLanes) {
-    const int64_t left = x.count > i ? x.count - i : 0;
-    pack_rows<F>(x.from(i, left < kLanes ? left : kLanes), width, kLanes, work);
+    const uint32_t* rows[kLanes];
+    const bool raw = F::kRaw && words * F::kPer == width && i + kLanes <= x.count;
+    if (!raw) pack_rows<F>(x.from(i, x.count > i ? x.count - i : 0), width, kLanes, work);
+    for (int64_t r = 0; r < kLanes; ++r) {
+      rows[r] = raw ? reinterpret_cast<const uint32_t*>(x.at(i + r)) : work + r * words;
+      x.prefetch(i + r + kAhead, width);
+    }
     uint32_t* panel = out + i / kPanel * kPanel * words + i % kPanel;
-    for (int64_t c = 0; c < words; c += kLanes) transpose16(work + c, words, panel + c * kPanel, kPanel);
+    for (int64_t c = 0; c < words; c += kLanes) transpose16(rows, c, panel + c * kPanel, kPanel);
   }
 }
 
@@ -264,7 +285,10 @@ void pack_columns(const Rows<typename F::Value>& x, int64_t width, int64_t padde
   const int64_t total = padded / F::kPer;
   for (int64_t k = 0; k < total; ++k) {
     const typename F::Value* rows[F::kPer];
-    for (int64_t e = 0; e < F::kPer; ++e) rows[e] = x.at(k * F::kPer + e);
+    for (int64_t e = 0; e < F::kPer; ++e) {
+      rows[e] = x.at(k * F::kPer + e);
+      x.prefetch(k * F::kPer + e + kAhead, width);
+    }
     for (int64_t c = 0; c < width; c += kLanes) {
       const int64_t first = c / kPanel * kPanel, rest = round_up(width - first, kLanes);
       const int64_t columns = rest < kPanel ? rest : kPanel;

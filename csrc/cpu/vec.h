@@ -9,6 +9,10 @@
 
 #include "common/dtype.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace uvg {
 namespace UVG_ISA {
 
@@ -33,17 +37,26 @@ inline Vec load(const float* p) {
 }
 
 inline Vec load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vec)((VecBits)_mm512_maskz_cvtepu16_epi32(0xFFFF, half) << 16);  // unmasked, g++ 12 warns of its own header
+#else
   HalfBits half;
   std::memcpy(&half, p, sizeof half);
   const VecBits bits = __builtin_convertvector(half, VecBits) << 16;
   Vec v;
   std::memcpy(&v, &bits, sizeof v);
   return v;
+#endif
 }
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline void store(BFloat16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &half, sizeof half);
+#else
   VecBits bits;
   std::memcpy(&bits, &v, sizeof bits);
   const VecBits rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
@@ -51,6 +64,7 @@ inline void store(BFloat16* p, Vec v) {
   const auto nan = reinterpret_cast<VecBits>(v != v);
   const HalfBits half = __builtin_convertvector((nan & quiet) | (~nan & rounded), HalfBits);
   std::memcpy(p, &half, sizeof half);
+#endif
 }
 
 // The first n of sixteen; the others are `fill`.
@@ -72,12 +86,19 @@ inline void store(T* p, Vec v, int64_t n) {
   std::memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
 }
 
+// Lane i meets lane i + 8, then i + 4, i + 2, i + 1.
 inline float sum(Vec v) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef float Four __attribute__((vector_size(16)));
+  Eight low8, high8;
+  std::memcpy(&low8, &v, sizeof low8);
+  std::memcpy(&high8, reinterpret_cast<const char*>(&v) + sizeof low8, sizeof high8);
+  low8 += high8;
+  Four low4, high4;
+  std::memcpy(&low4, &low8, sizeof low4);
+  std::memcpy(&high4, reinterpret_cast<const char*>(&low8) + sizeof low4, sizeof high4);
+  low4 += high4;
+  return (low4[0] + low4[2]) + (low4[1] + low4[3]);
 }
 
 // body(first column, columns) over a row in steps of sixteen.
