@@ -11,6 +11,7 @@
 #include "common/philox.h"
 #include "uvg/flash_attention.h"
 #include "uvg/gated_residual.h"
+#include "uvg/linear_sample.h"
 #include "uvg/modulated_layer_norm.h"
 #include "uvg/moe_mlp.h"
 #include "uvg/qk_norm_rope.h"
@@ -151,6 +152,16 @@ void norm_rope(bool backward, Pair x, Pair weight, Address spans, Address table,
   run(backward ? uvg::qk_norm_rope_backward : uvg::qk_norm_rope_forward, p);
 }
 
+void sample(Address x, Address weight, Address bias, std::array<Address, 3> names, int64_t rows, int64_t width,
+            int64_t vocab, double temperature, int dtype, int threads, Address ids) {
+  uvg::LinearSampleParams p{};
+  p.x = at<void>(x), p.weight = at<void>(weight), p.bias = at<void>(bias);
+  p.seeds = at<int64_t>(names[0]), p.steps = at<int64_t>(names[1]), p.tokens = at<int64_t>(names[2]);
+  p.rows = rows, p.width = width, p.vocab = vocab, p.temperature = temperature;
+  p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads, p.ids = at<int64_t>(ids);
+  run(uvg::linear_sample, p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -168,5 +179,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("qk_norm_rope", &norm_rope);
   m.def("moe_mlp", &activate);
   m.def("flash_attention", &attention);
+  m.def("linear_sample", &sample);
   m.def("build_info", &build_info, "Version, compiler, instruction sets compiled in, OpenMP or not.");
 }

@@ -7,7 +7,7 @@
 #if defined(__CUDACC__)
 #define UVG_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define UVG_HOST_DEVICE inline
+#define UVG_HOST_DEVICE static inline  // each instruction set its own copy
 #endif
 
 namespace uvg {

@@ -116,12 +116,6 @@ UVG_NOINLINE void score(const uint32_t* queries, const uint32_t* panel, int64_t 
   }
 }
 
-float largest(Vec v) {
-  float most = kNever;
-  for (int64_t i = 0; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
-  return most;
-}
-
 // Whether a block's sum asks for another reference: it is too large, or the first and too small.
 bool far(Vec total, bool first) {
   const float most = largest(total);

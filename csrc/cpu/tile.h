@@ -215,7 +215,7 @@ inline void transpose16(const uint32_t* const* rows, int64_t column, uint32_t* t
 }
 #endif
 
-// Rows of a tensor [*, stride], picked by index, `width` values of each.
+// Rows of a tensor [*, stride], picked by index (null: one after the other), `width` values of each.
 template <typename T>
 struct Rows {
   const T* data;
@@ -223,8 +223,11 @@ struct Rows {
   const int32_t* index;
   int64_t count;
 
-  const T* at(int64_t i) const { return i < count ? data + index[i] * stride : nullptr; }
-  Rows from(int64_t first, int64_t rows) const { return {data, stride, index + first, rows}; }
+  const T* at(int64_t i) const { return i < count ? data + (index == nullptr ? i : index[i]) * stride : nullptr; }
+  Rows from(int64_t first, int64_t rows) const {
+    return index == nullptr ? Rows{data + first * stride, stride, nullptr, rows}
+                            : Rows{data, stride, index + first, rows};
+  }
 
   // Rows of different places come one cache line after the other only if one asks in time.
   UVG_INLINE void prefetch(int64_t i, int64_t width) const {

@@ -101,6 +101,17 @@ inline float sum(Vec v) {
   return (low4[0] + low4[2]) + (low4[1] + low4[3]);
 }
 
+// The largest lane; NaN is passed over where it can be.
+inline float largest(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float most = v[0];
+  for (int64_t i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+#endif
+}
+
 // body(first column, columns) over a row in steps of sixteen.
 template <typename Body>
 inline void columns(int64_t width, Body&& body) {
