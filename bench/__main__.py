@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bench.block import bench_block
-from bench.case import SIZES
-from bench.one_op import OPS, Line, bench_op
+from bench.case import PASSES, SIZES
+from bench.one_case import NAMES, Line, bench_case, cases
 from bench.sampling import bench_sampling
-from bench.timing import MIN_ROUNDS, machine, roof
+from bench.timing import MIN_ROUNDS, Clock, Roof, machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -38,13 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    what = [*OPS, "block", "sampling"]
+    what = [*NAMES, "sampling"]
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("what", nargs="*", help=f"out of {', '.join(what)}; all if none is named")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="fp32 and bf16 if not given")
-    parser.add_argument("--size", choices=SIZES, help="of ops and block: sizes of which model (default 1.3b)")
+    parser.add_argument("--size", choices=SIZES, action="append", help="if not given: those of the table of cases")
+    parser.add_argument("--pass", choices=PASSES, action="append", dest="passes", help="if not given: the case's own")
+    parser.add_argument("--only", action="append", help="this backend or peer only (may be repeated)")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each contender (default 1)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--cpu-time", action="store_true", help="time by the cores' seconds; needs --threads 1")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, few rounds: shows that it runs, not how fast"
@@ -55,37 +57,34 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"nothing here is called {', '.join(strangers)}; have {', '.join(what)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here")
+    if args.cpu_time and (args.threads != 1 or args.device != "cpu"):
+        parser.error("--cpu-time needs --threads 1 on the CPU: the time of several cores would be added up")
     args.what = args.what or what
-    args.size = args.size or ("digits" if args.quick else "1.3b")
+    args.size = args.size or (["digits"] if args.quick else [])
     return args
 
 
 def _lines(args: argparse.Namespace) -> Iterator[Line]:
-    size, seconds = SIZES[args.size], 0.0 if args.quick else args.seconds
-    how = {"device": args.device, "min_rounds": 3 if args.quick else MIN_ROUNDS}
-    for dtype in (DTYPES[name] for name in args.dtype or DTYPES):
-        ops = [op for op in OPS if op in args.what]
-        reach = roof(dtype, args.device) if ops else {}
-        if ops:
-            shown = {"op": "roof", "shape": "", "dtype": str(dtype)[6:], "pass": "forward", "by": "torch"}
-            yield shown | reach
-        for op in ops:
-            yield from bench_op(op, size, dtype, seconds, reach, **how)
-        if "block" in args.what:
-            yield from bench_block(size, dtype, seconds, **how)
+    rounds = 3 if args.quick else MIN_ROUNDS
+    clock = Clock(args.device, 0.0 if args.quick else args.seconds, rounds, args.cpu_time)
+    roof = Roof(clock)
+    for name in (name for name in args.what if name != "sampling"):
+        for dtype in args.dtype or DTYPES:
+            for case in cases(name):
+                for size in args.size or case.sizes:
+                    yield from bench_case(name, case, SIZES[size], DTYPES[dtype], roof, args.only, args.passes)
     if "sampling" in args.what:
-        yield from bench_sampling(seconds, num_requests=8, num_steps=2 if args.quick else 20, **how)
+        yield from bench_sampling(clock, num_requests=8, num_steps=2 if args.quick else 20)
 
 
 def _text(line: Line) -> str:
-    head = f"{line['op']:20} {line['shape']:36} {line['dtype']:8} {line['pass']:16} {line['by']:26}"
-    if reason := line.get("refused") or line.get("wrong"):
+    where = f"{line['op']} {line.get('case', '')}".strip()
+    head = f"{where:24} {line['shape']:36} {line['dtype']:8} {line['pass']:16} {line['backend']:12}"
+    if reason := next((f"{why}: {line[why]}" for why in ("missing", "refused", "wrong", "slow") if why in line), ""):
         return f"{head} {reason}"
-    told = [f"{line['ms']:9.3f} ms +-{line['spread']:4.0%}"] if "ms" in line else []
+    told = [f"{line['ms']:9.3f} ms +-{line['spread']:4.0%}"]
     if "gflops" in line:
-        told.append(f"{line['gflops']:7.1f} GFLOP/s {line['gbs']:6.1f} GB/s")
-    if "of_roof" in line:
-        told.append(f"{line['of_roof']:4.0%} of the roof")
+        told.append(f"{line['gflops']:7.1f} GFLOP/s {line['gbs']:6.1f} GB/s {line['of_roof']:4.0%} of the roof")
     if "requests_per_second" in line:
         told.append(f"{line['requests_per_second']:.2f} requests/s")
     told += [f"{ratio:.2f} x {other}" for other, ratio in line.get("times_faster", {}).items()]

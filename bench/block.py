@@ -1,114 +1,118 @@
-"""A transformer block against diffusers' WanTransformerBlock, with the same weights on the same video rows."""
+"""A whole transformer block: ours, the same in plain torch, what compilers make of that, and diffusers' block.
+
+Ours computes the condition's keys and values in every call, as the others do; sampling computes them once a request.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bench.case import Size, normal
-from bench.one_op import PASSES, Line, compared
-from bench.timing import alternate
-from uvg_engine import backends
+from bench.case import Case, Peer, Size, normal
+from bench.ops.qk_norm_rope import angles
+from bench.plain_block import PlainBlock
 from uvg_engine.model import CONFIGS, Layout
 from uvg_engine.model.blocks import Block, Rows
 from uvg_engine.model.embeddings import inverse_frequencies, rope_table
 
 CONDITION = 512  # rows of the condition, as Wan has them
-SLACK = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # ours keeps the residual stream in fp32, diffusers in bf16
 
 
-@dataclass(frozen=True)
-class Run:
-    """One way to the block's output [rows, D]. trains: also timed with the gradients of its weights."""
+class Ours(nn.Module):
+    """A block and what it knows of its one sample."""
 
-    call: Callable[[], Tensor]
-    weights: tuple[Tensor, ...]
-    trains: bool = True
+    def __init__(self, size: Size, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.size, self.dtype = size, dtype
+        self.block = Block(CONFIGS[size.model]).to(dtype)
+        for parameter in self.block.parameters():
+            parameter.data = normal(dtype, *parameter.shape, scale=0.02, leaf=False)
+        self.table = table(size)
 
-    def of(self, what: str) -> Callable[[], Any]:
-        if what == "forward":
-            return torch.inference_mode()(self.call)
-        return lambda: torch.autograd.grad(self.call().sum(), self.weights, allow_unused=True)
-
-
-def bench_block(size: Size, dtype: torch.dtype, seconds: float, **how: Any) -> list[Line]:
-    """Lines for one block of the size's model. how: device and min_rounds, as in `timing.alternate`.
-
-    "uvg" does what the peer does; "condition kept" leaves out the keys and values of the condition, which sampling
-    computes once for all steps; "with text" has the text rows too, which only this model knows.
-    """
-    device = torch.device(how.get("device", "cpu"))
-    block = Block(CONFIGS[size.name]).to(device, dtype)
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    plain, weights = _forward(block, size, dtype, text=0, kept=False), tuple(block.parameters())
-    runs = {
-        "reference": Run(_on_reference(plain), weights),
-        "uvg": Run(plain, weights),
-        "uvg, condition kept": Run(_forward(block, size, dtype, text=0, kept=True), weights, trains=False),
-        "uvg, with text": Run(_forward(block, size, dtype, text=size.text, kept=False), weights),
-    }
-    if importlib.util.find_spec("diffusers"):
-        runs["diffusers"] = _diffusers(block, size, dtype)
-        _require_same(runs["uvg"].of("forward")(), runs["diffusers"].of("forward")(), SLACK[dtype])
-    lines = []
-    shape = f"{size.name} Lv={size.video} Lt={size.text} D={size.width} Lc={CONDITION}"
-    for what in PASSES:
-        calls = {name: run.of(what) for name, run in runs.items() if run.trains or what == "forward"}
-        head = {"op": "block", "shape": shape, "dtype": str(dtype)[6:], "pass": what}
-        lines += [head | line for line in compared(alternate(calls, seconds, **how), {"diffusers"})]
-    return lines
+    def forward(self, h: Tensor, cond: Tensor, modulation: Tensor, *weights: Tensor) -> Tensor:
+        """h [T, D] fp32, cond [U, D], modulation [2, 6, D] fp32 -> [T, D]. weights: the block's own parameters."""
+        size = self.size
+        layout = Layout.build([size.grid], [size.text], [CONDITION], device=h.device)
+        rows = Rows(layout, self.table.to(h.device), modulation, self.dtype, None)
+        return self.block(h, rows, self.block.condition_kv(cond, self.dtype, None))
 
 
-def _forward(block: Block, size: Size, dtype: torch.dtype, *, text: int, kept: bool) -> Callable[[], Tensor]:
-    device = block.scale_shift_table.device
+def table(size: Size) -> Tensor:
     head = size.width // size.heads
-    layout = Layout.build([size.grid], [text], [CONDITION], device=device)
-    table = rope_table(head, max(*size.grid, text), inverse_frequencies(head, device))
-    rows = Rows(layout, table, _modulation(size, device).expand(2, -1, -1), dtype, None)
-    h = normal(torch.float32, layout.num_rows, size.width, leaf=False).to(device)
-    cond = _condition(size, dtype, device)
-    with torch.no_grad():
-        once = block.condition_kv(cond, dtype, None)
-    return lambda: block(h, rows, once if kept else block.condition_kv(cond, dtype, None))
+    return rope_table(head, max(*size.grid, size.text), inverse_frequencies(head))
 
 
-def _diffusers(block: Block, size: Size, dtype: torch.dtype) -> Run:
-    from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
-
-    device = block.scale_shift_table.device
-    peer = WanTransformerBlock(size.width, size.hidden, size.heads, cross_attn_norm=True).to(device, dtype)
-    peer.load_state_dict({key: value for key, value in block.state_dict().items() if not key.startswith("ffn_t.")})
-    frames, rows, columns = size.grid
-    rope = WanRotaryPosEmbed(size.width // size.heads, (1, 2, 2), max(size.grid)).to(device)
-    rotary = rope(torch.zeros(1, 16, frames, 2 * rows, 2 * columns, device=device))
-    h = normal(torch.float32, size.video, size.width, leaf=False).to(device, dtype)[None]
-    cond, modulation = _condition(size, dtype, device)[None], _modulation(size, device)
-    return Run(lambda: peer(h, cond, modulation, rotary)[0], tuple(peer.parameters()))
+def make(size: Size, dtype: torch.dtype) -> tuple[Any, ...]:
+    """(block, h, condition, time's modulations, weights); the weights want gradients."""
+    ours = Ours(replace(size, samples=1), dtype)
+    h = normal(torch.float32, ours.size.rows, size.width, leaf=False)
+    condition = normal(dtype, CONDITION, size.width, leaf=False)
+    return ours, h, condition, normal(torch.float32, 2, 6, size.width, leaf=False), *ours.parameters()
 
 
-def _condition(size: Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return normal(dtype, CONDITION, size.width, leaf=False).to(device)
+def torch_peer(size: Size, ours: Ours, h: Tensor, cond: Tensor, modulation: Tensor, *weights: Tensor) -> Peer:
+    video, text = (each.movedim(-1, 0).to(h.device) for each in angles(ours.size, ours.table))
+    block = PlainBlock(CONFIGS[size.model], video, text).to(h.device)
+    block.load_state_dict({**ours.block.state_dict(), "video": video, "text": text})
+    block.to(ours.dtype)
+    block.video, block.text = video, text  # angles stay in fp32
+    streams = (x[None].to(ours.dtype) for x in h.split([size.video, size.text]))
+    return Peer(block, (*streams, cond[None], modulation), lambda outs: torch.cat(outs, 1)[0].float())
 
 
-def _modulation(size: Size, device: torch.device) -> Tensor:
-    return normal(torch.float32, 1, 6, size.width, leaf=False).to(device)
+class Wan(nn.Module):
+    """diffusers' block with its rotations at hand."""
+
+    def __init__(self, size: Size, ours: Ours) -> None:
+        super().__init__()
+        from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
+
+        state = {key: value for key, value in ours.block.state_dict().items() if not key.startswith("ffn_t.")}
+        self.block = WanTransformerBlock(size.width, size.hidden, size.heads, cross_attn_norm=True)
+        self.block.load_state_dict(state)
+        self.block.to(ours.dtype)
+        frames, rows, columns = size.grid
+        rope = WanRotaryPosEmbed(size.width // size.heads, (1, 2, 2), max(size.grid))
+        self.rotary = rope(torch.zeros(1, 16, frames, 2 * rows, 2 * columns))
+
+    def forward(self, h: Tensor, cond: Tensor, modulation: Tensor) -> Tensor:
+        return self.block(h, cond, modulation, tuple(part.to(h.device) for part in self.rotary))
 
 
-def _on_reference(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def forced() -> Tensor:
-        with backends.force("reference"):
-            return call()
-
-    return forced
+def diffusers_peer(size: Size, ours: Ours, h: Tensor, cond: Tensor, modulation: Tensor, *weights: Tensor) -> Peer:
+    wan = Wan(size, ours).to(h.device)
+    return Peer(wan, (h[None].to(ours.dtype), cond[None], modulation[:1]), lambda out: out[0].float())
 
 
-def _require_same(ours: Tensor, theirs: Tensor, slack: float) -> None:
-    worst, largest = float((ours.float() - theirs.float()).abs().max()), float(theirs.float().abs().max())
-    if not worst <= slack * largest:
-        raise SystemExit(f"the block differs from diffusers' by {worst:.3g} where {largest:.3g} is the largest value")
+def work(size: Size, item: int) -> tuple[float, float]:
+    """(flops of the products, bytes of the weights)."""
+    rows, width, hidden = size.video + size.text, size.width, size.hidden
+    products = 12 * rows * width**2 + 4 * CONDITION * width**2 + 4 * rows * width * hidden
+    attention = 4 * rows * (rows + CONDITION) * width
+    return products + attention, item * (8 * width**2 + 4 * width * hidden)
+
+
+def case(name: str, text: bool) -> Case:
+    def sized(size: Size) -> Size:
+        return replace(size, samples=1, text=size.text if text else 0)
+
+    first = "torch" if text else "diffusers"
+    peer = torch_peer if text else diffusers_peer
+    return Case(
+        lambda ours, *inputs: ours(*inputs),
+        shape=lambda size: f"{size.model} Lv={size.video} Lt={sized(size).text} D={size.width} Lc={CONDITION}",
+        make=lambda size, dtype: make(sized(size), dtype),
+        work=lambda size, item: work(sized(size), item),
+        peers={first: lambda size, *inputs: peer(sized(size), *inputs)},
+        compiled_by=("inductor", "openvino"),
+        name=name,
+        sizes=("1.3b-2560", "1.3b-8192"),
+        truth=lambda size: first,
+        whole=True,
+    )
+
+
+CASES = (case("with text", True), case("as Wan", False))

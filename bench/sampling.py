@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.one_op import Line
-from bench.timing import alternate
+from bench.one_case import Line
+from bench.timing import Clock
 from uvg_engine import Engine, Request
 from uvg_engine.media import HashTextEncoder, PixelCodec, WordTokenizer
 from uvg_engine.model import CONFIGS, UniViGU
@@ -18,9 +18,9 @@ PROMPT = "a red seven moving right , fast"
 FRAMES, SIDE = 8, 32
 
 
-def bench_sampling(seconds: float, num_requests: int, num_steps: int, **how: Any) -> list[Line]:
+def bench_sampling(clock: Clock, num_requests: int, num_steps: int) -> list[Line]:
     """Lines of requests/s for each job, with random weights: the embedded model's sizes cost what its weights do."""
-    engine = _engine(how.get("device", "cpu"))
+    engine = _engine(clock.device)
     lines: list[Line] = []
     for kind in ("generate", "caption", "joint"):
         requests = [_request(kind, seed, num_steps) for seed in range(num_requests)]
@@ -30,11 +30,11 @@ def bench_sampling(seconds: float, num_requests: int, num_steps: int, **how: Any
         }
         if _bits(ways["batched"]()) != _bits(ways["one by one"]()):
             raise SystemExit(f"{kind}: a request's result depends on its neighbours")
-        timings = alternate(ways, seconds, **how)
+        timings = clock.alternate(ways)
         ratio = timings["batched"].times_faster_than(timings["one by one"])
         shape = f"{num_requests} x {FRAMES}x{SIDE}x{SIDE}, {num_steps} steps"
         for name, timing in timings.items():
-            line = {"op": f"sampling {kind}", "shape": shape, "dtype": "float32", "pass": "end to end", "by": name}
+            line = {"op": f"sampling {kind}", "shape": shape, "dtype": "float32", "pass": "end to end", "backend": name}
             line |= {"ms": timing.median * 1e3, "spread": timing.spread, "rounds": len(timing.rounds)}
             faster = {"one by one": ratio} if name == "batched" else {}
             lines.append(line | {"requests_per_second": num_requests / timing.median, "times_faster": faster})

@@ -1,5 +1,6 @@
 """The bench times the right thing: every op and peer agrees with the reference, and every line says what it is."""
 
+import dataclasses
 import json
 import time
 
@@ -9,26 +10,39 @@ import torch
 from bench import gpu_check
 from bench.__main__ import main
 from bench.case import SIZES
-from bench.one_op import OPS, bench_op
-from bench.timing import Timing, alternate
+from bench.one_case import OPS, bench_case, cases
+from bench.timing import Clock, Roof, Timing
 from uvg_engine import backends
 
-ROOF = {"gflops": 1.0, "gbs": 1.0}
+CLOCK = Clock(seconds=0.0, min_rounds=2)
+
+
+def lines_of(op, **how):
+    """All cases of an op, on the embedded model's sizes; inductor's compiler would take minutes."""
+    roof, found = Roof(CLOCK), []
+    roof.of = lambda dtype: {"gflops": 1.0, "gbs": 1.0}
+    for case in cases(op):
+        compilers = tuple(name for name in case.compiled_by if name != "inductor")
+        case = dataclasses.replace(case, compiled_by=compilers)
+        found += bench_case(op, case, SIZES["digits"], torch.float32, roof, **how)
+    return found
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_backend_and_peer_is_timed(op):
-    lines = bench_op(op, SIZES["digits"], torch.float32, 0.0, ROOF, min_rounds=2)
+    lines = lines_of(op)
     assert [line for line in lines if "wrong" in line] == []
-    timed = {line["by"] for line in lines if line["pass"] == "forward" and "ms" in line}
-    refused = {line["by"] for line in lines if "refused" in line}
+    timed = {line["backend"] for line in lines if line["pass"] == "forward" and "ms" in line}
+    refused = {line["backend"] for line in lines if "refused" in line}
     serving = {name for name in backends.names() if op in backends.table(name)}
     assert serving <= timed | refused and "reference" in timed
     peers = timed - serving
     assert peers or op == "qk_norm_rope", "an op without a peer"  # its peer is diffusers', an extra
-    for line in lines:
-        if line["by"] in serving and "ms" in line:
-            assert set(line["times_faster"]) >= peers
+    times = [line for line in lines if "ms" in line]
+    for line in times:
+        beside = {other["backend"] for other in times if (other["case"], other["pass"]) == (line["case"], line["pass"])}
+        if line["backend"] in serving:
+            assert set(line["times_faster"]) >= beside - serving
 
 
 def test_a_wrong_result_is_told_and_not_timed(monkeypatch):
@@ -39,18 +53,18 @@ def test_a_wrong_result_is_told_and_not_timed(monkeypatch):
         return 1.01 * weights, experts
 
     monkeypatch.setitem(backends.table("sdpa"), "moe_route", backends.Kernel(forward, honest.backward))
-    lines = bench_op("moe_route", SIZES["digits"], torch.float32, 0.0, ROOF, min_rounds=2)
+    lines = lines_of("moe_route")
     wrong = [line for line in lines if "wrong" in line]
-    assert {(line["by"], line["pass"]) for line in wrong} == {("sdpa", "forward"), ("sdpa", "forward+backward")}
+    assert {(line["backend"], line["pass"]) for line in wrong} == {("sdpa", "forward"), ("sdpa", "forward+backward")}
     assert all("ms" not in line for line in wrong)
 
 
 def test_lines_say_where_and_how(capsys):
     assert main(["--quick", "--json", "--dtype", "bf16", "moe_combine"]) == 0
     lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
-    assert {line["by"] for line in lines} >= {"reference", "torch"}
+    assert {line["backend"] for line in lines} >= {"reference", "torch"}
     for line in lines:
-        assert {"op", "shape", "dtype", "by", "device", "threads", "torch", "commit"} <= set(line)
+        assert {"op", "shape", "dtype", "backend", "device", "threads", "torch", "commit"} <= set(line)
 
 
 def test_unknown_name_is_refused(capsys):
@@ -66,7 +80,7 @@ def test_contenders_take_turns():
         calls.append(name)
         time.sleep(0.003)  # longer than a sample, so that each turn is one call
 
-    timings = alternate({name: lambda name=name: slow(name) for name in "ab"}, 0.0, min_rounds=4)
+    timings = Clock(seconds=0.0, min_rounds=4).alternate({name: lambda name=name: slow(name) for name in "ab"})
     assert all(len(timing.rounds) == 4 for timing in timings.values())
     assert calls[-8:] == list("abbaabba")
 

@@ -44,11 +44,13 @@ def torch_peer(size: Size, data: Tensor, tokens: Tensor, sigma: Tensor, kappa: T
     return Peer(corrupt, (data.view(count, -1), tokens.view(count, -1), sigma[:, None], kappa[:, None]))
 
 
-CASE = Case(
-    ops.flow_noise,
-    shape=lambda size: f"B={size.samples} C={CHANNELS} N={size.samples * latents_per_sample(size)}",
-    make=make,
-    work=lambda size, item: (0.0, 3 * item * size.samples * latents_per_sample(size)),
-    peers={"torch": torch_peer},
-    draws=True,
+CASES = (
+    Case(
+        ops.flow_noise,
+        shape=lambda size: f"B={size.samples} C={CHANNELS} N={size.samples * latents_per_sample(size)}",
+        make=make,
+        work=lambda size, item: (0.0, 3 * item * size.samples * latents_per_sample(size)),
+        peers={"torch": torch_peer},
+        draws=True,
+    ),
 )

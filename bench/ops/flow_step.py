@@ -40,10 +40,12 @@ def torch_peer(size: Size, x: Tensor, v_cond: Tensor, v_uncond: Tensor, *rest: A
     return Peer(step, (x, v_cond, v_uncond, tokens, drawn))
 
 
-CASE = Case(
-    ops.flow_step,
-    shape=lambda size: f"B={size.samples} C={CHANNELS} N={size.samples * latents_per_sample(size)}",
-    make=make,
-    work=lambda size, item: (0.0, 6 * item * size.samples * latents_per_sample(size)),
-    peers={"torch": torch_peer},
+CASES = (
+    Case(
+        ops.flow_step,
+        shape=lambda size: f"B={size.samples} C={CHANNELS} N={size.samples * latents_per_sample(size)}",
+        make=make,
+        work=lambda size, item: (0.0, 6 * item * size.samples * latents_per_sample(size)),
+        peers={"torch": torch_peer},
+    ),
 )

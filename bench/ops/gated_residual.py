@@ -26,10 +26,12 @@ def torch_peer(size: Size, h: Tensor, y: Tensor, gate: Tensor, spans: Tensor) ->
     return Peer(both, tuple(inputs), joined)
 
 
-CASE = Case(
-    ops.gated_residual,
-    shape=lambda size: f"T={size.rows} D={size.width} S={2 * size.samples}",
-    make=make,
-    work=lambda size, item: (2 * size.rows * size.width, (8 + item) * size.rows * size.width),
-    peers={"torch": torch_peer},
+CASES = (
+    Case(
+        ops.gated_residual,
+        shape=lambda size: f"T={size.rows} D={size.width} S={2 * size.samples}",
+        make=make,
+        work=lambda size, item: (2 * size.rows * size.width, (8 + item) * size.rows * size.width),
+        peers={"torch": torch_peer},
+    ),
 )

@@ -33,10 +33,12 @@ PEERS = {"torch": torch_peer}
 if hasattr(functional, "linear_cross_entropy"):  # torch 2.13
     PEERS["torch.linear_cross_entropy"] = fused_peer
 
-CASE = Case(
-    ops.linear_cross_entropy,
-    shape=lambda size: f"L={size.samples * size.text} D={size.width} V={size.vocab}",
-    make=make,
-    work=head_work,
-    peers=PEERS,
+CASES = (
+    Case(
+        ops.linear_cross_entropy,
+        shape=lambda size: f"L={size.samples * size.text} D={size.width} V={size.vocab}",
+        make=make,
+        work=head_work,
+        peers=PEERS,
+    ),
 )

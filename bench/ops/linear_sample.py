@@ -32,12 +32,14 @@ def torch_peer(size: Size, x: Tensor, weight: Tensor, bias: Tensor, *counters: T
     return Peer(sample, (x, weight, bias))
 
 
-CASE = Case(
-    ops.linear_sample,
-    shape=lambda size: f"L={size.samples * size.text} D={size.width} V={size.vocab}",
-    make=make,
-    work=head_work,
-    peers={"torch": torch_peer},
-    draws=True,
-    agree=0.95,  # a rounded logit may tip a draw
+CASES = (
+    Case(
+        ops.linear_sample,
+        shape=lambda size: f"L={size.samples * size.text} D={size.width} V={size.vocab}",
+        make=make,
+        work=head_work,
+        peers={"torch": torch_peer},
+        draws=True,
+        agree=0.95,  # a rounded logit may tip a draw
+    ),
 )

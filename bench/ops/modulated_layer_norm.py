@@ -29,10 +29,12 @@ def torch_peer(size: Size, x: Tensor, shift: Tensor, scale: Tensor, spans: Tenso
     return Peer(both, tuple(inputs), joined)
 
 
-CASE = Case(
-    ops.modulated_layer_norm,
-    shape=lambda size: f"T={size.rows} D={size.width} S={2 * size.samples}",
-    make=make,
-    work=lambda size, item: (8 * size.rows * size.width, 2 * item * size.rows * size.width),
-    peers={"torch": torch_peer},
+CASES = (
+    Case(
+        ops.modulated_layer_norm,
+        shape=lambda size: f"T={size.rows} D={size.width} S={2 * size.samples}",
+        make=make,
+        work=lambda size, item: (8 * size.rows * size.width, 2 * item * size.rows * size.width),
+        peers={"torch": torch_peer},
+    ),
 )

@@ -26,10 +26,12 @@ def torch_peer(size: Size, rows: Tensor, order: Tensor, weights: Tensor) -> Peer
     return Peer(combine, (leaf(rows), order, leaf(weights)))
 
 
-CASE = Case(
-    ops.moe_combine,
-    shape=lambda size: f"T={size.rows} D={size.width} K={TOP_K}",
-    make=make,
-    work=lambda size, item: (2 * TOP_K * size.rows * size.width, (1 + TOP_K) * item * size.rows * size.width),
-    peers={"torch": torch_peer},
+CASES = (
+    Case(
+        ops.moe_combine,
+        shape=lambda size: f"T={size.rows} D={size.width} K={TOP_K}",
+        make=make,
+        work=lambda size, item: (2 * TOP_K * size.rows * size.width, (1 + TOP_K) * item * size.rows * size.width),
+        peers={"torch": torch_peer},
+    ),
 )

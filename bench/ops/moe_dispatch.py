@@ -29,10 +29,12 @@ def torch_peer(size: Size, x: Tensor, experts: Tensor, num_experts: int) -> Peer
     return Peer(dispatch, (leaf(x), experts))
 
 
-CASE = Case(
-    ops.moe_dispatch,
-    shape=lambda size: f"T={size.rows} D={size.width} E={EXPERTS} K={TOP_K}",
-    make=make,
-    work=lambda size, item: (0.0, (1 + TOP_K) * item * size.rows * size.width),
-    peers={"torch": torch_peer},
+CASES = (
+    Case(
+        ops.moe_dispatch,
+        shape=lambda size: f"T={size.rows} D={size.width} E={EXPERTS} K={TOP_K}",
+        make=make,
+        work=lambda size, item: (0.0, (1 + TOP_K) * item * size.rows * size.width),
+        peers={"torch": torch_peer},
+    ),
 )

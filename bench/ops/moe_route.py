@@ -16,11 +16,13 @@ def torch_peer(size: Size, logits: Tensor, top_k: int) -> Peer:
     return Peer(route, (leaf(logits),))
 
 
-CASE = Case(
-    ops.moe_route,
-    shape=lambda size: f"T={size.rows} E={EXPERTS} K={TOP_K}",
-    make=lambda size, dtype: (normal(dtype, size.rows, EXPERTS), TOP_K),
-    work=lambda size, item: (5 * size.rows * EXPERTS, size.rows * (item * EXPERTS + 8 * TOP_K)),
-    peers={"torch": torch_peer},
-    agree=0.99,
+CASES = (
+    Case(
+        ops.moe_route,
+        shape=lambda size: f"T={size.rows} E={EXPERTS} K={TOP_K}",
+        make=lambda size, dtype: (normal(dtype, size.rows, EXPERTS), TOP_K),
+        work=lambda size, item: (5 * size.rows * EXPERTS, size.rows * (item * EXPERTS + 8 * TOP_K)),
+        peers={"torch": torch_peer},
+        agree=0.99,
+    ),
 )

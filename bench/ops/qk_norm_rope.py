@@ -53,10 +53,12 @@ def diffusers_peer(size: Size, q: Tensor, k: Tensor, weight_q: Tensor, weight_k:
     return Peer(both, (*inputs, leaf(weight_q), leaf(weight_k)), lambda outs: joined(outs[:2]))
 
 
-CASE = Case(
-    ops.qk_norm_rope,
-    shape=lambda size: f"T={size.rows} D={size.width} N={size.heads}",
-    make=make,
-    work=lambda size, item: (14 * size.rows * size.width, 4 * item * size.rows * size.width),
-    peers={"diffusers": diffusers_peer} if importlib.util.find_spec("diffusers") else {},
+CASES = (
+    Case(
+        ops.qk_norm_rope,
+        shape=lambda size: f"T={size.rows} D={size.width} N={size.heads}",
+        make=make,
+        work=lambda size, item: (14 * size.rows * size.width, 4 * item * size.rows * size.width),
+        peers={"diffusers": diffusers_peer} if importlib.util.find_spec("diffusers") else {},
+    ),
 )
