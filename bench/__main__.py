@@ -1,4 +1,4 @@
-"""Time ops, a block and sampling on every backend that serves them, each beside its peer, in turns in one process.
+"""Time ops, a block and sampling on every backend that serves them, beside their peers, in turns in one process.
 
 What is wrong or refused is told and not timed. Ratios are medians over rounds in which both were timed: they hold on a
 noisy machine better than the milliseconds do.

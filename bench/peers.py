@@ -1,6 +1,6 @@
 """The one table of peers: which libraries ops are compared with, why one is missing, and how it takes a torch peer.
 
-A case writes a peer in plain torch; the compilers (inductor, OpenVINO) take that same code, so nothing is written twice.
+A case writes a peer in plain torch; the compilers (inductor, OpenVINO) take that same code.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bench.case import FORWARD, PASSES, Peer
 
@@ -20,7 +21,7 @@ Missing = Callable[[str], "str | None"]
 
 @dataclass(frozen=True)
 class Library:
-    """missing: why it cannot be used on a device, or None. passes: what it can do. adapt: of torch's peer, for a pass."""
+    """missing: why it cannot be used on a device, or None. passes: what it can do. adapt: a compiler's, for a pass."""
 
     missing: Missing = lambda device: None
     passes: tuple[str, ...] = PASSES
@@ -104,8 +105,14 @@ def _from_openvino(tensor: Any) -> Tensor:
     return torch.from_numpy(tensor.data)
 
 
+def _needs_function(name: str) -> Missing:
+    """torch.nn.functional must have it."""
+    return lambda device: None if hasattr(functional, name) else f"torch {torch.__version__} has no {name}"
+
+
 PEERS = {
     "torch": Library(),
+    "torch.linear_cross_entropy": Library(_needs_function("linear_cross_entropy")),
     "inductor": Library(adapt=_inductor),
     "openvino": Library(_needs("openvino", "cpu"), (FORWARD,), _openvino),
     "diffusers": Library(_needs("diffusers")),

@@ -17,6 +17,15 @@ from uvg_engine import backends
 CLOCK = Clock(seconds=0.0, min_rounds=2)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for one another on a busy machine would take minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def lines_of(op, **how):
     """All cases of an op, on the embedded model's sizes; inductor's compiler would take minutes."""
     roof, found = Roof(CLOCK), []

@@ -29,16 +29,12 @@ def fused_peer(size: Size, x: Tensor, weight: Tensor, bias: Tensor, target: Tens
     return Peer(loss, (leaf(x), leaf(weight), leaf(bias), target))
 
 
-PEERS = {"torch": torch_peer}
-if hasattr(functional, "linear_cross_entropy"):  # torch 2.13
-    PEERS["torch.linear_cross_entropy"] = fused_peer
-
 CASES = (
     Case(
         ops.linear_cross_entropy,
         shape=lambda size: f"L={size.samples * size.text} D={size.width} V={size.vocab}",
         make=make,
         work=head_work,
-        peers=PEERS,
+        peers={"torch": torch_peer, "torch.linear_cross_entropy": fused_peer},
     ),
 )

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -59,6 +58,6 @@ CASES = (
         shape=lambda size: f"T={size.rows} D={size.width} N={size.heads}",
         make=make,
         work=lambda size, item: (14 * size.rows * size.width, 4 * item * size.rows * size.width),
-        peers={"diffusers": diffusers_peer} if importlib.util.find_spec("diffusers") else {},
+        peers={"diffusers": diffusers_peer},
     ),
 )
