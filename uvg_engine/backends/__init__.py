@@ -37,8 +37,10 @@ _tables: dict[str, dict[str, Kernel]] = {}
 def names() -> tuple[str, ...]:
     """Backends in the order in which they are asked. `UVG_BACKENDS` (comma-separated) narrows or reorders it."""
     chosen = os.environ.get("UVG_BACKENDS")
-    if not chosen:
-        return ORDER
+    return _names(chosen) if chosen else ORDER
+
+
+def _names(chosen: str) -> tuple[str, ...]:
     picked = tuple(name.strip() for name in chosen.split(",") if name.strip())
     unknown = [name for name in picked if name not in ORDER]
     if unknown or not picked:
@@ -85,12 +87,12 @@ def _reason(backend: str, op: str, args: tuple[Any, ...]) -> str | None:
 def select(op: str, args: tuple[Any, ...]) -> tuple[str, Kernel]:
     """The backend that serves `op` on the forward arguments `args`, and its kernel. BackendRefused when none does."""
     pinned = _forced.get()
-    reasons = []
-    for backend in (pinned,) if pinned else names():
-        reason = _reason(backend, op, args)
-        if reason is None:
-            return backend, table(backend)[op]
-        reasons.append(f"{backend}: {reason}")
+    asked = (pinned,) if pinned else names()
+    for backend in asked:
+        kernel = (_tables.get(backend) or table(backend)).get(op)
+        if kernel is not None and kernel.refuses(*args) is None:
+            return backend, kernel
+    reasons = [f"{backend}: {_reason(backend, op, args)}" for backend in asked]
     raise BackendRefused(f"{op} is not served here: {'; '.join(reasons)}")
 
 

@@ -23,6 +23,7 @@ OLDEST = (8, 0)  # compute capability of bf16 tensor cores and asynchronous copi
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@functools.cache
 def interpreting() -> bool:
     """Whether Triton runs kernels in Python, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -44,7 +45,7 @@ def _too_old(device: torch.device) -> str | None:
 def refuses(*tensors: Tensor) -> str | None:
     """Rules of every op: device, dtype, Triton itself."""
     for x in tensors:
-        if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreting()):
+        if not x.is_cuda and not (interpreting() and x.is_cpu):
             return f"tensors are on {x.device.type}"
         if x.dtype not in _DTYPES:
             return f"dtype {x.dtype}; have float32, bfloat16, float16"

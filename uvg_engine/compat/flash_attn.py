@@ -8,12 +8,14 @@ N heads, M heads of keys and values (N is a multiple of it), H head width, T pac
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from uvg_engine.ops import flash_attention
+from uvg_engine.ops._registry import alone
 
 __all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func"]
 
@@ -117,8 +119,18 @@ def _attend(
 
 
 def _even_spans(samples: int, length: int, like: Tensor) -> Tensor:
-    start = torch.arange(samples, dtype=torch.int32, device=like.device) * length
+    return (_kept_even_spans if alone(()) else _new_even_spans)(samples, length, like.device)
+
+
+def _new_even_spans(samples: int, length: int, device: torch.device) -> Tensor:
+    start = torch.arange(samples, dtype=torch.int32, device=device) * length
     return torch.stack([start, torch.full_like(start, length)], 1)[:, None]
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_even_spans(samples: int, length: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # may be saved for a backward
+        return _new_even_spans(samples, length, device)
 
 
 def _spans(bounds: Tensor) -> Tensor:

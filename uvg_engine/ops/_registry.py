@@ -1,21 +1,26 @@
 """Registers an op with torch: schema, fake, backend dispatch, autograd. The four hops of a call are
-public function -> torch op -> backend table -> kernel."""
+public function -> torch op -> backend table -> kernel; a plain call on the CPU leaves the torch op out (`alone`)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _dispatch_keys
 
 from uvg_engine import backends
 
 LIBRARY = torch.library.Library("uvg", "DEF")
+_kernels: dict[str, Callable[..., Any]] = {}  # name -> what the torch op does on the CPU
+_functions: dict[str, type[torch.autograd.Function]] = {}  # name -> the same with its gradient
 
 
 def define(op: str, schema: str, fake: Callable[..., Any], check: Callable[..., None] | None = None) -> Any:
-    """Define torch.ops.uvg.<op> (the forward of `op`) and return it. `fake` computes shapes and dtypes only.
+    """Define torch.ops.uvg.<op> (the forward of `op`) and return what calls it. `fake` computes shapes and dtypes only.
 
     check(*args) raises ValueError on values that nobody could serve: spans beyond the rows, ids out of range. It runs
     on the CPU alone, where no backend then repeats it; on a device the host would have to wait for the values.
@@ -58,10 +63,46 @@ def _register(
     name: str, schema: str, fake: Callable[..., Any], on_cpu: Callable[..., Any], on_cuda: Callable[..., Any]
 ) -> Any:
     LIBRARY.define(f"{name}{schema}")
-    LIBRARY.impl(name, _packed(on_cpu), "CPU")
+    direct = _packed(on_cpu)
+    LIBRARY.impl(name, direct, "CPU")
     LIBRARY.impl(name, _packed(on_cuda), "CUDA")
     torch.library.register_fake(f"uvg::{name}", _packed(fake), lib=LIBRARY)
-    return getattr(torch.ops.uvg, name).default
+    op = getattr(torch.ops.uvg, name).default
+    _kernels[name] = direct
+
+    def call(*args: Any) -> Any:
+        if not alone(args):
+            return op(*args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return direct(*args)
+        return _functions[name].apply(*args) if name in _functions else op(*args)
+
+    return call
+
+
+_PLAIN = {_dispatch_keys(torch.empty(0)).raw_repr()}  # of CPU tensors that are nothing but memory
+with torch.inference_mode():
+    _PLAIN.add(_dispatch_keys(torch.empty(0)).raw_repr())
+
+
+def alone(args: tuple[Any, ...]) -> bool:
+    """Whether nobody but the kernel has to see a call: no tracing, mode, transform or profiler, plain CPU tensors only.
+
+    Such a call goes to the backend without torch's dispatcher, which costs more than a small kernel.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    for x in args:
+        if isinstance(x, Tensor) and _dispatch_keys(x).raw_repr() not in _PLAIN:
+            return False
+    return True
 
 
 def _packed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,7 +127,14 @@ def autograd(op: str, backward: Callable[..., Any], setup_context: Callable[...,
         with backends.force(ctx.forced):
             return backward(ctx, *grads)
 
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = _kernels[op](*args)
+        setup(ctx, args, output)
+        return output
+
     torch.library.register_autograd(f"uvg::{op}", run, setup_context=setup, lib=LIBRARY)
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(run)}
+    _functions[op] = type(op, (torch.autograd.Function,), functions)
 
 
 def no_gradient(op: str) -> None:
@@ -135,9 +183,19 @@ def require_spans(name: str, spans: Tensor, last: int = 2, dims: int = 2) -> Non
 
 def require_inside(name: str, spans: Tensor, num_rows: int) -> None:
     """Every (start, len, ...) lies in [0, num_rows). Reads values: for the `check` of `define`."""
-    starts, lengths = spans[..., 0].long(), spans[..., 1].long()
-    if bool(((starts < 0) | (lengths < 0) | (starts + lengths > num_rows)).any()):
+    if not _inside(values_of(spans), spans.shape[-1], num_rows):
         raise ValueError(f"{name} must lie in [0, {num_rows}), got {spans.tolist()}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _inside(spans: bytes, last: int, num_rows: int) -> bool:
+    starts, lengths = np.frombuffer(spans, np.int32).reshape(-1, last)[:, :2].astype(np.int64).T
+    return not bool(((starts < 0) | (lengths < 0) | (starts + lengths > num_rows)).any())
+
+
+def values_of(spans: Tensor) -> bytes:
+    """The numbers of an int32 table on the CPU: what checks remember it by, as batches come with the same tables."""
+    return spans.numpy().tobytes()
 
 
 def require_ids(name: str, ids: Tensor, count: int) -> None:

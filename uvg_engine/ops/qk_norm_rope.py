@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from uvg_engine.ops._registry import (
     require_inside,
     require_shape,
     require_spans,
+    values_of,
 )
 from uvg_engine.reference.qk_norm_rope import TEXT, VIDEO
 from uvg_engine.reference.spans import accumulation_dtype
@@ -57,13 +60,17 @@ def _check(
     q: Tensor, k: Tensor, weight_q: Any, weight_k: Any, rope_spans: Tensor, rope_table: Tensor, *rest: Any
 ) -> None:
     require_inside("rope_spans", rope_spans, q.shape[0])
-    for _, length, kind, *grid in rope_spans.tolist():
+    _check_grids(values_of(rope_spans), rope_table.shape[1])
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_grids(rope_spans: bytes, positions: int) -> None:
+    for _, length, kind, *grid in np.frombuffer(rope_spans, np.int32).reshape(-1, 6).tolist():
         require(kind in (VIDEO, TEXT), "rope_spans must be of kind 0 or 1", kind)
         frames, height, width = grid
         fits = kind == TEXT or (min(grid) >= 0 and frames * height * width == length)
         require(fits, "rope_spans must have len = F*Y*X for video", (length, *grid))
         reached = length if kind == TEXT else max(grid) * bool(length)
-        positions = rope_table.shape[1]
         require(reached <= positions, f"rope_spans must stay within the table's {positions} positions", reached)
 
 

@@ -15,7 +15,7 @@ def refuses_tensors(*tensors: Tensor) -> str | None:
     if native.cpu() is None:
         return native.why_not()
     for x in tensors:
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             return f"tensors are on {x.device.type}"
         if x.dtype not in DTYPES:
             return f"dtype {x.dtype}; have float32, bfloat16"
@@ -25,6 +25,11 @@ def refuses_tensors(*tensors: Tensor) -> str | None:
 def at(x: Tensor | None) -> int:
     """Address of a packed tensor, 0 for none. The caller keeps it alive."""
     return 0 if x is None else x.data_ptr()
+
+
+def packed(x: Tensor | None) -> Tensor | None:
+    """Contiguous, none stays none."""
+    return None if x is None else x.contiguous()
 
 
 def as_floats(x: Tensor | None) -> Tensor | None:

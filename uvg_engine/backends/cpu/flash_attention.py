@@ -4,30 +4,30 @@ import torch
 from torch import Tensor
 
 from uvg_engine.backends import native
-from uvg_engine.backends.cpu._tensors import DTYPES, at, new_floats, refuses_tensors
+from uvg_engine.backends.cpu._tensors import DTYPES, new_floats, refuses_tensors
 
 
 def refuses(q: Tensor, *rest: object) -> str | None:
     return refuses_tensors(q)
 
 
-def _attention(backward: bool, x: list[Tensor], q_spans: Tensor, k_spans: Tensor, scale: float, **out) -> None:
-    """Calls the kernel on packed tensors; x and dx are (for q, for k, for v)."""
-    spans = [s.contiguous() for s in (q_spans, k_spans)]
-    rows = [(at(s), *s.shape[:2], len(y)) for s, y in zip(spans, x, strict=False)]
-    native.core().flash_attention(
-        *(backward, [at(value) for value in x], *rows, *x[0].shape[1:], scale),
-        *(DTYPES[x[0].dtype], torch.get_num_threads()),
-        *(at(out.get(name)) for name in ("out", "lse", "dout")),
-        [at(value) for value in out.get("dx", (None, None, None))],
+def _inputs(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> tuple:
+    """Packed tensors as the kernel's leading arguments."""
+    return (
+        (q.data_ptr(), k.data_ptr(), v.data_ptr()),
+        (q_spans.data_ptr(), *q_spans.shape[:2], q.shape[0]),
+        (k_spans.data_ptr(), *k_spans.shape[:2], k.shape[0]),
+        *(*q.shape[1:], scale, DTYPES[q.dtype], torch.get_num_threads()),
     )
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Arguments and results as in reference.flash_attention.forward."""
-    x = [value.contiguous() for value in (q, k, v)]
-    out, lse = torch.empty_like(x[0]), new_floats(q.shape[1], q.shape[0])
-    _attention(False, x, q_spans, k_spans, scale, out=out, lse=lse)
+    q, k, v, q_spans, k_spans = (x.contiguous() for x in (q, k, v, q_spans, k_spans))
+    out, lse = torch.empty_like(q), new_floats(q.shape[1], q.shape[0])
+    native.core().flash_attention(
+        *(False, *_inputs(q, k, v, q_spans, k_spans, scale), out.data_ptr(), lse.data_ptr(), 0, (0, 0, 0))
+    )
     return out, lse
 
 
@@ -35,8 +35,11 @@ def backward(
     dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as in reference.flash_attention.backward."""
-    x = [value.contiguous() for value in (q, k, v)]
-    dq, dk, dv = (torch.empty_like(value) for value in x)
-    given = {"out": out.contiguous(), "lse": lse.contiguous(), "dout": dout.contiguous()}
-    _attention(True, x, q_spans, k_spans, scale, dx=(dq, dk, dv), **given)
+    q, k, v, q_spans, k_spans = (x.contiguous() for x in (q, k, v, q_spans, k_spans))
+    dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    native.core().flash_attention(
+        *(True, *_inputs(q, k, v, q_spans, k_spans, scale), out.data_ptr(), lse.data_ptr(), dout.data_ptr()),
+        (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
+    )
     return dq, dk, dv

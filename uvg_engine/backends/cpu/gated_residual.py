@@ -4,41 +4,32 @@ import torch
 from torch import Tensor
 
 from uvg_engine.backends import native
-from uvg_engine.backends.cpu._tensors import DTYPES, as_floats, at, new_floats, refuses_tensors
+from uvg_engine.backends.cpu._tensors import DTYPES, as_floats, at, new_floats, packed, refuses_tensors
 
 
 def refuses(h: Tensor, y: Tensor, *rest: object) -> str | None:
     return refuses_tensors(h, y)
 
 
-def _residual(backward: bool, h, y: Tensor, gate, spans, dtype_h: torch.dtype, **out: Tensor) -> None:
-    """Calls the kernel; every tensor must be packed."""
-    native.core().gated_residual(
-        backward,
-        *(at(value) for value in (h, y, gate, spans)),
-        *(*y.shape, 0 if spans is None else len(spans), DTYPES[dtype_h], DTYPES[y.dtype]),
-        torch.get_num_threads(),
-        *(at(out.get(name)) for name in ("out", "dout", "dy", "dgate")),
-    )
-
-
 def forward(h: Tensor, y: Tensor, gate: Tensor | None, spans: Tensor | None) -> Tensor:
     """Arguments and results as in reference.gated_residual.forward."""
-    h, y, gate = h.contiguous(), y.contiguous(), as_floats(gate)
-    spans = None if spans is None else spans.contiguous()
+    h, y, gate, spans = h.contiguous(), y.contiguous(), as_floats(gate), packed(spans)
     out = torch.empty_like(h)
-    _residual(False, h, y, gate, spans, h.dtype, out=out)
+    native.core().gated_residual(
+        *(False, h.data_ptr(), y.data_ptr(), at(gate), at(spans), *y.shape, 0 if spans is None else len(spans)),
+        *(DTYPES[h.dtype], DTYPES[y.dtype], torch.get_num_threads(), out.data_ptr(), 0, 0, 0),
+    )
     return out
 
 
 def backward(dout: Tensor, h: Tensor, y: Tensor, gate: Tensor | None, spans: Tensor | None) -> tuple[Tensor, Tensor]:
     """Arguments and results as in reference.gated_residual.backward."""
-    dout, y, floats = dout.contiguous(), y.contiguous(), as_floats(gate)
-    spans = None if spans is None else spans.contiguous()
+    dout, y, floats, spans = dout.contiguous(), y.contiguous(), as_floats(gate), packed(spans)
     dy = torch.empty_like(y)
-    if gate is None:
-        _residual(True, None, y, None, None, dout.dtype, dout=dout, dy=dy)
-        return dy, new_floats(0)
-    dgate = new_floats(*gate.shape)
-    _residual(True, None, y, floats, spans, dout.dtype, dout=dout, dy=dy, dgate=dgate)
-    return dy, dgate.to(gate.dtype)
+    dgate = new_floats(0) if gate is None else new_floats(*gate.shape)
+    native.core().gated_residual(
+        *(True, 0, y.data_ptr(), at(floats), at(spans), *y.shape, 0 if spans is None else len(spans)),
+        *(DTYPES[dout.dtype], DTYPES[y.dtype], torch.get_num_threads()),
+        *(0, dout.data_ptr(), dy.data_ptr(), dgate.data_ptr()),
+    )
+    return dy, dgate if gate is None else dgate.to(gate.dtype)

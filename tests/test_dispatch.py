@@ -1,0 +1,71 @@
+"""The short way of a plain call (no tracing, mode, transform or profiler) and the way through torch's op are one op."""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from uvg_engine import ops
+from uvg_engine.ops import _registry
+
+
+def rows(seed):
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Whether each call was plain, in order."""
+    seen, alone = [], _registry.alone
+    monkeypatch.setattr(_registry, "alone", lambda args: seen.append(alone(args)) or seen[-1])
+    return seen
+
+
+def test_both_ways_give_the_same_bits_and_gradients(plain):
+    h, y = rows(0).requires_grad_(), rows(1).requires_grad_()
+    out, want = ops.gated_residual(h, y), torch.ops.uvg.gated_residual(h, y, None, None)
+    assert plain == [True] and torch.equal(out, want)
+    grads, want_grads = (torch.autograd.grad(o, (h, y), rows(2)) for o in (out, want))
+    assert all(torch.equal(a, b) for a, b in zip(grads, want_grads, strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_call_without_gradient_is_plain(plain, mode):
+    h = rows(0).requires_grad_()
+    with mode():
+        assert not ops.gated_residual(h, rows(1)).requires_grad
+    assert plain == [True]
+
+
+def test_a_negated_view_is_read_as_its_values(plain):
+    y = torch.view_as_complex(rows(0).unflatten(1, (4, 2)).contiguous()).conj().imag
+    assert y.is_neg()
+    h = torch.zeros(5, 4)
+    assert torch.equal(ops.gated_residual(h, y), h + y.clone())
+    assert plain == [False]
+
+
+def test_a_profiler_sees_the_op():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.gated_residual(rows(0), rows(1))
+    assert any(event.name == "uvg::gated_residual" for event in profile.events())
+
+
+def test_a_function_mode_sees_the_op():
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        ops.gated_residual(rows(0), rows(1))
+    assert "uvg.gated_residual.default" in seen
+
+
+def test_vmap_maps(plain):
+    h, y = (torch.stack([rows(seed), rows(seed + 1)]) for seed in (0, 2))
+    assert torch.equal(
+        torch.vmap(ops.gated_residual)(h, y), ops.gated_residual(h.flatten(0, 1), y.flatten(0, 1)).view_as(h)
+    )
+    assert not plain[0]
