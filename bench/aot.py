@@ -29,7 +29,8 @@ SHARED_LIMIT = {(8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448}  # bytes of 
 DOT = {(8, 0): r"mma\.sync", (9, 0): r"wgmma\.mma_async|mma\.sync", (10, 0): r"tcgen05\.mma|mma\.sync"}
 BEST_DOT = {(8, 0): r"mma\.sync", (9, 0): r"wgmma\.mma_async", (10, 0): r"tcgen05\.mma"}
 TMA = r"cp\.async\.bulk\.tensor"
-_ACCESS = re.compile(r"(?:ld|st)\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[bfus](\d+)\b")
+_WIDTH = r"(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[bfus](\d+)\b"
+_SINGLE_16_BIT = r"(?:ld|st)\.global(?:\.(?!v\d)\w+(?:::\w+)*)*?\.[bfus]16\b"
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
 
@@ -80,14 +81,12 @@ class Compiled:
             yield f"{self.where} has tensor-core instructions that its case does not tell of"
         if "tma" in self.expects and self.capability >= (9, 0) and not re.search(TMA, self.ptx):
             yield f"{self.where} has no {TMA}"
-        if "wide" in self.expects and self.wide_share < 0.75:
-            yield f"{self.where} moves {self.wide_share:.0%} of its bytes by 128-bit accesses"
-
-    @property
-    def wide_share(self) -> float:
-        """Bytes of the global accesses in the code that are 128-bit ones; each instruction counted once."""
-        sizes = [int(count or 1) * int(bits) for count, bits in _ACCESS.findall(self.ptx)]
-        return sum(size for size in sizes if size >= 128) / max(1, sum(sizes))
+        if "wide" in self.expects and wide_share(self.ptx, "ld|st") < 0.75:
+            yield f"{self.where} moves {wide_share(self.ptx, 'ld|st'):.0%} of its bytes by 128-bit accesses"
+        if "vector" in self.expects and wide_share(self.ptx, "st") < 0.75:
+            yield f"{self.where} stores {wide_share(self.ptx, 'st'):.0%} of its bytes by 128-bit accesses"
+        if "vector" in self.expects and (found := re.search(_SINGLE_16_BIT, self.ptx)):
+            yield f"{self.where} has a 16-bit access: {found.group()}"
 
     def sass(self) -> Counter[str]:
         """How often each machine instruction stands in the code, by its first word."""
@@ -96,6 +95,13 @@ class Compiled:
             file.flush()
             text = _tool("nvdisasm", "-c", file.name)
         return Counter(name.split(".")[0] for name in _SASS.findall(text))
+
+
+def wide_share(ptx: str, kinds: str) -> float:
+    """Bytes of the global accesses (kinds: "ld", "st", "ld|st") that are 128-bit ones; each instruction counts once."""
+    accesses = re.findall(rf"(?:{kinds})\.global{_WIDTH}", ptx)
+    sizes = [int(count or 1) * int(bits) for count, bits in accesses]
+    return sum(size for size in sizes if size >= 128) / max(1, sum(sizes))
 
 
 class _Driver:

@@ -50,7 +50,8 @@ class AotCase:
 
     A module lists its cases in `AOT_CASES`; together they reach each of its kernels and configurations.
     call: makes meta tensors and calls `forward`, `backward`. expects: kernel name to what its machine code must show:
-    "dot" (tensor-core instructions), "tma" (descriptor loads, from sm_90 on), "wide" (128-bit global accesses only).
+    "dot" (tensor-core instructions), "tma" (descriptor loads, from sm_90 on), "wide" (128-bit global accesses move
+    three quarters of the bytes at least), "vector" (the same of the stores alone, and no single 16-bit access).
     flops: kernel name to floating-point operations of one launch, where the arithmetic counts for the time.
     No spills, and shared memory within the chip's limit, are asked of every kernel.
     """

@@ -14,10 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from uvg_engine.kernels._launch import Capability, blocks, launch, power_of_two
+from uvg_engine.kernels._launch import blocks, launch, power_of_two
 
-MAX_WIDTH = 16384
-_TILE = 4096  # untuned: elements of a program's tile; 16-byte accesses of bf16 by 4 warps take 1,024
+_WIDEST_TILE = 8  # rows
 _MAX_WARPS = 16
 
 
@@ -31,11 +30,16 @@ class RowConfig:
     num_warps: int
 
 
-def row_config(capability: Capability, num_rows: int, width: int, tile: int = _TILE) -> RowConfig:
-    """Shape class: the width rounded up to a power of two, and whether there are rows enough for long blocks."""
+def row_config(num_rows: int, width: int, backward: bool = False) -> RowConfig:
+    """Shape class: the width rounded up to a power of two, and whether there are rows enough for long blocks.
+
+    A forward holds 32 elements of the tile in a thread, a backward 16: with its sums beside them 32 spilled on sm_100.
+    The same on every architecture.
+    """
+    per_thread = 16 if backward else 32
     block_d = power_of_two(max(width, 16))
-    rows = max(1, min(8, tile // block_d))
-    num_warps = max(1, min(_MAX_WARPS, block_d * rows // 1024))
+    rows = max(1, min(_WIDEST_TILE, 128 * per_thread // block_d))
+    num_warps = max(1, min(_MAX_WARPS, block_d * rows // (32 * per_thread)))
     block_t = max(rows, 32 if num_rows >= 16384 else 16 if num_rows >= 2048 else 4)
     return RowConfig(rows, block_d, block_t, num_warps)
 
@@ -55,14 +59,14 @@ def owner_of_rows(o_T, p_spans, num_spans, SPAN: tl.constexpr, BLOCK_S: tl.const
 
 
 @triton.jit
-def run_of_row(i_T, end, p_spans, num_spans, BLOCK_S: tl.constexpr):
+def run_of_row(i_T, end, p_spans, num_spans, SPAN: tl.constexpr, BLOCK_S: tl.constexpr):
     """(owner of row i_T or -1, its rank, the first row after i_T with another owner; `end` at the latest)."""
     owner, rank, stop = -1, -1, end
     for first in range(0, num_spans, BLOCK_S):
         o_S = first + tl.arange(0, BLOCK_S)
         m_S = o_S < num_spans
-        start = tl.load(p_spans + o_S * 2, mask=m_S, other=0)
-        length = tl.load(p_spans + o_S * 2 + 1, mask=m_S, other=0)
+        start = tl.load(p_spans + o_S * SPAN, mask=m_S, other=0)
+        length = tl.load(p_spans + o_S * SPAN + 1, mask=m_S, other=0)
         before = (length > 0) & (start <= i_T)
         inside = before & (i_T < start + length)
         ahead = (length > 0) & (start > i_T)
@@ -71,6 +75,18 @@ def run_of_row(i_T, end, p_spans, num_spans, BLOCK_S: tl.constexpr):
         bound = tl.where(inside, start + length, tl.where(ahead, start, end))
         stop = tl.minimum(stop, tl.min(bound, axis=0))
     return owner, rank, stop
+
+
+@triton.jit
+def owners_of_block(o_T, first, end, p_spans, num_spans, BLOCK_S: tl.constexpr):
+    """The span that covers each row of a long block [first, end), -1 where none does: run by run."""
+    owners = tl.full(o_T.shape, -1, tl.int32)
+    row = first
+    while row < end:
+        owner, _, stop = run_of_row(row, end, p_spans, num_spans, 2, BLOCK_S)
+        owners = tl.where((o_T >= row) & (o_T < stop), owner, owners)
+        row = stop
+    return owners
 
 
 @triton.jit

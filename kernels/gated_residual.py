@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvg_engine.kernels._launch import AotCase, blocks, capability_of, launch, packed
+from uvg_engine.kernels._launch import AotCase, blocks, launch, packed
 from uvg_engine.kernels._rows import (
-    RowConfig,
     new_partials,
     owner_of_rows,
     row_config,
@@ -72,7 +71,7 @@ def gated_residual_bwd_kernel(
     row = i_B * BLOCK_T
     end = tl.minimum(row + BLOCK_T, num_rows)
     while row < end:
-        owner, rank, stop = run_of_row(row, end, p_spans, num_spans, BLOCK_S)
+        owner, rank, stop = run_of_row(row, end, p_spans, num_spans, 2, BLOCK_S)
         covered = owner >= 0
         b_gate = tl.load(p_gate + owner.to(tl.int64) * width + o_D, mask=m_D & covered, other=0.0).to(tl.float32)
         b_sum = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -89,14 +88,10 @@ def gated_residual_bwd_kernel(
         row = stop
 
 
-def _config(y: Tensor) -> RowConfig:
-    return row_config(capability_of(y.device), *y.shape)
-
-
 def forward(h: Tensor, y: Tensor, gate: Tensor | None, spans: Tensor | None) -> Tensor:
     """Arguments and results as in reference.gated_residual.forward."""
     h, y, gate, spans = packed(h), packed(y), packed(gate), packed(spans)
-    out, config = torch.empty_like(h), _config(y)
+    out, config = torch.empty_like(h), row_config(*h.shape)
     num_spans = 0 if spans is None else len(spans)
     launch(
         *(gated_residual_fwd_kernel, (blocks(len(h), config.ROWS),), h, y, gate, spans, out, *h.shape, num_spans),
@@ -114,7 +109,8 @@ def backward(dout: Tensor, h: Tensor, y: Tensor, gate: Tensor | None, spans: Ten
     if gate is None or spans is None:
         return dout.to(y.dtype, copy=True), torch.empty(0, dtype=torch.float32, device=y.device)
     dout, y, gate, spans = packed(dout), packed(y), packed(gate), packed(spans)
-    dy, dgate, config, num_spans = torch.empty_like(y), torch.empty_like(gate), _config(y), len(spans)
+    dy, dgate, num_spans = torch.empty_like(y), torch.empty_like(gate), len(spans)
+    config = row_config(*y.shape, backward=True)
     partials = new_partials(y, len(y), num_spans, 1, config)
     launch(
         *(gated_residual_bwd_kernel, (blocks(len(y), config.BLOCK_T),), dout, y, gate, spans, dy, partials),

@@ -19,6 +19,7 @@ from torch import Tensor
 from uvg_engine.backends import Kernel
 
 MAX_WIDTH = 16384  # of a row that a program holds in registers
+MAX_EXPERTS = 4096  # whose counts or logits a program holds in registers
 OLDEST = (8, 0)  # compute capability of bf16 tensor cores and asynchronous copies
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,6 +62,47 @@ def refuses_rows(x: Tensor, *more: Tensor) -> str | None:
     return refuses(x, *more)
 
 
+def refuses_rope(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, spans: Tensor, table: Tensor, *rest):
+    """Rows, and a table that is read as it is."""
+    if table.dtype != torch.float32:
+        return f"rope_table of {table.dtype}; have float32"
+    return refuses_rows(q, k)
+
+
+def refuses_flow_noise(data: Tensor, tokens: Tensor, sigma: Tensor, kappa: Tensor, *rest: Any) -> str | None:
+    """Any length; numbers of the samples in fp32."""
+    return refuses_numbers(sigma=sigma, kappa=kappa) or refuses(data)
+
+
+def refuses_flow_step(
+    x: Tensor, v_cond: Tensor, v_uncond: Any, guidance: Tensor, coefs: Tensor, *rest: Any
+) -> str | None:
+    """As `refuses_flow_noise`."""
+    return refuses_numbers(guidance=guidance, coefs=coefs, jump_prob=rest[6]) or refuses(x)
+
+
+def refuses_numbers(**values: Tensor) -> str | None:
+    """Numbers of a sample are read as fp32."""
+    for name, value in values.items():
+        if value.dtype != torch.float32:
+            return f"{name} of {value.dtype}; have float32"
+    return None
+
+
+def refuses_dispatch(x: Tensor, experts: Tensor, num_experts: int) -> str | None:
+    """Rows, and counts of the experts in registers."""
+    if num_experts > MAX_EXPERTS:
+        return f"{num_experts} experts; up to {MAX_EXPERTS}"
+    return refuses_rows(x)
+
+
+def refuses_route(logits: Tensor, top_k: int) -> str | None:
+    """Logits of a row in registers."""
+    if logits.shape[1] > MAX_EXPERTS:
+        return f"{logits.shape[1]} experts; up to {MAX_EXPERTS}"
+    return refuses(logits)
+
+
 def _host(op: str, function: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return getattr(importlib.import_module(f"uvg_engine.kernels.{op}"), function)(*args)
@@ -72,4 +114,15 @@ def _kernel(op: str, rule: Callable[..., str | None], backward: bool = True) -> 
     return op, Kernel(_host(op, "forward"), _host(op, "backward") if backward else None, rule)
 
 
-TABLE = dict((_kernel("gated_residual", lambda h, y, *rest: refuses_rows(h, y)),))
+TABLE = dict(
+    [
+        _kernel("flow_noise", refuses_flow_noise, backward=False),
+        _kernel("flow_step", refuses_flow_step, backward=False),
+        _kernel("gated_residual", lambda h, y, *rest: refuses_rows(h, y)),
+        _kernel("modulated_layer_norm", lambda x, *rest: refuses_rows(x)),
+        _kernel("moe_combine", lambda rows, *rest: refuses_rows(rows)),
+        _kernel("moe_dispatch", refuses_dispatch),
+        _kernel("moe_route", refuses_route),
+        _kernel("qk_norm_rope", refuses_rope),
+    ]
+)

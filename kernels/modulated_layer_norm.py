@@ -1,0 +1,235 @@
+"""LN(x), affine and with one (shift, scale) pair per span, and its backward. Letters: T rows, D width, S spans."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from uvg_engine.kernels._launch import AotCase, blocks, launch, packed
+from uvg_engine.kernels._rows import (
+    RowConfig,
+    new_partials,
+    owner_of_rows,
+    row_config,
+    run_of_row,
+    span_block,
+    sum_partials,
+)
+
+
+@triton.jit
+def modulated_layer_norm_fwd_kernel(
+    p_x,  # [T, D]
+    p_shift,  # [S, D] or None
+    p_scale,  # [S, D] or None
+    p_spans,  # [S, 2] or None
+    p_weight,  # [D] or None
+    p_bias,  # [D] or None
+    p_y,  # [T, D]
+    p_mean,  # [T] fp32
+    p_rstd,  # [T] fp32
+    eps,
+    num_rows,
+    width,
+    num_spans,
+    MODULATED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program t: ROWS rows."""
+    o_T = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_D = tl.arange(0, BLOCK_D)
+    m_T, m_D = o_T < num_rows, o_D < width
+    m_TD = m_T[:, None] & m_D[None, :]
+    o_TD = o_T[:, None] * width + o_D[None, :]
+    b_x = tl.load(p_x + o_TD, mask=m_TD, other=0.0).to(tl.float32)
+    mean = tl.sum(b_x, axis=1) / width
+    b_x = tl.where(m_D[None, :], b_x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(b_x * b_x, axis=1) / width + eps)
+    b_y = b_x * rstd[:, None]
+    if HAS_WEIGHT:
+        b_y *= tl.load(p_weight + o_D, mask=m_D, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        b_y += tl.load(p_bias + o_D, mask=m_D, other=0.0).to(tl.float32)[None, :]
+    if MODULATED:
+        owner = owner_of_rows(o_T, p_spans, num_spans, 2, BLOCK_S)
+        m_SD = (owner >= 0)[:, None] & m_D[None, :]
+        o_SD = owner.to(tl.int64)[:, None] * width + o_D[None, :]
+        b_scale = tl.load(p_scale + o_SD, mask=m_SD, other=0.0).to(tl.float32)
+        b_y = b_y * (1.0 + b_scale) + tl.load(p_shift + o_SD, mask=m_SD, other=0.0).to(tl.float32)
+    tl.store(p_y + o_TD, b_y, mask=m_TD)
+    tl.store(p_mean + o_T, mean, mask=m_T)
+    tl.store(p_rstd + o_T, rstd, mask=m_T)
+
+
+@triton.jit
+def modulated_layer_norm_bwd_kernel(
+    p_dy,  # [T, D]
+    p_mean,  # [T] fp32
+    p_rstd,  # [T] fp32
+    p_x,  # [T, D]
+    p_scale,  # [S, D] or None
+    p_spans,  # [S, 2] or None
+    p_weight,  # [D] or None
+    p_bias,  # [D] or None
+    p_dx,  # [T, D]
+    p_span_sums,  # [P, 2, D] fp32: of shift, of scale; or None
+    p_affine_sums,  # [blocks, HAS_WEIGHT + HAS_BIAS, D] fp32: of weight, of bias; or None
+    num_rows,
+    width,
+    num_spans,
+    MODULATED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program b: BLOCK_T rows, run by run."""
+    i_B = tl.program_id(0)
+    o_D = tl.arange(0, BLOCK_D)
+    m_D = o_D < width
+    b_weight = tl.full([BLOCK_D], 1.0, tl.float32)
+    if HAS_WEIGHT:
+        b_weight = tl.load(p_weight + o_D, mask=m_D, other=0.0).to(tl.float32)
+    b_dweight = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    b_dbias = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    row = i_B * BLOCK_T
+    end = tl.minimum(row + BLOCK_T, num_rows)
+    while row < end:
+        stop = end
+        b_factor = tl.full([BLOCK_D], 1.0, tl.float32)
+        if MODULATED:
+            owner, rank, stop = run_of_row(row, end, p_spans, num_spans, 2, BLOCK_S)
+            m_SD = m_D & (owner >= 0)
+            b_factor += tl.load(p_scale + owner.to(tl.int64) * width + o_D, mask=m_SD, other=0.0).to(tl.float32)
+        b_dshift = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        b_dscale = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for first in range(row, stop, ROWS):
+            o_T = (first + tl.arange(0, ROWS)).to(tl.int64)
+            m_T = o_T < stop
+            m_TD = m_T[:, None] & m_D[None, :]
+            o_TD = o_T[:, None] * width + o_D[None, :]
+            mean = tl.load(p_mean + o_T, mask=m_T, other=0.0)
+            rstd = tl.load(p_rstd + o_T, mask=m_T, other=0.0)
+            b_dy = tl.load(p_dy + o_TD, mask=m_TD, other=0.0).to(tl.float32)
+            b_x = tl.load(p_x + o_TD, mask=m_TD, other=0.0).to(tl.float32)
+            b_xhat = (b_x - mean[:, None]) * rstd[:, None]
+            if MODULATED:
+                b_dshift += b_dy
+                b_dscale += b_dy * b_xhat  # weight and bias are the same for all rows: see below
+            b_dy *= b_factor[None, :]
+            if HAS_BIAS:
+                b_dbias += b_dy
+            if HAS_WEIGHT:
+                b_dweight += b_dy * b_xhat
+            b_dy *= b_weight[None, :]
+            mean_dy = tl.sum(b_dy, axis=1) / width
+            mean_dy_xhat = tl.sum(b_dy * b_xhat, axis=1) / width
+            b_dx = rstd[:, None] * (b_dy - mean_dy[:, None] - b_xhat * mean_dy_xhat[:, None])
+            tl.store(p_dx + o_TD, b_dx, mask=m_TD)
+        if MODULATED:
+            o_sums = (i_B + rank).to(tl.int64) * (2 * width) + o_D
+            b_shift_sum, b_scale_sum = tl.sum(b_dshift, axis=0), tl.sum(b_dscale, axis=0)
+            if HAS_WEIGHT:
+                b_scale_sum *= b_weight
+            if HAS_BIAS:
+                b_scale_sum += b_shift_sum * tl.load(p_bias + o_D, mask=m_D, other=0.0).to(tl.float32)
+            tl.store(p_span_sums + o_sums, b_shift_sum, mask=m_SD)
+            tl.store(p_span_sums + o_sums + width, b_scale_sum, mask=m_SD)
+        row = stop
+    o_sums = i_B.to(tl.int64) * ((HAS_WEIGHT + HAS_BIAS) * width) + o_D
+    if HAS_WEIGHT:
+        tl.store(p_affine_sums + o_sums, tl.sum(b_dweight, axis=0), mask=m_D)
+    if HAS_BIAS:
+        tl.store(p_affine_sums + o_sums + HAS_WEIGHT * width, tl.sum(b_dbias, axis=0), mask=m_D)
+
+
+def _options(config: RowConfig, spans: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> dict[str, int]:
+    return {
+        "MODULATED": spans is not None,
+        "HAS_WEIGHT": int(weight is not None),
+        "HAS_BIAS": int(bias is not None),
+        "ROWS": config.ROWS,
+        "BLOCK_D": config.BLOCK_D,
+        "BLOCK_S": span_block(0 if spans is None else len(spans)),
+        "num_warps": config.num_warps,
+    }
+
+
+def forward(x: Tensor, shift, scale, spans, weight, bias, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as in reference.modulated_layer_norm.forward."""
+    x, *given = (packed(value) for value in (x, shift, scale, spans, weight, bias))
+    y, mean = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32, device=x.device)
+    rstd, config = torch.empty_like(mean), row_config(*x.shape)
+    num_spans = 0 if spans is None else len(spans)
+    launch(
+        *(modulated_layer_norm_fwd_kernel, (blocks(len(x), config.ROWS),), x, *given, y, mean, rstd),
+        *(eps, *x.shape, num_spans),
+        **_options(config, *given[2:]),
+    )
+    return y, mean, rstd
+
+
+def backward(
+    dy: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, shift, scale, spans, weight, bias, eps: float
+) -> tuple[Tensor, ...]:
+    """Arguments and results as in reference.modulated_layer_norm.backward."""
+    dy, x, shift, scale, spans, weight, bias = (packed(v) for v in (dy, x, shift, scale, spans, weight, bias))
+    dx, config = torch.empty_like(x), row_config(*x.shape, backward=True)
+    num_spans = 0 if spans is None else len(spans)
+    grads = [mean.new_empty(0) if p is None else torch.empty_like(p) for p in (shift, scale, weight, bias)]
+    affine = [grad for grad, p in zip(grads[2:], (weight, bias), strict=True) if p is not None]
+    span_sums = None if spans is None else new_partials(x, len(x), num_spans, 2, config)
+    affine_sums = new_partials(x, len(x), 0, len(affine), config) if affine else None
+    launch(
+        *(modulated_layer_norm_bwd_kernel, (blocks(len(x), config.BLOCK_T),), dy, mean, rstd, x),
+        *(scale, spans, weight, bias, dx, span_sums, affine_sums, *x.shape, num_spans),
+        BLOCK_T=config.BLOCK_T,
+        **_options(config, spans, weight, bias),
+    )
+    if span_sums is not None:
+        sum_partials(span_sums, spans, len(x), config, *grads[:2])
+    if affine_sums is not None:
+        sum_partials(affine_sums, None, len(x), config, *affine)
+    return dx, *grads
+
+
+def _aot_call(rows: int, width: int, dtype: torch.dtype, num_spans: int, affine: bool) -> None:
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    shift, scale, spans, weight, bias = (None,) * 5
+    if num_spans:
+        shift, scale, spans = new(num_spans, width), new(num_spans, width), new(num_spans, 2, dtype=torch.int32)
+    if affine:
+        weight, bias = new(width), new(width)
+    x = new(rows, width, dtype=dtype)
+    y, *saved = forward(x, shift, scale, spans, weight, bias, 1e-6)
+    backward(y, *saved, x, shift, scale, spans, weight, bias, 1e-6)
+
+
+_EXPECTS = {
+    "modulated_layer_norm_fwd_kernel": ("wide",),
+    "modulated_layer_norm_bwd_kernel": ("wide",),
+    "sum_partials_kernel": ("wide",),
+}
+AOT_CASES = tuple(
+    AotCase(
+        f"T={rows} D={width} {str(dtype)[6:]} {'affine' if affine else 'modulated'}",
+        lambda a=(rows, width, dtype, num_spans, affine): _aot_call(*a),
+        _EXPECTS,
+    )
+    for rows, width, dtype, num_spans, affine in (
+        (32768, 1536, torch.bfloat16, 4, False),
+        (32768, 1536, torch.float32, 0, True),
+        (32768, 5120, torch.bfloat16, 4, False),
+        (1024, 128, torch.float32, 64, False),
+    )
+)

@@ -1,0 +1,302 @@
+"""RMS norm of q and k, then rotary positions of both modalities, and its backward.
+
+Letters: T rows, D width, S spans, P pairs of a row. A row is held as its D/2 pairs (a, b) that turn together: for video
+neighbours (2p, 2p+1), for text the halves of a head. A program walks its rows run by run, so a run has one kind and its
+code no choice per element.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from uvg_engine.kernels._launch import AotCase, blocks, launch, packed, power_of_two
+from uvg_engine.kernels._rows import RowConfig, row_config, run_of_row, span_block, sum_partials
+
+SPAN = 6  # int32 words: start, len, kind (0 video, 1 text), F, Y, X
+
+
+@triton.jit
+def load_pairs(p_row, o_P, width, HALF: tl.constexpr, TEXT: tl.constexpr):
+    """The pairs (a, b) of the row at p_row in fp32."""
+    if TEXT:
+        o_D, m_P = (o_P // HALF) * (2 * HALF) + o_P % HALF, o_P < width // 2
+        b_a = tl.load(p_row + o_D, mask=m_P, other=0.0).to(tl.float32)
+        b_b = tl.load(p_row + o_D + HALF, mask=m_P, other=0.0).to(tl.float32)
+    else:
+        o_D = tl.arange(0, 2 * o_P.shape[0])
+        b_x = tl.load(p_row + o_D, mask=o_D < width, other=0.0).to(tl.float32)
+        b_a, b_b = tl.split(tl.reshape(b_x, [o_P.shape[0], 2]))
+    return b_a, b_b
+
+
+@triton.jit
+def store_pairs(p_row, b_a, b_b, o_P, width, HALF: tl.constexpr, TEXT: tl.constexpr):
+    """The inverse of `load_pairs`."""
+    if TEXT:
+        o_D, m_P = (o_P // HALF) * (2 * HALF) + o_P % HALF, o_P < width // 2
+        tl.store(p_row + o_D, b_a, mask=m_P)
+        tl.store(p_row + o_D + HALF, b_b, mask=m_P)
+    else:
+        o_D = tl.arange(0, 2 * o_P.shape[0])
+        tl.store(p_row + o_D, tl.reshape(tl.join(b_a, b_b), [2 * o_P.shape[0]]), mask=o_D < width)
+
+
+@triton.jit
+def load_turn(p_table, index, size_y, size_x, positions, covered, o_P, m_P, HALF: tl.constexpr, TEXT: tl.constexpr):
+    """(cos, sin) of each pair of the row that is the index-th of its span; (1, 0) where no span covers it."""
+    o_pair = o_P % HALF
+    if TEXT:
+        place = positions + index
+    else:
+        side: tl.constexpr = 2 * HALF // 6
+        b_yx = tl.where(o_pair < HALF - side, index // size_x % size_y, index % size_x)
+        place = tl.where(o_pair < HALF - 2 * side, index // (size_y * size_x), b_yx)
+    o_turn = 2 * (place * HALF + o_pair)[:, None] + tl.arange(0, 2)[None, :]
+    b_turn = tl.load(p_table + o_turn, mask=m_P[:, None] & covered, other=0.0)
+    b_cos, b_sin = tl.split(b_turn)
+    return tl.where(covered, b_cos, 1.0), b_sin
+
+
+@triton.jit
+def forward_run(
+    p_x,
+    p_weight,
+    p_table,
+    p_y,
+    p_rstd,
+    eps,
+    width,
+    positions,
+    row,
+    stop,
+    start,
+    size_y,
+    size_x,
+    covered,
+    HALF: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    TEXT: tl.constexpr,
+):
+    """Rows [row, stop) of one kind, one after another."""
+    o_P = tl.arange(0, BLOCK_P)
+    m_P = o_P < width // 2
+    b_wa, b_wb = load_pairs(p_weight, o_P, width, HALF, TEXT)
+    for i_T in range(row, stop):
+        o_row = tl.cast(i_T, tl.int64) * width
+        b_a, b_b = load_pairs(p_x + o_row, o_P, width, HALF, TEXT)
+        rstd = 1.0 / tl.sqrt(tl.sum(b_a * b_a + b_b * b_b, axis=0) / width + eps)
+        b_a, b_b = b_a * rstd * b_wa, b_b * rstd * b_wb
+        b_cos, b_sin = load_turn(p_table, i_T - start, size_y, size_x, positions, covered, o_P, m_P, HALF, TEXT)
+        store_pairs(p_y + o_row, b_a * b_cos - b_b * b_sin, b_a * b_sin + b_b * b_cos, o_P, width, HALF, TEXT)
+        tl.store(p_rstd + i_T, rstd)
+
+
+@triton.jit
+def span_of_run(p_spans, owner):
+    """(kind, start, Y, X) of a span; of a video row of its own where there is none."""
+    at, covered = p_spans + owner * 6, owner >= 0
+    kind = tl.load(at + 2, mask=covered, other=0)
+    start = tl.load(at, mask=covered, other=0)
+    return kind, start, tl.load(at + 4, mask=covered, other=1), tl.load(at + 5, mask=covered, other=1)
+
+
+@triton.jit
+def backward_block(
+    p_dy,
+    p_rstd,
+    p_x,
+    p_weight,
+    p_spans,
+    p_table,
+    p_dx,
+    p_sums,
+    num_rows,
+    width,
+    num_spans,
+    positions,
+    HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    TEXT: tl.constexpr,
+):
+    """The rows of one kind among the BLOCK_T rows of a program, and their sum for the weight."""
+    o_P = tl.arange(0, BLOCK_P)
+    m_P = o_P < width // 2
+    b_wa, b_wb = load_pairs(p_weight, o_P, width, HALF, TEXT)
+    b_dwa = tl.zeros([BLOCK_P], tl.float32)
+    b_dwb = tl.zeros([BLOCK_P], tl.float32)
+    row = tl.program_id(0) * BLOCK_T
+    end = tl.minimum(row + BLOCK_T, num_rows)
+    while row < end:
+        owner, _, stop = run_of_row(row, end, p_spans, num_spans, 6, BLOCK_S)
+        kind, start, size_y, size_x = span_of_run(p_spans, owner)
+        if (kind == 1) == TEXT:
+            for i_T in range(row, stop):
+                o_row = tl.cast(i_T, tl.int64) * width
+                rstd = tl.load(p_rstd + i_T)
+                b_a, b_b = load_pairs(p_x + o_row, o_P, width, HALF, TEXT)
+                b_a, b_b = b_a * rstd, b_b * rstd
+                b_da, b_db = load_pairs(p_dy + o_row, o_P, width, HALF, TEXT)
+                b_cos, b_sin = load_turn(
+                    p_table, i_T - start, size_y, size_x, positions, owner >= 0, o_P, m_P, HALF, TEXT
+                )
+                b_da, b_db = b_da * b_cos + b_db * b_sin, b_db * b_cos - b_da * b_sin
+                b_dwa += b_da * b_a
+                b_dwb += b_db * b_b
+                b_da, b_db = b_da * b_wa, b_db * b_wb
+                mean = tl.sum(b_da * b_a + b_db * b_b, axis=0) / width
+                b_da, b_db = rstd * (b_da - b_a * mean), rstd * (b_db - b_b * mean)
+                store_pairs(p_dx + o_row, b_da, b_db, o_P, width, HALF, TEXT)
+        row = stop
+    store_pairs(p_sums, b_dwa, b_dwb, o_P, width, HALF, TEXT)
+
+
+@triton.jit
+def qk_norm_rope_fwd_kernel(
+    p_q,  # [T, D]
+    p_k,  # [T, D]
+    p_weight_q,  # [D]
+    p_weight_k,  # [D]
+    p_spans,  # [S, 6]
+    p_table,  # [2, positions, H/2, 2] fp32
+    p_q_out,  # [T, D]
+    p_k_out,  # [T, D]
+    p_rstd_q,  # [T] fp32
+    p_rstd_k,  # [T] fp32
+    eps,
+    num_rows,
+    width,
+    num_spans,
+    positions,
+    HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program b: BLOCK_T rows of q and of k."""
+    row = tl.program_id(0) * BLOCK_T
+    end = tl.minimum(row + BLOCK_T, num_rows)
+    while row < end:
+        owner, _, stop = run_of_row(row, end, p_spans, num_spans, 6, BLOCK_S)
+        kind, start, y, x = span_of_run(p_spans, owner)
+        covered = owner >= 0
+        if kind == 1:
+            forward_run(p_q, p_weight_q, p_table, p_q_out, p_rstd_q, eps, width, positions,
+                        row, stop, start, y, x, covered, HALF, BLOCK_P, True)  # fmt: skip
+            forward_run(p_k, p_weight_k, p_table, p_k_out, p_rstd_k, eps, width, positions,
+                        row, stop, start, y, x, covered, HALF, BLOCK_P, True)  # fmt: skip
+        else:
+            forward_run(p_q, p_weight_q, p_table, p_q_out, p_rstd_q, eps, width, positions,
+                        row, stop, start, y, x, covered, HALF, BLOCK_P, False)  # fmt: skip
+            forward_run(p_k, p_weight_k, p_table, p_k_out, p_rstd_k, eps, width, positions,
+                        row, stop, start, y, x, covered, HALF, BLOCK_P, False)  # fmt: skip
+        row = stop
+
+
+@triton.jit
+def qk_norm_rope_bwd_kernel(
+    p_dy,  # [T, D]
+    p_rstd,  # [T] fp32
+    p_x,  # [T, D]: q or k
+    p_weight,  # [D]
+    p_spans,  # [S, 6]
+    p_table,  # [2, positions, H/2, 2] fp32
+    p_dx,  # [T, D]
+    p_partials,  # [2 * blocks, 1, D] fp32: sums for the weight, of video and text rows in turns
+    num_rows,
+    width,
+    num_spans,
+    positions,
+    HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program (b, kind): the rows of a kind, 0 video and 1 text, among BLOCK_T rows."""
+    kind = tl.program_id(1)
+    p_sums = p_partials + (2 * tl.program_id(0) + kind).to(tl.int64) * width
+    if kind == 1:
+        backward_block(p_dy, p_rstd, p_x, p_weight, p_spans, p_table, p_dx, p_sums, num_rows, width, num_spans,
+                       positions, HALF, BLOCK_T, BLOCK_P, BLOCK_S, True)  # fmt: skip
+    else:
+        backward_block(p_dy, p_rstd, p_x, p_weight, p_spans, p_table, p_dx, p_sums, num_rows, width, num_spans,
+                       positions, HALF, BLOCK_T, BLOCK_P, BLOCK_S, False)  # fmt: skip
+
+
+def _options(config: RowConfig, width: int, num_heads: int, num_spans: int) -> dict[str, int]:
+    return {
+        "HALF": width // num_heads // 2,
+        "BLOCK_T": config.BLOCK_T,
+        "BLOCK_P": power_of_two(max(width // 2, 8)),
+        "BLOCK_S": span_block(num_spans),
+        "num_warps": config.num_warps,
+    }
+
+
+def forward(q, k, weight_q, weight_k, rope_spans, rope_table, num_heads: int, eps: float) -> tuple[Tensor, ...]:
+    """Arguments and results as in reference.qk_norm_rope.forward."""
+    given = [packed(value) for value in (q, k, weight_q, weight_k, rope_spans, rope_table)]
+    config, num_spans = rope_config(*q.shape), len(rope_spans)
+    out = [torch.empty_like(x) for x in given[:2]]
+    rstd = [torch.empty(len(q), dtype=torch.float32, device=q.device) for _ in range(2)]
+    launch(
+        *(qk_norm_rope_fwd_kernel, (blocks(len(q), config.BLOCK_T),), *given, *out, *rstd),
+        *(eps, *q.shape, num_spans, rope_table.shape[1]),
+        **_options(config, q.shape[1], num_heads, num_spans),
+    )
+    return *out, *rstd
+
+
+def backward(
+    dq, dk, rstd_q, rstd_k, q, k, weight_q, weight_k, rope_spans, rope_table, num_heads: int, eps: float
+) -> tuple[Tensor, ...]:
+    """Arguments and results as in reference.qk_norm_rope.backward."""
+    spans, table, num_spans = packed(rope_spans), packed(rope_table), len(rope_spans)
+    config, grads = rope_config(*q.shape), []
+    for dy, rstd, x, weight in ((dq, rstd_q, q, weight_q), (dk, rstd_k, k, weight_k)):
+        dy, x, weight = packed(dy), packed(x), packed(weight)
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        num_blocks = blocks(len(x), config.BLOCK_T)
+        partials = torch.empty(2 * num_blocks, 1, x.shape[1], dtype=torch.float32, device=x.device)
+        launch(
+            *(qk_norm_rope_bwd_kernel, (num_blocks, 2), dy, rstd, x, weight, spans, table, dx, partials),
+            *(*x.shape, num_spans, table.shape[1]),
+            **_options(config, x.shape[1], num_heads, num_spans),
+        )
+        sum_partials(partials, None, 2 * num_blocks * config.BLOCK_T, config, dweight)
+        grads.append((dx, dweight))
+    (dq, dweight_q), (dk, dweight_k) = grads
+    return dq, dk, dweight_q, dweight_k
+
+
+def rope_config(num_rows: int, width: int) -> RowConfig:
+    """One row at a time, 16 elements of it in a thread. Untuned."""
+    config = row_config(num_rows, width, backward=True)
+    num_warps = max(1, min(16, config.BLOCK_D // 512))
+    return RowConfig(1, config.BLOCK_D, config.BLOCK_T, num_warps)
+
+
+def _aot_call(rows: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    width = num_heads * head_dim
+    x = [new(rows, width), new(rows, width), new(width), new(width)]
+    rope = new(4, SPAN, dtype=torch.int32), new(2, 1024, head_dim // 2, 2, dtype=torch.float32), num_heads, 1e-6
+    q, k, *rstd = forward(*x, *rope)
+    backward(q, k, *rstd, *x, *rope)
+
+
+_EXPECTS = {
+    "qk_norm_rope_fwd_kernel": ("vector",),
+    "qk_norm_rope_bwd_kernel": ("vector",),
+    "sum_partials_kernel": ("wide",),
+}
+AOT_CASES = tuple(
+    AotCase(f"T={shape[0]} N={shape[1]} H={shape[2]} {str(shape[3])[6:]}", lambda a=shape: _aot_call(*a), _EXPECTS)
+    for shape in ((32768, 12, 128, torch.bfloat16), (32768, 40, 128, torch.bfloat16), (1024, 8, 64, torch.float32))
+)
