@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 UVG := $(BIN)/uvg
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-INPUTS = pyproject.toml constraints.txt setup.py CMakeLists.txt $(CXX_FILES)
+INPUTS = pyproject.toml constraints.txt setup.py CMakeLists.txt cmake/cuda.cmake $(CXX_FILES)
 RUNTIME := $(VENV)/.uvg-runtime
 DEV := $(VENV)/.uvg-dev
 DOCS := $(VENV)/.uvg-docs
@@ -86,5 +86,5 @@ docs: $(DOCS)
 
 clean:
 	rm -rf build dist site $(DEMO) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f uvg_engine/_cpu.*.so $(RUNTIME) $(DEV) $(DOCS)
+	rm -f uvg_engine/_cpu.*.so uvg_engine/_cuda.*.so $(RUNTIME) $(DEV) $(DOCS)
 	find uvg_engine kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +

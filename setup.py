@@ -2,8 +2,10 @@
 
 UVG_NATIVE=auto (default): build it; without cmake, pybind11, a C++ compiler or Python's headers install pure Python.
 UVG_NATIVE=1: build it or fail. UVG_NATIVE=0: pure Python. Code that does not compile fails the install in any case
-but 0. UVG_BUILD_DIR keeps the CMake tree at a place of yours, UVG_CMAKE_ARGS is passed on. What came of it:
-`python -m uvg_engine.backends.native`.
+but 0. UVG_BUILD_DIR keeps the CMake tree at a place of yours, UVG_CMAKE_ARGS is passed on.
+
+The CUDA kernels are built where an nvcc is found: CUDA_HOME, PATH, or PyPI's nvidia-cuda-nvcc. UVG_CUDA_ARCHS says for
+which GPUs, "80,90,100" unless given; "none" leaves them out. What came of it: `python -m uvg_engine.backends.native`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,6 +28,8 @@ from setuptools.command.editable_wheel import editable_wheel
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
+EXTENSIONS = [Extension("uvg_engine._cpu", sources=[])]
+CUDA_ARCHS = ("80", "90", "100")
 PROBE = "#include <Python.h>\n#include <vector>\nint main() { return std::vector<int>(1, 0)[0]; }\n"
 
 
@@ -76,6 +81,44 @@ def build_native() -> bool:
     return not reason
 
 
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, on PATH, or of PyPI's wheels, which lie in site-packages."""
+    if "CUDA_HOME" in os.environ:
+        wish = str(Path(os.environ["CUDA_HOME"], "bin", "nvcc"))
+        if not shutil.which(wish):
+            raise SetupError(f"CUDA_HOME must hold bin/nvcc, got {os.environ['CUDA_HOME']!r}")
+        return wish
+    sites = dict.fromkeys([*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    wheels = [str(Path(site, "nvidia", "cu13", "bin")) for site in sites if site]
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(wheels))
+
+
+def known_archs(nvcc: str) -> set[str]:
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    return set(re.findall(r"compute_(\w+)", listed.stdout))
+
+
+@functools.cache
+def cuda_options() -> tuple[str, ...]:
+    """What CMake is told about CUDA, nothing where the kernels are left out; says which."""
+    wish = os.environ.get("UVG_CUDA_ARCHS")
+    if wish is not None and not re.fullmatch(r"none|\d+[af]?(,\d+[af]?)*", wish):
+        raise SetupError(f"UVG_CUDA_ARCHS must be none or numbers like 80,90,100, got {wish!r}")
+    nvcc = None if wish == "none" else find_nvcc()
+    if nvcc is None:
+        reason = "UVG_CUDA_ARCHS=none" if wish == "none" else "no nvcc on PATH, in CUDA_HOME or from PyPI"
+        how = "" if wish == "none" else "; pip install 'nvidia-cuda-nvcc>=13' 'nvidia-cuda-cccl>=13' brings one"
+        print(f"uvg_engine CUDA kernels: left out: {reason}{how}", file=sys.stderr, flush=True)
+        return ()
+    known = known_archs(nvcc)
+    archs = wish.split(",") if wish else [arch for arch in CUDA_ARCHS if arch in known]
+    unknown = [arch for arch in archs if arch not in known]
+    if unknown or not archs:
+        raise SetupError(f"UVG_CUDA_ARCHS must be of {', '.join(sorted(known))} for {nvcc}, got {','.join(archs)!r}")
+    print(f"uvg_engine CUDA kernels: {nvcc}, for sm_{', sm_'.join(archs)} and PTX", file=sys.stderr, flush=True)
+    return f"-DUVG_NVCC={nvcc}", f"-DUVG_CUDA_ARCHS={';'.join(archs)}"
+
+
 class UvgDistribution(Distribution):
     """Has its extension module only where it can be built; asked when something is built, not before."""
 
@@ -84,7 +127,16 @@ class UvgDistribution(Distribution):
 
 
 class CMakeBuild(build_ext):
+    """One run of CMake makes both modules."""
+
+    def finalize_options(self) -> None:
+        if self.distribution.ext_modules and build_native() and cuda_options():
+            self.distribution.ext_modules = [*EXTENSIONS, Extension("uvg_engine._cuda", sources=[])]
+        super().finalize_options()
+
     def build_extension(self, ext: Extension) -> None:
+        if ext.name != EXTENSIONS[0].name:
+            return
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -99,6 +151,7 @@ class CMakeBuild(build_ext):
             f"-DUVG_VERSION={self.distribution.get_version()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            *(cuda_options() or ["-DUVG_NVCC="]),
             *shlex.split(os.environ.get("UVG_CMAKE_ARGS", "")),
         ]
         jobs = ["-j", str(self.parallel)] if self.parallel else []
@@ -110,8 +163,9 @@ class CMakeBuild(build_ext):
 
 class EditableWheel(editable_wheel):
     def run(self) -> None:
-        if not build_native():
-            for stale in (ROOT / "uvg_engine").glob("_cpu.*.so"):
+        built = {"_cpu": build_native(), "_cuda": build_native() and bool(cuda_options())}
+        for module in (name for name, made in built.items() if not made):
+            for stale in (ROOT / "uvg_engine").glob(f"{module}.*.so"):
                 stale.unlink()  # an earlier build would go on being imported
         super().run()
 
@@ -137,7 +191,7 @@ def forget_foreign_cache(build_dir: Path, generator: str | None) -> None:
 setup(
     packages=[*find_packages(include=["uvg_engine", "uvg_engine.*"]), "uvg_engine.kernels"],
     package_dir={"uvg_engine.kernels": "kernels"},
-    ext_modules=[Extension("uvg_engine._cpu", sources=[])],
+    ext_modules=EXTENSIONS,
     cmdclass={"build_ext": CMakeBuild, "editable_wheel": EditableWheel},
     distclass=UvgDistribution,
 )

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("uvg_engine", "kernels", "csrc", "setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = (
+    *("uvg_engine", "kernels", "csrc", "cmake"),
+    *("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"),
+)
 COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
 
 pytest.importorskip("setuptools", minversion="77")
@@ -80,8 +83,10 @@ def test_without_a_compiler_the_reason_is_told(checkout, tmp_path):
     [
         ({"UVG_NATIVE": "yes"}, "UVG_NATIVE must be auto, 0 or 1, got 'yes'"),
         ({"CXX": "no-such-compiler"}, "CXX must name a C++ compiler, got 'no-such-compiler'"),
+        ({"UVG_CUDA_ARCHS": "hopper"}, "UVG_CUDA_ARCHS must be none or numbers like 80,90,100, got 'hopper'"),
+        ({"UVG_CUDA_ARCHS": "80", "CUDA_HOME": "nowhere"}, "CUDA_HOME must hold bin/nvcc, got 'nowhere'"),
     ],
-    ids=["wish", "compiler"],
+    ids=["wish", "compiler", "archs", "cuda"],
 )
 def test_a_wrong_wish_is_an_error(checkout, tmp_path, env, message):
     code, said, made = wheel(checkout, tmp_path, **env)

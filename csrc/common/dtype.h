@@ -5,9 +5,15 @@
 
 namespace uvg {
 
-enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };  // csrc/cpu has no kFloat16
 
 struct BFloat16 {
+  static constexpr bool kIsBFloat16 = true;
+  uint16_t bits;
+};
+
+struct Float16 {
+  static constexpr bool kIsBFloat16 = false;
   uint16_t bits;
 };
 

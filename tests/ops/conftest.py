@@ -1,4 +1,5 @@
-"""The fixture `backend` of tests/ops/test_<op>.py: each backend that has the op, forced; a refusal is a skip."""
+"""The fixture `backend` of tests/ops/test_<op>.py: each backend that has the op, forced; a refusal is a skip. The
+CUDA kernels run in the simulator."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import cuda_simulator
 import pytest
 
 from uvg_engine import backends
@@ -24,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with backends.force(request.param):
+    with cuda_simulator.running(), backends.force(request.param):
         yield request.param
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import cuda_simulator
 import pytest
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ GRADCHECK_ELEMENTS = 100  # numerical differentiation takes two calls per elemen
 EVERYWHERE = {"sdpa", "reference"} | ({"cpu"} if native.cpu() else set())
 if triton.interpreting():
     EVERYWHERE.add("triton")
+if cuda_simulator.module():
+    EVERYWHERE.add("cuda")
 
 
 @dataclass(frozen=True)

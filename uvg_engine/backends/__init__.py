@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-ORDER = ("triton", "cpu", "sdpa", "reference")  # most specialised first; the reference accepts everything
+ORDER = ("cuda", "triton", "cpu", "sdpa", "reference")  # most specialised first; the reference accepts everything
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""The native CPU core `uvg_engine._cpu`: the module, or why it is not there.
+"""The native modules `uvg_engine._cpu` and `uvg_engine._cuda`: each of them, or why it is not there.
 
-`python -m uvg_engine.backends.native` prints which of the two this installation is.
+`python -m uvg_engine.backends.native` prints which of the two this installation has.
 """
 
 from __future__ import annotations
@@ -10,27 +10,34 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-_NOT_BUILT = (
-    "the native core was not built: at install time there was no C++ compiler, cmake or Python header, or "
-    "UVG_NATIVE=0 was set (UVG_NATIVE=1 pip install . builds it or says what it lacks)"
-)
+_NOT_BUILT = {
+    "_cpu": "the native core was not built: at install time there was no C++ compiler, cmake or Python header, or "
+    "UVG_NATIVE=0 was set (UVG_NATIVE=1 pip install . builds it or says what it lacks)",
+    "_cuda": "the CUDA kernels were not built: at install time there was no nvcc on PATH, in CUDA_HOME or from PyPI "
+    "(pip install 'nvidia-cuda-nvcc>=13' 'nvidia-cuda-cccl>=13', then install uvg_engine again)",
+}
 
 
 @functools.cache
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module("uvg_engine._cpu"), None
+        return importlib.import_module(f"uvg_engine.{name}"), None
     except ModuleNotFoundError as error:
-        if error.name != "uvg_engine._cpu":
+        if error.name != f"uvg_engine.{name}":
             raise
-        return None, _NOT_BUILT
+        return None, _NOT_BUILT[name]
     except ImportError as error:
-        return None, f"the native core does not load: {error}"
+        return None, f"the native module {name} does not load: {error}"
 
 
 def cpu() -> ModuleType | None:
     """The native CPU module, or None; `why_not` then tells the reason."""
-    return _load()[0]
+    return _load("_cpu")[0]
+
+
+def cuda() -> ModuleType | None:
+    """The module of the CUDA kernels, or None; `why_not_cuda` then tells the reason. It needs no GPU to be loaded."""
+    return _load("_cuda")[0]
 
 
 def core() -> ModuleType:
@@ -43,18 +50,26 @@ def core() -> ModuleType:
 
 def why_not() -> str | None:
     """Why there is no native CPU module, or None where there is one."""
-    return _load()[1]
+    return _load("_cpu")[1]
+
+
+def why_not_cuda() -> str | None:
+    """Why there is no module of CUDA kernels, or None where there is one."""
+    return _load("_cuda")[1]
 
 
 def info() -> dict[str, Any]:
     """Build and CPU of the native core: version, compiler, instruction sets, OpenMP; or {"reason": ...} without it.
+    Under "cuda" the same of the CUDA kernels: version, compiler, GPUs compiled for.
 
     Raises ValueError where UVG_CPU_ISA names an instruction set that this CPU or build does not have.
     """
+    gpu = cuda()
+    kernels = {"reason": why_not_cuda()} if gpu is None else gpu.build_info()
     module = cpu()
     if module is None:
-        return {"reason": why_not()}
-    return {"build": module.build_info(), "cpu": module.cpu_features()}
+        return {"reason": why_not(), "cuda": kernels}
+    return {"build": module.build_info(), "cpu": module.cpu_features(), "cuda": kernels}
 
 
 def describe() -> str:
@@ -69,5 +84,14 @@ def describe() -> str:
     )
 
 
+def describe_cuda() -> str:
+    """One line for people about the CUDA kernels."""
+    found = info()["cuda"]
+    if "reason" in found:
+        return f"CUDA left out: {found['reason']}"
+    return f"CUDA {found['version']}, {found['compiler']}, for sm_{', sm_'.join(found['archs'].split(','))} and PTX"
+
+
 if __name__ == "__main__":
     print(describe())
+    print(describe_cuda())

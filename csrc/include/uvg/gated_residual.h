@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "common/dtype.h"
 
@@ -20,9 +21,12 @@ struct GatedResidualParams {
   const void* dout;  // backward, dtype_h
   void* dy;          // dtype_y
   float* dgate;      // where there is a gate
+  float* partial;    // cuda, with dgate: [rows / 64 + spans, width] to work in
 };
 
 UVG_KERNEL(gated_residual_forward, GatedResidualParams)
 UVG_KERNEL(gated_residual_backward, GatedResidualParams)
+UVG_CUDA_KERNEL(gated_residual_forward, GatedResidualParams)
+UVG_CUDA_KERNEL(gated_residual_backward, GatedResidualParams)
 
 }  // namespace uvg

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "common/dtype.h"
 
@@ -28,9 +29,12 @@ struct ModulatedLayerNormParams {
   float* dscale;
   float* dweight;
   float* dbias;
+  float* partial;  // cuda backward: [rows / 64 + max(spans, 1), 2, width] to work in
 };
 
 UVG_KERNEL(modulated_layer_norm_forward, ModulatedLayerNormParams)
 UVG_KERNEL(modulated_layer_norm_backward, ModulatedLayerNormParams)
+UVG_CUDA_KERNEL(modulated_layer_norm_forward, ModulatedLayerNormParams)
+UVG_CUDA_KERNEL(modulated_layer_norm_backward, ModulatedLayerNormParams)
 
 }  // namespace uvg

@@ -1,0 +1,84 @@
+// uvg_engine._cuda: the launchers of csrc/cuda for Python. Compiled with UVG_SIMULATE it is _cuda_sim, which runs them
+// on the CPU. Every op is called as <op>_forward(stream, **fields), <op>_backward(stream, **fields) with the fields of
+// its params struct by name; uvg_engine/backends/cuda checks and calls. No torch, no CUDA header.
+#include "common/fields.h"
+#include "uvg/gated_residual.h"
+#include "uvg/modulated_layer_norm.h"
+
+#if UVG_SIMULATE
+#include "sim/machine.h"
+#endif
+
+#define UVG_FIELD(name) (#name, p.name)
+
+namespace py = pybind11;
+
+namespace uvg {
+namespace {
+
+void read(Fields& f, GatedResidualParams& p) {
+  f UVG_FIELD(h) UVG_FIELD(y) UVG_FIELD(gate) UVG_FIELD(spans);
+  f UVG_FIELD(rows) UVG_FIELD(width) UVG_FIELD(num_spans) UVG_FIELD(dtype_h) UVG_FIELD(dtype_y);
+  f UVG_FIELD(out) UVG_FIELD(dout) UVG_FIELD(dy) UVG_FIELD(dgate) UVG_FIELD(partial);
+}
+
+void read(Fields& f, ModulatedLayerNormParams& p) {
+  f UVG_FIELD(x) UVG_FIELD(shift) UVG_FIELD(scale) UVG_FIELD(spans) UVG_FIELD(weight) UVG_FIELD(bias);
+  f UVG_FIELD(rows) UVG_FIELD(width) UVG_FIELD(num_spans) UVG_FIELD(eps) UVG_FIELD(dtype);
+  f UVG_FIELD(mean) UVG_FIELD(rstd) UVG_FIELD(y) UVG_FIELD(dy) UVG_FIELD(dx);
+  f UVG_FIELD(dshift) UVG_FIELD(dscale) UVG_FIELD(dweight) UVG_FIELD(dbias) UVG_FIELD(partial);
+}
+
+// Buffers of the simulator live as long as the call.
+struct Buffers {
+#if UVG_SIMULATE
+  ~Buffers() { sim::forget_buffers(); }
+#endif
+};
+
+template <typename Params>
+void define(py::module_& m, const char* name, void (*launcher)(const Params&, void*)) {
+  m.def(name, [launcher](uintptr_t stream, const py::kwargs& given) {
+    [[maybe_unused]] const Buffers buffers;
+    Params p{};
+    Fields fields(given);
+    read(fields, p);
+    fields.done();
+    const py::gil_scoped_release release;
+    launcher(p, reinterpret_cast<void*>(stream));  // NOLINT
+  });
+}
+
+void define_kernels(py::module_& m) {
+  define(m, "gated_residual_forward", &cuda::gated_residual_forward);
+  define(m, "gated_residual_backward", &cuda::gated_residual_backward);
+  define(m, "modulated_layer_norm_forward", &cuda::modulated_layer_norm_forward);
+  define(m, "modulated_layer_norm_backward", &cuda::modulated_layer_norm_backward);
+}
+
+}  // namespace
+}  // namespace uvg
+
+#if UVG_SIMULATE
+PYBIND11_MODULE(_cuda_sim, m) {
+  m.doc() = "The CUDA kernels of uvg_engine, run on the CPU thread by thread. See docs/simulator.md.";
+  py::register_exception<sim::Error>(m, "SimulationError");
+  m.def("set_order", [](const std::string& order) { sim::machine().set_order(order); });
+  m.def("reset_counters", [] { sim::counters() = {}; });
+  m.def("counters", [] { return sim::counters().totals(); });
+  m.def("counters_by_line", [] { return sim::counters().by_line(); });
+  uvg::define_kernels(m);
+}
+#else
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of uvg_engine.";
+  m.def("build_info", [] {
+    py::dict out;
+    out["version"] = UVG_VERSION;
+    out["compiler"] = UVG_NVCC;
+    out["archs"] = UVG_ARCHS;
+    return out;
+  });
+  uvg::define_kernels(m);
+}
+#endif
