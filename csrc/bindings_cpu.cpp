@@ -1,5 +1,6 @@
 // uvg_engine._cpu: what the CPU core offers to Python. Pointers, sizes and plain values; no torch.
-#include <pybind11/pybind11.h>
+#include "bindings_cpu.h"
+
 #include <pybind11/stl.h>
 
 #include <array>
@@ -65,20 +66,6 @@ py::dict build_info() {
   out["openmp"] = false;
 #endif
   return out;
-}
-
-using Address = std::uintptr_t;  // of a tensor's first element; 0 where there is no tensor
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);  // NOLINT
-}
-
-// Runs a kernel without Python's lock.
-template <typename Params>
-void run(void (*kernel)(const Params&), const Params& params) {
-  const py::gil_scoped_release release;
-  kernel(params);
 }
 
 void layer_norm(bool backward, Address x, Address shift, Address scale, Address spans, Address weight, Address bias,
@@ -180,5 +167,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("moe_mlp", &activate);
   m.def("flash_attention", &attention);
   m.def("linear_sample", &sample);
+  bind_flow(m);
+  bind_moe_routing(m);
   m.def("build_info", &build_info, "Version, compiler, instruction sets compiled in, OpenMP or not.");
 }

@@ -45,12 +45,26 @@ def results(width, dtype, *, products=True):
     ]
     heads = [part.unflatten(1, (HEADS, -1)) for part in (x, y, x + y)]
     outs.append(ops.flash_attention(*heads, ATTENTION_SPANS, ATTENTION_SPANS)[0].flatten(1))
+    weights, picked = ops.moe_route(x[:, :5], 2)
+    rows, _, order = ops.moe_dispatch(y, picked, 5)
+    outs.append(ops.moe_combine(rows, order, weights))
     if products:
         offsets = torch.tensor([0, 120, ROWS], dtype=torch.int32)
         outs.append(ops.moe_mlp(x, *(p.to(dtype) for p in experts), offsets))
     douts = [torch.randn(ROWS, width, generator=g).to(dtype) for _ in outs]
     leaves = [x, y, gate, shift, scale, weight, bias, *(experts if products else [])]
-    return [out.detach() for out in outs], list(torch.autograd.grad(outs, leaves, douts))
+    grads = list(torch.autograd.grad(outs, leaves, douts))
+    return [out.detach() for out in (*outs, *steps_of_both_streams(x.flatten(), y.flatten(), gate[:, :1]))], grads
+
+
+def steps_of_both_streams(x, velocity, numbers):
+    """Results of flow_noise and flow_step on three samples, one thread's work and more."""
+    lengths = SPANS * (len(x) // ROWS)
+    share, seeds, tokens = numbers.sigmoid().flatten(), torch.tensor([5, -(2**40), 7]), torch.arange(ROWS)
+    noisy = ops.flow_noise(x, tokens, share, share, seeds, 3, lengths, SPANS, 1000)
+    coefs = torch.linspace(-1, 1, 30).view(3, 10)
+    past = [velocity, 3 * share, coefs, x, velocity, x]
+    return *noisy, *ops.flow_step(x, velocity, *past, lengths, tokens, noisy[2], share, seeds, seeds + 1, SPANS)
 
 
 @pytest.fixture

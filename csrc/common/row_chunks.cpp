@@ -9,20 +9,18 @@
 namespace uvg {
 namespace {
 
-constexpr int64_t kChunkRows = 64;
-
-void cut(std::vector<RowChunk>& out, int64_t first, int64_t rows, int64_t span) {
-  for (int64_t offset = 0; offset < rows; offset += kChunkRows)
-    out.push_back({first + offset, std::min(kChunkRows, rows - offset), span, offset});
-}
-
-std::vector<RowChunk> all_chunks(const int32_t* spans, int64_t num_spans, int64_t stride, int64_t num_rows) {
+std::vector<RowChunk> all_chunks(const int32_t* spans, int64_t num_spans, int64_t stride, int64_t num_rows,
+                                 int64_t longest) {
   std::vector<int64_t> order;
   for (int64_t s = 0; spans != nullptr && s < num_spans; ++s)
     if (spans[s * stride + 1] != 0) order.push_back(s);
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return spans[a * stride] < spans[b * stride]; });
   std::vector<RowChunk> out;
+  const auto cut = [&](int64_t first, int64_t rows, int64_t span) {
+    for (int64_t offset = 0; offset < rows; offset += longest)
+      out.push_back({first + offset, std::min(longest, rows - offset), span, offset});
+  };
   int64_t next = 0;
   for (int64_t s : order) {
     const int64_t start = spans[s * stride], length = spans[s * stride + 1];
@@ -30,18 +28,18 @@ std::vector<RowChunk> all_chunks(const int32_t* spans, int64_t num_spans, int64_
       throw std::invalid_argument("spans must lie in [0, " + std::to_string(num_rows) +
                                   ") without overlap, got start " + std::to_string(start) + ", len " +
                                   std::to_string(length));
-    cut(out, next, start - next, -1);
-    cut(out, start, length, s);
+    cut(next, start - next, -1);
+    cut(start, length, s);
     next = start + length;
   }
-  cut(out, next, num_rows - next, -1);
+  cut(next, num_rows - next, -1);
   return out;
 }
 
 }  // namespace
 
-RowChunks::RowChunks(const int32_t* spans, int64_t num_spans, int64_t stride, int64_t num_rows) {
-  const std::vector<RowChunk> all = all_chunks(spans, num_spans, stride, num_rows);
+RowChunks::RowChunks(const int32_t* spans, int64_t num_spans, int64_t stride, int64_t num_rows, int64_t longest) {
+  const std::vector<RowChunk> all = all_chunks(spans, num_spans, stride, num_rows, longest);
   size_ = static_cast<int64_t>(all.size());
   chunks_ = new RowChunk[all.size()];
   std::copy(all.begin(), all.end(), chunks_);

@@ -18,9 +18,9 @@ struct RowChunk {
 // Chunks in the order of the rows; they cover all of [0, num_rows).
 class RowChunks {
  public:
-  // spans: num_spans entries of `stride` int32, (start, len) first; nullptr is no span at all. Throws
-  // std::invalid_argument on spans that overlap or lie outside.
-  RowChunks(const int32_t* spans, int64_t num_spans, int64_t stride, int64_t num_rows);
+  // spans: num_spans entries of `stride` int32, (start, len) first; nullptr is no span at all. longest: rows of a chunk
+  // at most. Throws std::invalid_argument on spans that overlap or lie outside.
+  RowChunks(const int32_t* spans, int64_t num_spans, int64_t stride, int64_t num_rows, int64_t longest = 64);
   ~RowChunks();
   RowChunks(const RowChunks&) = delete;
   RowChunks& operator=(const RowChunks&) = delete;

@@ -112,10 +112,12 @@ inline float largest(Vec v) {
 #endif
 }
 
-// body(first column, columns) over a row in steps of sixteen.
+// body(first column, columns) over a row in steps of sixteen; in all but the last the compiler knows the sixteen.
 template <typename Body>
 inline void columns(int64_t width, Body&& body) {
-  for (int64_t i = 0; i < width; i += kLanes) body(i, width - i < kLanes ? width - i : kLanes);
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) body(i, kLanes);
+  if (i < width) body(i, width - i);
 }
 
 inline void add_to(float* total, Vec v, int64_t n) { store(total, load(total, n) + v, n); }

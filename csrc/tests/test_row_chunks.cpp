@@ -42,6 +42,9 @@ int main() {
   }
   CHECK(next == 230);
 
+  const uvg::RowChunks wide(spans.data(), 3, 2, 230, 100);  // runs of 130, 20, 70 and 10 rows
+  CHECK(wide.size() == 5 && wide[0].rows == 100 && wide[1].rows == 30 && wide[1].offset == 100 && wide[3].rows == 70);
+
   CHECK(uvg::RowChunks(nullptr, 0, 2, 0).size() == 0);
   const uvg::RowChunks bare(nullptr, 5, 2, 10);
   CHECK(bare.size() == 1 && bare[0].span == -1 && bare[0].rows == 10);

@@ -22,6 +22,14 @@ def refuses_tensors(*tensors: Tensor) -> str | None:
     return None
 
 
+def refuses_numbers(numbers: dict[str, Tensor]) -> str | None:
+    """Coefficients per sample in fp32, by name."""
+    for name, value in numbers.items():
+        if value.dtype != torch.float32:
+            return f"{name} of {value.dtype}; have float32"
+    return None
+
+
 def at(x: Tensor | None) -> int:
     """Address of a packed tensor, 0 for none. The caller keeps it alive."""
     return 0 if x is None else x.data_ptr()

@@ -1,0 +1,23 @@
+// What the binding files of _cpu share: how Python hands over tensors, and how a kernel is run.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+using Address = std::uintptr_t;  // of a tensor's first element; 0 where there is no tensor
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);  // NOLINT
+}
+
+// Runs a kernel without Python's lock.
+template <typename Params>
+void run(void (*kernel)(const Params&), const Params& params) {
+  const pybind11::gil_scoped_release release;
+  kernel(params);
+}
+
+void bind_flow(pybind11::module_& m);         // flow_step, flow_noise
+void bind_moe_routing(pybind11::module_& m);  // moe_route, moe_dispatch, moe_combine

@@ -1,0 +1,66 @@
+#include "uvg/moe_combine.h"
+
+#include "cpu/vec.h"
+
+namespace uvg {
+namespace UVG_ISA {
+namespace {
+
+using Params = MoeCombineParams;
+
+constexpr int64_t kAlone = 16384;  // values up to which a second thread costs more than it brings; untuned
+
+void find_places(const Params& p) {
+  for (int64_t r = 0; r < p.rows * p.top_k; ++r) p.places[p.order[r]] = static_cast<int32_t>(r);
+}
+
+template <typename T>
+void forward(const Params& p) {
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows * p.width > kAlone)
+  for (int64_t t = 0; t < p.rows; ++t) {
+    const int32_t* places = p.places + t * p.top_k;
+    const float* weights = p.weights + t * p.top_k;
+    T* out = static_cast<T*>(p.out) + t * p.width;
+    columns(p.width, [&](int64_t i, int64_t n) {
+      Vec total = {};
+      for (int64_t k = 0; k < p.top_k; ++k)
+        total += weights[k] * load(static_cast<const T*>(p.grouped) + places[k] * p.width + i, n);
+      store(out + i, total, n);
+    });
+  }
+}
+
+template <typename T>
+void backward(const Params& p) {
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows * p.width > kAlone)
+  for (int64_t t = 0; t < p.rows; ++t) {
+    const T* dout = static_cast<const T*>(p.dout) + t * p.width;
+    for (int64_t k = 0; k < p.top_k; ++k) {
+      const int64_t slot = t * p.top_k + k, place = p.places[slot];
+      const T* grouped = static_cast<const T*>(p.grouped) + place * p.width;
+      T* dgrouped = static_cast<T*>(p.dgrouped) + place * p.width;
+      Vec dot = {};
+      columns(p.width, [&](int64_t i, int64_t n) {
+        const Vec gradient = load(dout + i, n);
+        dot += gradient * load(grouped + i, n);
+        store(dgrouped + i, p.weights[slot] * gradient, n);
+      });
+      p.dweights[slot] = sum(dot);
+    }
+  }
+}
+
+}  // namespace
+
+void moe_combine_forward(const Params& p) {
+  find_places(p);
+  p.dtype == Dtype::kFloat32 ? forward<float>(p) : forward<BFloat16>(p);
+}
+
+void moe_combine_backward(const Params& p) {
+  find_places(p);
+  p.dtype == Dtype::kFloat32 ? backward<float>(p) : backward<BFloat16>(p);
+}
+
+}  // namespace UVG_ISA
+}  // namespace uvg
