@@ -100,6 +100,12 @@ def _capability_of(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device)
 
 
+@functools.cache
+def programs(device: torch.device) -> int:
+    """Programs of a persistent kernel: one a multiprocessor; three in the interpreter and on meta tensors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Start `kernel` on the device of its first tensor. A grid with a zero starts nothing.
 

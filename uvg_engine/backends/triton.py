@@ -96,6 +96,13 @@ def refuses_dispatch(x: Tensor, experts: Tensor, num_experts: int) -> str | None
     return refuses_rows(x)
 
 
+def refuses_mlp(x: Tensor, w1: Tensor, *rest: Any) -> str | None:
+    """Any widths; the offsets of the experts in registers."""
+    if len(w1) > MAX_EXPERTS:
+        return f"{len(w1)} experts; up to {MAX_EXPERTS}"
+    return refuses(x)
+
+
 def refuses_route(logits: Tensor, top_k: int) -> str | None:
     """Logits of a row in registers."""
     if logits.shape[1] > MAX_EXPERTS:
@@ -122,6 +129,7 @@ TABLE = dict(
         _kernel("modulated_layer_norm", lambda x, *rest: refuses_rows(x)),
         _kernel("moe_combine", lambda rows, *rest: refuses_rows(rows)),
         _kernel("moe_dispatch", refuses_dispatch),
+        _kernel("moe_mlp", refuses_mlp),
         _kernel("moe_route", refuses_route),
         _kernel("qk_norm_rope", refuses_rope),
     ]

@@ -1,0 +1,30 @@
+"""Triton kernels as newer chips than sm_80 are given them, with tensor descriptors: values, under the interpreter."""
+
+import pytest
+import test_moe_mlp
+from harness import BF16, Case
+
+from uvg_engine import backends
+from uvg_engine.backends import triton as backend
+
+if not backend.interpreting():
+    pytest.skip("Triton runs kernels without a GPU only where TRITON_INTERPRET=1", allow_module_level=True)
+
+from uvg_engine.kernels._launch import SM90, SM100, configured_for, recording
+
+RUNS = {
+    "moe_mlp": (test_moe_mlp.TestMoeMlp, Case("whole-blocks", lambda g: test_moe_mlp.experts(g, (0, 130, 137), 64, 64)))
+}
+
+
+@pytest.mark.parametrize("capability", [SM90, SM100], ids=["sm90", "sm100"])
+@pytest.mark.parametrize("op", RUNS)
+def test_values(op, capability):
+    suite, case = RUNS[op]
+    inputs = case.inputs(BF16)
+    with backends.force("triton"):
+        with recording(capability) as launches:
+            suite().function(**inputs)
+        assert any(launch.options.get("TMA") for launch in launches), "the case does not reach the descriptors"
+        with configured_for(capability):
+            suite().assert_right(case, inputs, BF16, "triton")
