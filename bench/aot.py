@@ -128,6 +128,11 @@ def ops() -> list[str]:
     return [stem for stem in stems if hasattr(_module(stem), "AOT_CASES")]
 
 
+def cases(op: str) -> tuple[Any, ...]:
+    """The `AOT_CASES` of an op's kernel module."""
+    return _module(op).AOT_CASES
+
+
 def _module(op: str) -> Any:
     return importlib.import_module(f"uvg_engine.kernels.{op}")
 
@@ -140,7 +145,7 @@ def compile_op(op: str, capability: tuple[int, int]) -> list[Compiled]:
 
     driver.set_active(_Driver(capability))
     found: dict[Any, Compiled] = {}
-    for case in _module(op).AOT_CASES:
+    for case in cases(op):
         if capability not in case.capabilities:
             continue
         with _launch.recording(capability) as launches:
