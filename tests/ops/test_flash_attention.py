@@ -71,6 +71,7 @@ class TestFlashAttention(DifferentiableOpSuite):
     allowed = MappingProxyType(
         {("sdpa", BF16, 1): 128, ("sdpa", FP16, 1): 128, ("cpu", FP32, 1): 128, ("cpu", BF16, 1): 128}
     )
+    interpreted = MappingProxyType({"several-blocks": (BF16,), "many-spans": (FP16,), "rising": (FP32,)})
     mistakes = (
         Mistake(r"q must be a floating-point \(T, N, H\)", {"q": lambda q: q[0]}),
         Mistake(r"k must be \(19, 2, 4\) torch.float32", {"k": lambda k: k.double()}),

@@ -1,6 +1,7 @@
 """Triton kernels as newer chips than sm_80 are given them, with tensor descriptors: values, under the interpreter."""
 
 import pytest
+import test_flash_attention
 import test_moe_mlp
 from harness import BF16, Case
 
@@ -12,8 +13,21 @@ if not backend.interpreting():
 
 from uvg_engine.kernels._launch import SM90, SM100, configured_for, recording
 
+
+def attention(g):
+    """Two samples, video and text of each; whole blocks of keys and parts of one."""
+    table = test_flash_attention.table(((0, 130), (160, 5)), ((130, 30), (165, 7)))
+    return test_flash_attention.attention(g, 172, 172, table, table, 1, 32)
+
+
+def mlp(g):
+    """A group larger than a tile and a small one; whole blocks of what is summed over."""
+    return test_moe_mlp.experts(g, (0, 130, 137), 64, 64)
+
+
 RUNS = {
-    "moe_mlp": (test_moe_mlp.TestMoeMlp, Case("whole-blocks", lambda g: test_moe_mlp.experts(g, (0, 130, 137), 64, 64)))
+    "flash_attention": (test_flash_attention.TestFlashAttention, Case("descriptors", attention)),
+    "moe_mlp": (test_moe_mlp.TestMoeMlp, Case("descriptors", mlp)),
 }
 
 

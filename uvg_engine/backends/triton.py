@@ -62,6 +62,16 @@ def refuses_rows(x: Tensor, *more: Tensor) -> str | None:
     return refuses(x, *more)
 
 
+def refuses_attention(q: Tensor, *rest: Any) -> str | None:
+    """Heads of a width for which there are tiles. Rules of flash_attention and window_attention."""
+    widest, scale = (256 if q.itemsize == 2 else 128), rest[-1]
+    if q.shape[2] > widest:
+        return f"head width {q.shape[2]}; up to {widest} in {q.dtype}"
+    if scale <= 0:
+        return f"scale {scale}; above 0: the largest score is found before scaling"
+    return refuses(q)
+
+
 def refuses_rope(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, spans: Tensor, table: Tensor, *rest):
     """Rows, and a table that is read as it is."""
     if table.dtype != torch.float32:
@@ -123,6 +133,7 @@ def _kernel(op: str, rule: Callable[..., str | None], backward: bool = True) -> 
 
 TABLE = dict(
     [
+        _kernel("flash_attention", refuses_attention),
         _kernel("flow_noise", refuses_flow_noise, backward=False),
         _kernel("flow_step", refuses_flow_step, backward=False),
         _kernel("gated_residual", lambda h, y, *rest: refuses_rows(h, y)),
