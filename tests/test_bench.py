@@ -11,6 +11,7 @@ from bench import gpu_check
 from bench.__main__ import main
 from bench.case import SIZES
 from bench.one_case import OPS, bench_case, cases
+from bench.peers import PEERS
 from bench.timing import Clock, Roof, Timing
 from uvg_engine import backends
 
@@ -117,3 +118,37 @@ def test_gpu_check_counts_what_pytest_reports():
         "skipped": 1,
         "failures": ["a::bad: ['error 3']", "a::worse: ['at setup']"],
     }
+
+
+def test_gpu_report_tells_what_is_missing_and_what_failed():
+    timed = {"op": "moe_mlp", "shape": "T=1", "pass": "forward", "backend": "triton", "ms": 1.5, "of_roof": 0.5}
+    lost = {"op": "moe_mlp", "shape": "T=1", "pass": "forward", "backend": "liger", "missing": "not installed"}
+    found = {
+        **{"ok": False, "machine": {"device": "H100"}, "backends": {"triton": "moe_mlp"}},
+        **{"peers": {"liger": "not installed", "torch": "available"}, "not timed": {"block": "exit 1: ['boom']"}},
+        **{"tests": {"passed": 3, "skipped": 1, "failures": ["a::b: ['error']"]}},
+        "bench": [timed | {"times_faster": {"torch": 2.0}}, lost],
+    }
+    lines = gpu_check.report(found).splitlines()
+    for line in (
+        *("All well: no.", "- `liger`: not available: not installed", "- `torch`: available"),
+        *("3 passed, 1 skipped, 1 failed.", "- a::b: ['error']", "- block: not timed, exit 1: ['boom']"),
+        "| moe_mlp | T=1 | forward | triton | 1.500 | 50% | torch 2.00 |",
+        "| moe_mlp | T=1 | forward | liger | - | - | not available: not installed |",
+    ):
+        assert line in lines
+
+
+def test_gpu_check_ends_in_time():
+    assert gpu_check._python(1, "-c", "import time; print('begun', flush=True); time.sleep(30)") == (124, "begun\n")
+    lines, missing = gpu_check.run_bench(time.monotonic())
+    assert lines == [] and set(missing) == {*gpu_check.OPS, "block"}
+
+
+def test_a_peer_that_cannot_is_a_line_without_a_time(monkeypatch):
+    def broken(peer, what):
+        raise RuntimeError("not this dtype")
+
+    monkeypatch.setitem(PEERS, "torch", dataclasses.replace(PEERS["torch"], adapt=broken))
+    (line,) = [line for line in lines_of("moe_combine") if line["backend"] == "torch" and line["pass"] == "forward"]
+    assert "not this dtype" in line["missing"] and "ms" not in line

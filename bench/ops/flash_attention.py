@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.case import BACKWARD, BOTH, FORWARD, Case, Peer, Size, joined, leaf, normal
+from bench.gpu_peers import cudnn_peer, flash_attn_peer
 from uvg_engine import ops
 
 CONDITION = 512  # keys of cross-attention, as Wan has them
@@ -62,7 +63,11 @@ def case(name: str, head: int, cross: bool, sizes: tuple[str, ...]) -> Case:
         shape=lambda size: f"B={size.samples} L={size.rows // size.samples} N={size.width // head} H={head}",
         make=partial(make_cross if cross else make, head=head),
         work=partial(work, CONDITION if cross else None),
-        peers={"torch": torch_peer},
+        peers={
+            "torch": torch_peer,
+            "flash_attn": lambda *args: flash_attn_peer(torch_peer(*args)),
+            "cudnn": lambda *args: cudnn_peer(torch_peer(*args)),
+        },
         compiled_by=("openvino",),
         name=name,
         sizes=sizes,

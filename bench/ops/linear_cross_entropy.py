@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.case import Case, Peer, Size, leaf
+from bench.gpu_peers import liger_peer
 from bench.ops.linear_sample import head, head_work
 from uvg_engine import ops
 
@@ -35,6 +36,6 @@ CASES = (
         shape=lambda size: f"L={size.samples * size.text} D={size.width} V={size.vocab}",
         make=make,
         work=head_work,
-        peers={"torch": torch_peer, "torch.linear_cross_entropy": fused_peer},
+        peers={"torch": torch_peer, "torch.linear_cross_entropy": fused_peer, "liger": liger_peer},
     ),
 )

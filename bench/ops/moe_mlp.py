@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.case import Case, Peer, Size, leaf, normal
+from bench.gpu_peers import grouped_mm_peer
 from uvg_engine import ops
 
 
@@ -44,7 +45,7 @@ CASES = (
         shape=lambda size: f"T={size.rows} D={size.width} F={size.hidden} E=2",
         make=make,
         work=lambda size, item: (4 * size.rows * size.width * size.hidden, 4 * item * size.width * size.hidden),
-        peers={"torch": torch_peer},
+        peers={"torch": torch_peer, "grouped_mm": grouped_mm_peer},
         compiled_by=("inductor", "openvino"),
         sizes=("1.3b", "1.3b-2560"),
     ),
