@@ -2,8 +2,13 @@
 // on the CPU. Every op is called as <op>_forward(stream, **fields), <op>_backward(stream, **fields) with the fields of
 // its params struct by name; uvg_engine/backends/cuda checks and calls. No torch, no CUDA header.
 #include "common/fields.h"
+#include "uvg/flow_noise.h"
+#include "uvg/flow_step.h"
 #include "uvg/gated_residual.h"
 #include "uvg/modulated_layer_norm.h"
+#include "uvg/moe_combine.h"
+#include "uvg/moe_dispatch.h"
+#include "uvg/moe_route.h"
 
 #if UVG_SIMULATE
 #include "sim/machine.h"
@@ -16,6 +21,21 @@ namespace py = pybind11;
 namespace uvg {
 namespace {
 
+void read(Fields& f, FlowNoiseParams& p) {
+  f UVG_FIELD(data) UVG_FIELD(tokens) UVG_FIELD(sigma) UVG_FIELD(kappa) UVG_FIELD(seeds);
+  f UVG_FIELD(latent_spans) UVG_FIELD(token_spans) UVG_FIELD(num_latents) UVG_FIELD(num_tokens) UVG_FIELD(samples);
+  f UVG_FIELD(step) UVG_FIELD(vocab) UVG_FIELD(mask_id) UVG_FIELD(dtype);
+  f UVG_FIELD(x) UVG_FIELD(velocity) UVG_FIELD(noisy);
+}
+
+void read(Fields& f, FlowStepParams& p) {
+  f UVG_FIELD(x) UVG_FIELD(v_cond) UVG_FIELD(v_uncond) UVG_FIELD(last) UVG_FIELD(m1) UVG_FIELD(m2);
+  f UVG_FIELD(guidance) UVG_FIELD(coefs) UVG_FIELD(latent_spans) UVG_FIELD(tokens) UVG_FIELD(drawn);
+  f UVG_FIELD(jump_prob) UVG_FIELD(seeds) UVG_FIELD(steps) UVG_FIELD(token_spans);
+  f UVG_FIELD(num_latents) UVG_FIELD(num_tokens) UVG_FIELD(samples) UVG_FIELD(dtype);
+  f UVG_FIELD(x_next) UVG_FIELD(corrected) UVG_FIELD(estimate) UVG_FIELD(tokens_next);
+}
+
 void read(Fields& f, GatedResidualParams& p) {
   f UVG_FIELD(h) UVG_FIELD(y) UVG_FIELD(gate) UVG_FIELD(spans);
   f UVG_FIELD(rows) UVG_FIELD(width) UVG_FIELD(num_spans) UVG_FIELD(dtype_h) UVG_FIELD(dtype_y);
@@ -27,6 +47,22 @@ void read(Fields& f, ModulatedLayerNormParams& p) {
   f UVG_FIELD(rows) UVG_FIELD(width) UVG_FIELD(num_spans) UVG_FIELD(eps) UVG_FIELD(dtype);
   f UVG_FIELD(mean) UVG_FIELD(rstd) UVG_FIELD(y) UVG_FIELD(dy) UVG_FIELD(dx);
   f UVG_FIELD(dshift) UVG_FIELD(dscale) UVG_FIELD(dweight) UVG_FIELD(dbias) UVG_FIELD(partial);
+}
+
+void read(Fields& f, MoeCombineParams& p) {
+  f UVG_FIELD(grouped) UVG_FIELD(order) UVG_FIELD(weights) UVG_FIELD(rows) UVG_FIELD(width) UVG_FIELD(top_k);
+  f UVG_FIELD(dtype) UVG_FIELD(places) UVG_FIELD(out) UVG_FIELD(dout) UVG_FIELD(dgrouped) UVG_FIELD(dweights);
+}
+
+void read(Fields& f, MoeDispatchParams& p) {
+  f UVG_FIELD(x) UVG_FIELD(chosen) UVG_FIELD(rows) UVG_FIELD(width) UVG_FIELD(experts) UVG_FIELD(top_k);
+  f UVG_FIELD(dtype) UVG_FIELD(grouped) UVG_FIELD(offsets) UVG_FIELD(order) UVG_FIELD(places);
+  f UVG_FIELD(dgrouped) UVG_FIELD(dx);
+}
+
+void read(Fields& f, MoeRouteParams& p) {
+  f UVG_FIELD(logits) UVG_FIELD(rows) UVG_FIELD(experts) UVG_FIELD(top_k) UVG_FIELD(dtype);
+  f UVG_FIELD(weights) UVG_FIELD(chosen) UVG_FIELD(dweights) UVG_FIELD(dlogits);
 }
 
 // Buffers of the simulator live as long as the call.
@@ -50,10 +86,18 @@ void define(py::module_& m, const char* name, void (*launcher)(const Params&, vo
 }
 
 void define_kernels(py::module_& m) {
+  define(m, "flow_noise_forward", &cuda::flow_noise_forward);
+  define(m, "flow_step_forward", &cuda::flow_step_forward);
   define(m, "gated_residual_forward", &cuda::gated_residual_forward);
   define(m, "gated_residual_backward", &cuda::gated_residual_backward);
   define(m, "modulated_layer_norm_forward", &cuda::modulated_layer_norm_forward);
   define(m, "modulated_layer_norm_backward", &cuda::modulated_layer_norm_backward);
+  define(m, "moe_combine_forward", &cuda::moe_combine_forward);
+  define(m, "moe_combine_backward", &cuda::moe_combine_backward);
+  define(m, "moe_dispatch_forward", &cuda::moe_dispatch_forward);
+  define(m, "moe_dispatch_backward", &cuda::moe_dispatch_backward);
+  define(m, "moe_route_forward", &cuda::moe_route_forward);
+  define(m, "moe_route_backward", &cuda::moe_route_backward);
 }
 
 }  // namespace

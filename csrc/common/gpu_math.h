@@ -121,6 +121,51 @@ UVG_DEVICE float reciprocal_sqrt(float x) {
 #endif
 }
 
+UVG_DEVICE float square_root(float x) {
+#if UVG_SIMULATE
+  return std::sqrt(x);
+#else
+  return __fsqrt_rn(x);
+#endif
+}
+
+// e^x within an ulp, where exp2 of a product would lose digits with x.
+UVG_DEVICE float exp(float x) {
+#if UVG_SIMULATE
+  return std::exp(x);
+#else
+  return ::expf(x);
+#endif
+}
+
+// ln(x) within an ulp also near 1, where log2 keeps no digits.
+UVG_DEVICE float log(float x) {
+#if UVG_SIMULATE
+  return std::log(x);
+#else
+  return ::logf(x);
+#endif
+}
+
+// Sine and cosine of `turns` whole turns, within two ulps.
+UVG_DEVICE void sine_cosine(float turns, float& sine, float& cosine) {
+#if UVG_SIMULATE
+  const double angle = 6.283185307179586 * turns;
+  sine = static_cast<float>(std::sin(angle)), cosine = static_cast<float>(std::cos(angle));
+#else
+  ::sincospif(2.0f * turns, &sine, &cosine);
+#endif
+}
+
+// How many bits are set.
+UVG_DEVICE int count_bits(uint32_t bits) {
+#if UVG_SIMULATE
+  return __builtin_popcount(bits);
+#else
+  return __popc(bits);
+#endif
+}
+
 UVG_DEVICE float max(float a, float b) { return a > b ? a : b; }
 UVG_DEVICE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 

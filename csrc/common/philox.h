@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#define UVG_HOST_DEVICE __host__ __device__ __forceinline__
+#define UVG_PHILOX __host__ __device__ __forceinline__
 #else
-#define UVG_HOST_DEVICE static inline  // each instruction set its own copy
+#define UVG_PHILOX static inline  // each instruction set its own copy
 #endif
 
 namespace uvg {
@@ -27,12 +27,12 @@ struct PhiloxWords {
   uint32_t w0, w1, w2, w3;
 };
 
-UVG_HOST_DEVICE PhiloxKey philox_key(int64_t seed) {
+UVG_PHILOX PhiloxKey philox_key(int64_t seed) {
   const auto bits = static_cast<uint64_t>(seed);
   return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
 }
 
-UVG_HOST_DEVICE PhiloxWords philox4x32(PhiloxCounter counter, PhiloxKey key) {
+UVG_PHILOX PhiloxWords philox4x32(PhiloxCounter counter, PhiloxKey key) {
   PhiloxWords c = {counter.step, counter.stream, counter.token, counter.tile};
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t{0xD2511F53} * c.w0;
@@ -45,12 +45,12 @@ UVG_HOST_DEVICE PhiloxWords philox4x32(PhiloxCounter counter, PhiloxKey key) {
 }
 
 // A word as a uniform in (0, 1): odd multiples of 2^-24, exact in fp32, never 0 or 1.
-UVG_HOST_DEVICE float philox_uniform(uint32_t word) {
+UVG_PHILOX float philox_uniform(uint32_t word) {
   return static_cast<float>(2 * (word >> 9) + 1) * (1.0f / 16777216.0f);
 }
 
 // A word as an integer in [0, high), high < 2^31; bias below high * 2^-32.
-UVG_HOST_DEVICE uint32_t philox_integer(uint32_t word, uint32_t high) {
+UVG_PHILOX uint32_t philox_integer(uint32_t word, uint32_t high) {
   return static_cast<uint32_t>((static_cast<uint64_t>(word) * high) >> 32);
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "common/dtype.h"
 
@@ -25,5 +26,6 @@ struct FlowNoiseParams {
 };
 
 UVG_KERNEL(flow_noise_forward, FlowNoiseParams)
+UVG_CUDA_KERNEL(flow_noise_forward, FlowNoiseParams)
 
 }  // namespace uvg

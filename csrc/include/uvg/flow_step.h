@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "common/dtype.h"
 
@@ -27,5 +28,6 @@ struct FlowStepParams {
 };
 
 UVG_KERNEL(flow_step_forward, FlowStepParams)
+UVG_CUDA_KERNEL(flow_step_forward, FlowStepParams)
 
 }  // namespace uvg

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "common/dtype.h"
 
@@ -25,5 +26,7 @@ struct MoeCombineParams {
 
 UVG_KERNEL(moe_combine_forward, MoeCombineParams)
 UVG_KERNEL(moe_combine_backward, MoeCombineParams)
+UVG_CUDA_KERNEL(moe_combine_forward, MoeCombineParams)
+UVG_CUDA_KERNEL(moe_combine_backward, MoeCombineParams)
 
 }  // namespace uvg

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "common/dtype.h"
 
@@ -25,5 +26,7 @@ struct MoeDispatchParams {
 
 UVG_KERNEL(moe_dispatch_forward, MoeDispatchParams)
 UVG_KERNEL(moe_dispatch_backward, MoeDispatchParams)
+UVG_CUDA_KERNEL(moe_dispatch_forward, MoeDispatchParams)
+UVG_CUDA_KERNEL(moe_dispatch_backward, MoeDispatchParams)
 
 }  // namespace uvg

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "common/dtype.h"
 
@@ -21,5 +22,7 @@ struct MoeRouteParams {
 
 UVG_KERNEL(moe_route_forward, MoeRouteParams)
 UVG_KERNEL(moe_route_backward, MoeRouteParams)
+UVG_CUDA_KERNEL(moe_route_forward, MoeRouteParams)
+UVG_CUDA_KERNEL(moe_route_backward, MoeRouteParams)
 
 }  // namespace uvg

@@ -4,11 +4,24 @@ ready; kernels see addresses. Tests run the same tables on CPU tensors by the si
 from __future__ import annotations
 
 from uvg_engine.backends import Kernel
-from uvg_engine.backends.cuda import gated_residual, modulated_layer_norm
+from uvg_engine.backends.cuda import (
+    flow_noise,
+    flow_step,
+    gated_residual,
+    modulated_layer_norm,
+    moe_combine,
+    moe_dispatch,
+    moe_route,
+)
 
 TABLE = {
+    "flow_noise": Kernel(flow_noise.forward, refuses=flow_noise.refuses),
+    "flow_step": Kernel(flow_step.forward, refuses=flow_step.refuses),
     "gated_residual": Kernel(gated_residual.forward, gated_residual.backward, gated_residual.refuses),
     "modulated_layer_norm": Kernel(
         modulated_layer_norm.forward, modulated_layer_norm.backward, modulated_layer_norm.refuses
     ),
+    "moe_combine": Kernel(moe_combine.forward, moe_combine.backward, moe_combine.refuses),
+    "moe_dispatch": Kernel(moe_dispatch.forward, moe_dispatch.backward, moe_dispatch.refuses),
+    "moe_route": Kernel(moe_route.forward, moe_route.backward, moe_route.refuses),
 }

@@ -59,6 +59,14 @@ def refuses_rows(x: Tensor, *more: Tensor) -> str | None:
     return refuses_tensors(x, *more)
 
 
+def refuses_numbers(numbers: dict[str, Tensor]) -> str | None:
+    """Coefficients per sample in fp32, by name."""
+    for name, value in numbers.items():
+        if value.dtype != torch.float32:
+            return f"{name} of {value.dtype}; have float32"
+    return None
+
+
 def launch(kernel: str, like: Tensor, **fields: Any) -> None:
     """Call the launcher of csrc/cuda on the current stream of `like`'s device, with the fields of its params struct.
 
