@@ -103,8 +103,8 @@ void flow_step_forward(const Params& p, gpu::Stream stream) {
   with_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     constexpr int kVector = 16 / sizeof(T);
-    const bool wide = p.num_latents % kVector == 0 && aligned({p.x, p.v_cond, p.v_uncond, p.last, p.m1, p.m2, p.x_next,
-                                                               p.corrected, p.estimate});
+    const bool wide = p.num_latents % kVector == 0 &&
+                      aligned({p.x, p.v_cond, p.v_uncond, p.last, p.m1, p.m2, p.x_next, p.corrected, p.estimate});
     wide ? run<T, kVector>(p, stream) : run<T, 1>(p, stream);
   });
 }

@@ -76,15 +76,13 @@ __global__ void __launch_bounds__(kRowWarps* gpu::kWarp) backward_kernel(Params 
 }  // namespace
 
 void moe_route_forward(const Params& p, gpu::Stream stream) {
-  with_dtype(p.dtype, [&](auto tag) {
-    launch_rows(forward_kernel<typename decltype(tag)::Type>, p.rows, 0, stream, p);
-  });
+  with_dtype(p.dtype,
+             [&](auto tag) { launch_rows(forward_kernel<typename decltype(tag)::Type>, p.rows, 0, stream, p); });
 }
 
 void moe_route_backward(const Params& p, gpu::Stream stream) {
-  with_dtype(p.dtype, [&](auto tag) {
-    launch_rows(backward_kernel<typename decltype(tag)::Type>, p.rows, 0, stream, p);
-  });
+  with_dtype(p.dtype,
+             [&](auto tag) { launch_rows(backward_kernel<typename decltype(tag)::Type>, p.rows, 0, stream, p); });
 }
 
 }  // namespace uvg::cuda

@@ -1,4 +1,5 @@
-// Kernels over elements of packed samples: kThreads threads a block, kVector neighbours a thread. A span is (start, len).
+// Kernels over elements of packed samples: kThreads threads a block, kVector neighbours a thread. A span is (start,
+// len).
 #pragma once
 
 #include "cuda/rows.h"

@@ -30,6 +30,16 @@ def forward(
     given = {name: value.contiguous() for name, value in (per_sample | spans).items()}
     sizes = {"num_latents": len(data), "num_tokens": len(tokens), "samples": len(seeds), "dtype": data.dtype}
     numbers = {"step": step, "vocab": vocab, "mask_id": mask_id}
-    launch("flow_noise_forward", data, data=data, tokens=tokens, **given, **sizes, **numbers, x=x, velocity=velocity,
-           noisy=noisy)
+    launch(
+        "flow_noise_forward",
+        data,
+        data=data,
+        tokens=tokens,
+        **given,
+        **sizes,
+        **numbers,
+        x=x,
+        velocity=velocity,
+        noisy=noisy,
+    )
     return x, velocity, noisy
