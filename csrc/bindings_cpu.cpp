@@ -12,6 +12,7 @@
 #include "common/philox.h"
 #include "uvg/flash_attention.h"
 #include "uvg/gated_residual.h"
+#include "uvg/linear.h"
 #include "uvg/linear_sample.h"
 #include "uvg/modulated_layer_norm.h"
 #include "uvg/moe_mlp.h"
@@ -104,6 +105,31 @@ void activate(bool backward, Address pre, int64_t size, int dtype, int threads, 
   run(backward ? uvg::moe_mlp_activate_backward : uvg::moe_mlp_activate, p);
 }
 
+int64_t weight_words(int64_t width, int64_t depth, int dtype) {
+  int64_t words = 0;
+  uvg::LinearParams p{};
+  p.depth = depth, p.width = width, p.dtype = static_cast<uvg::Dtype>(dtype), p.words = &words;
+  uvg::linear_words(p);
+  return words;
+}
+
+void pack_weight(Address weight, int64_t width, int64_t depth, int dtype, int threads, Address packed) {
+  uvg::LinearParams p{};
+  p.weight = at<void>(weight), p.depth = depth, p.width = width;
+  p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads, p.pack_into = at<uint32_t>(packed);
+  run(uvg::linear_pack, p);
+}
+
+void linear(Address x, Address packed, Address bias, int64_t rows, int64_t depth, int64_t width, int64_t x_row,
+            int64_t out_row, bool gelu, int dtype, int threads, Address out, Address pre) {
+  uvg::LinearParams p{};
+  p.x = at<void>(x), p.packed = at<uint32_t>(packed), p.bias = at<void>(bias);
+  p.rows = rows, p.depth = depth, p.width = width, p.x_row = x_row, p.out_row = out_row;
+  p.gelu = gelu, p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
+  p.out = at<void>(out), p.pre = at<void>(pre);
+  run(uvg::linear_forward, p);
+}
+
 using Spans = std::array<int64_t, 4>;  // address of int32 [samples, per_sample, 2], samples, per_sample, rows
 
 uvg::RowLists row_lists(const Spans& spans) {
@@ -166,6 +192,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("qk_norm_rope", &norm_rope);
   m.def("moe_mlp", &activate);
   m.def("flash_attention", &attention);
+  m.def("linear", &linear);
+  m.def("linear_words", &weight_words);
+  m.def("linear_pack", &pack_weight);
   m.def("linear_sample", &sample);
   bind_flow(m);
   bind_moe_routing(m);

@@ -1,6 +1,6 @@
 #include "uvg/moe_mlp.h"
 
-#include "cpu/exp.h"
+#include "cpu/gelu.h"
 
 namespace uvg {
 namespace UVG_ISA {
@@ -8,23 +8,7 @@ namespace {
 
 using Params = MoeMlpParams;
 
-constexpr int64_t kChunk = 8192;            // values that one thread does alone
-constexpr float kSlope = 1.5957691216f;     // 2 sqrt(2 / pi)
-constexpr float kCubic = 0.0713548162726f;  // kSlope * 0.044715
-
-// GELU in its tanh form is x * s(u) with the logistic s and u = kSlope x + kCubic x^3.
-struct Gelu {
-  Vec share, slope;  // s(u); derivative of gelu
-
-  explicit Gelu(Vec x) {
-    const Vec square = x * x;
-    const Vec u = x * (kSlope + kCubic * square);
-    const Vec decay = exp(-u);
-    share = 1.0f / (1.0f + decay);
-    // 1 - s = decay * s keeps its digits where s is near 1
-    slope = share + x * (kSlope + 3.0f * kCubic * square) * (share * share * decay);
-  }
-};
+constexpr int64_t kChunk = 8192;  // values that one thread does alone
 
 // body(first, count) over all values, in runs of up to sixteen.
 template <typename Body>
@@ -41,7 +25,7 @@ template <typename T>
 void forward(const Params& p) {
   each(p, [&](int64_t i, int64_t n) {
     const Vec x = load(static_cast<const T*>(p.pre) + i, n);
-    store(static_cast<T*>(p.hidden) + i, x * Gelu(x).share, n);
+    store(static_cast<T*>(p.hidden) + i, gelu(x), n);
   });
 }
 
@@ -50,8 +34,8 @@ void backward(const Params& p) {
   each(p, [&](int64_t i, int64_t n) {
     const Vec x = load(static_cast<const T*>(p.pre) + i, n);
     const Vec dhidden = load(static_cast<const T*>(p.dhidden) + i, n);
-    const Gelu gelu(x);
-    store(static_cast<T*>(p.hidden) + i, x * gelu.share, n);
+    const GeluAndSlope gelu(x);
+    store(static_cast<T*>(p.hidden) + i, gelu.value, n);
     store(static_cast<T*>(p.dpre) + i, dhidden * gelu.slope, n);
   });
 }

@@ -1,0 +1,33 @@
+// GELU in its tanh form, and its derivative, of sixteen floats.
+#pragma once
+
+#include "cpu/exp.h"
+
+namespace uvg {
+namespace UVG_ISA {
+
+constexpr float kGeluSlope = 1.5957691216f;     // 2 sqrt(2 / pi)
+constexpr float kGeluCubic = 0.0713548162726f;  // kGeluSlope * 0.044715
+
+// x * s(u) with the logistic s and u = kGeluSlope x + kGeluCubic x^3.
+inline Vec gelu(Vec x) {
+  const Vec u = x * (kGeluSlope + kGeluCubic * x * x);
+  return x / (1.0f + exp2(u * -kLog2E));
+}
+
+struct GeluAndSlope {
+  Vec value, slope;  // gelu(x), its derivative
+
+  explicit GeluAndSlope(Vec x) {
+    const Vec square = x * x;
+    const Vec u = x * (kGeluSlope + kGeluCubic * square);
+    const Vec decay = exp(-u);
+    const Vec share = 1.0f / (1.0f + decay);
+    value = x * share;
+    // 1 - s = decay * s keeps its digits where s is near 1
+    slope = share + x * (kGeluSlope + 3.0f * kGeluCubic * square) * (share * share * decay);
+  }
+};
+
+}  // namespace UVG_ISA
+}  // namespace uvg

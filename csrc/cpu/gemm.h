@@ -1,0 +1,219 @@
+// act(x W^T + b) for packed weights W, the products of `linear` and `moe_mlp`.
+//
+// A row of the result has the same bits whatever rows stand beside it and however many threads work: every value is the
+// sum over the depth in one order, in blocks that the depth alone decides.
+#pragma once
+
+#include "common/row_chunks.h"
+#include "cpu/gelu.h"
+#include "cpu/tile.h"
+
+namespace uvg {
+namespace UVG_ISA {
+
+constexpr int64_t kRowBlock = 32 * kTileRows;  // rows that meet a panel while it stays in the second-level cache
+constexpr int64_t kDepthBlock = 768;           // dwords of the depth that are summed up in registers
+
+// A product over some rows. Rows of x, out and pre lie x_row, out_row values apart.
+template <typename T>
+struct Product {
+  const T* x;              // [rows, depth]
+  const uint32_t* packed;  // [width, depth] by pack_weight
+  const T* bias;           // [width] or null
+  int64_t rows, depth, width, x_row, out_row;
+  bool gelu;
+  T* out;  // [rows, width]
+  T* pre;  // [rows, width]: before the activation, or null
+};
+
+// Words of a packed weight.
+template <typename F>
+constexpr int64_t weight_words(int64_t width, int64_t depth) {
+  return round_up(width, kPanel) * row_words<F>(depth);
+}
+
+// Whether a row of x is a row of dwords as it stands.
+template <typename F>
+bool lies_ready(const Product<typename F::Value>& p) {
+  return sizeof(typename F::Value) * F::kPer == sizeof(uint32_t) && p.depth % F::kPer == 0 && p.x_row % F::kPer == 0 &&
+         reinterpret_cast<uintptr_t>(p.x) % sizeof(uint32_t) == 0;
+}
+
+// How a product is cut into tasks that threads take one by one.
+struct Tasks {
+  int64_t row_block, row_blocks, panels, panel_group, panel_groups;
+
+  Tasks(int64_t rows, int64_t width, int threads) {
+    panels = round_up(width, kPanel) / kPanel;
+    row_block = kRowBlock;
+    while (row_block > 2 * kTileRows && blocks(rows, row_block) * panels < 4 * threads) row_block /= 2;
+    row_blocks = blocks(rows, row_block);
+    panel_group = row_blocks * panels / (16 * threads);
+    panel_group = panel_group < 1 ? 1 : (panel_group > 4 ? 4 : panel_group);
+    panel_groups = blocks(panels, panel_group);
+  }
+
+  int64_t size() const { return row_blocks * panel_groups; }
+
+ private:
+  static int64_t blocks(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
+};
+
+// One block of the depth for one tile: where it starts, and what becomes of the sums.
+template <typename T>
+struct Step {
+  const uint32_t* left;
+  int64_t left_row;
+  const uint32_t* panel;
+  int64_t depth;
+  float* sums;  // [rows, kPanel], carried from block to block
+  bool first, last;
+  const Product<T>* product;
+  int64_t row, column;
+};
+
+template <typename F, int R, int V>
+UVG_NOINLINE void gemm_tile(const Step<typename F::Value>& s) {
+  Vec sum[R][V] = {};
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < s.depth; ++k) {
+    VecBits right[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) right[j] = load_bits(s.panel + k * kPanel + j * kLanes);
+#pragma GCC unroll 6
+    for (int64_t r = 0; r < R; ++r) {
+      uint32_t value;
+      std::memcpy(&value, s.left + r * s.left_row + k, sizeof value);  // of another type as a rule
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) sum[r][j] = F::mac(sum[r][j], value, right[j]);
+    }
+  }
+  if (!s.first) {
+#pragma GCC unroll 6
+    for (int64_t r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) sum[r][j] += load(s.sums + r * kPanel + j * kLanes);
+  }
+  if (!s.last) {
+#pragma GCC unroll 6
+    for (int64_t r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) store(s.sums + r * kPanel + j * kLanes, sum[r][j]);
+    return;
+  }
+  const Product<typename F::Value>& p = *s.product;
+#pragma GCC unroll 4
+  for (int j = 0; j < V; ++j) {
+    const int64_t column = s.column + j * kLanes, left = p.width - column;
+    const Vec bias = p.bias == nullptr ? Vec{} : load(p.bias + column, left);
+#pragma GCC unroll 6
+    for (int64_t r = 0; r < R; ++r) {
+      const int64_t at = (s.row + r) * p.out_row + column;
+      const Vec value = sum[r][j] + bias;
+      if (p.pre != nullptr) store(p.pre + at, value, left);
+      store(p.out + at, p.gelu ? gelu(value) : value, left);
+    }
+  }
+}
+
+template <typename F, int R>
+void gemm_tile_of(int64_t vecs, const Step<typename F::Value>& s) {
+#if defined(__AVX512F__)
+  if (vecs >= 4) return gemm_tile<F, R, 4>(s);
+  if (vecs == 3) return gemm_tile<F, R, 3>(s);
+  if (vecs == 2) return gemm_tile<F, R, 2>(s);
+#endif
+  gemm_tile<F, R, 1>(s);
+}
+
+// Room that a thread needs for its tasks, in dwords.
+template <typename F>
+int64_t gemm_room(const Product<typename F::Value>& p, const Tasks& tasks) {
+  const int64_t sums = depth_of<F>(p.depth) > kDepthBlock ? tasks.row_block * kPanel : 0;
+  return sums + (lies_ready<F>(p) ? 0 : tasks.row_block * row_words<F>(p.depth));
+}
+
+template <typename F>
+void gemm_task(const Product<typename F::Value>& p, const Tasks& tasks, int64_t task, float* room) {
+  using T = typename F::Value;
+  const int64_t first_row = task % tasks.row_blocks * tasks.row_block;
+  const int64_t rows = p.rows - first_row < tasks.row_block ? p.rows - first_row : tasks.row_block;
+  const int64_t depth = depth_of<F>(p.depth), words = row_words<F>(p.depth);
+  const int64_t depth_blocks = (depth + kDepthBlock - 1) / kDepthBlock;
+  const uint32_t* left = reinterpret_cast<const uint32_t*>(p.x + first_row * p.x_row);
+  int64_t left_row = p.x_row / F::kPer;
+  if (!lies_ready<F>(p)) {
+    auto* packed = reinterpret_cast<uint32_t*>(room + (depth_blocks > 1 ? tasks.row_block * kPanel : 0));
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < words; c += kLanes)
+        store_bits(packed + r * words + c,
+                   F::dwords(p.x + (first_row + r) * p.x_row, c * F::kPer, p.depth - c * F::kPer));
+    left = packed;
+    left_row = words;
+  }
+  const int64_t first_panel = task / tasks.row_blocks * tasks.panel_group;
+  const int64_t end = first_panel + tasks.panel_group < tasks.panels ? first_panel + tasks.panel_group : tasks.panels;
+  for (int64_t panel = first_panel; panel < end; ++panel) {
+    const int64_t column = panel * kPanel, vecs = (p.width - column + kLanes - 1) / kLanes;
+    for (int64_t b = 0; b < depth_blocks; ++b) {
+      const int64_t from = depth * b / depth_blocks, to = depth * (b + 1) / depth_blocks;
+      for (int64_t r = 0; r < rows;) {
+        const Step<T> step{left + r * left_row + from,
+                           left_row,
+                           p.packed + column * words + from * kPanel,
+                           to - from,
+                           room + r * kPanel,
+                           b == 0,
+                           b + 1 == depth_blocks,
+                           &p,
+                           first_row + r,
+                           column};
+        const int64_t rest = rows - r;
+        if (rest >= kTileRows) {
+          gemm_tile_of<F, kTileRows>(vecs, step), r += kTileRows;
+        } else if (rest >= 3) {
+          gemm_tile_of<F, 3>(vecs, step), r += 3;
+        } else {
+          gemm_tile_of<F, 1>(vecs, step), r += 1;
+        }
+      }
+    }
+  }
+}
+
+template <typename F>
+void gemm(const Product<typename F::Value>& p, int threads) {
+  const Tasks tasks(p.rows, p.width, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const Floats room(gemm_room<F>(p, tasks));
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < tasks.size(); ++t) gemm_task<F>(p, tasks, t, room.data());
+  }
+}
+
+// Panels of weight_words dwords from rows of `depth` values.
+template <typename F>
+void pack_weight(const typename F::Value* weight, int64_t width, int64_t depth, uint32_t* out, int threads) {
+  const int64_t words = row_words<F>(depth), panels = round_up(width, kPanel) / kPanel;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const Floats room(kLanes * words);
+    auto* work = reinterpret_cast<uint32_t*>(room.data());
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < panels; ++panel)
+      for (int64_t i = 0; i < kPanel; i += kLanes) {
+        for (int64_t r = 0; r < kLanes; ++r) {
+          const int64_t at = panel * kPanel + i + r;
+          for (int64_t c = 0; c < words; c += kLanes)
+            store_bits(work + r * words + c,
+                       at < width ? F::dwords(weight + at * depth, c * F::kPer, depth - c * F::kPer) : VecBits{});
+        }
+        uint32_t* to = out + panel * kPanel * words + i;
+        for (int64_t c = 0; c < words; c += kLanes) transpose16(work + c, words, to + c * kPanel, kPanel);
+      }
+  }
+}
+
+}  // namespace UVG_ISA
+}  // namespace uvg

@@ -1,0 +1,31 @@
+// out = act(x W^T + b). A weight is packed first: linear_words tells the room, linear_pack fills it, for the
+// instruction set in use. Rows of x and out lie x_row, out_row values apart; all else is packed.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dispatch.h"
+#include "common/dtype.h"
+
+namespace uvg {
+
+struct LinearParams {
+  const void* x;       // [rows, depth]
+  const void* weight;  // [width, depth]; read by linear_pack alone
+  const void* bias;    // [width] or null
+  const uint32_t* packed;
+  int64_t rows, depth, width, x_row, out_row;
+  bool gelu;    // act is GELU in its tanh form, not nothing
+  Dtype dtype;  // of all but packed
+  int threads;
+  void* out;            // [rows, width]
+  void* pre;            // [rows, width]: before act, or null
+  uint32_t* pack_into;  // linear_pack
+  int64_t* words;       // linear_words
+};
+
+UVG_KERNEL(linear_words, LinearParams)
+UVG_KERNEL(linear_pack, LinearParams)
+UVG_KERNEL(linear_forward, LinearParams)
+
+}  // namespace uvg
