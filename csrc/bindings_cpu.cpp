@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "common/content_mark.h"
 #include "common/cpu_features.h"
 #include "common/philox.h"
 #include "uvg/flash_attention.h"
@@ -113,6 +114,11 @@ int64_t weight_words(int64_t width, int64_t depth, int dtype) {
   return words;
 }
 
+// Tells whether a packed weight still is one: changes with what the weight holds and with the instruction set.
+uint64_t weight_mark(Address weight, int64_t bytes) {
+  return uvg::content_mark(at<void>(weight), bytes) + static_cast<uint64_t>(uvg::isa_in_use());
+}
+
 void pack_weight(Address weight, int64_t width, int64_t depth, int dtype, int threads, Address packed) {
   uvg::LinearParams p{};
   p.weight = at<void>(weight), p.depth = depth, p.width = width;
@@ -194,6 +200,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("flash_attention", &attention);
   m.def("linear", &linear);
   m.def("linear_words", &weight_words);
+  m.def("weight_mark", &weight_mark);
   m.def("linear_pack", &pack_weight);
   m.def("linear_sample", &sample);
   bind_flow(m);

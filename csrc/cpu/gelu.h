@@ -12,7 +12,11 @@ constexpr float kGeluCubic = 0.0713548162726f;  // kGeluSlope * 0.044715
 // x * s(u) with the logistic s and u = kGeluSlope x + kGeluCubic x^3.
 inline Vec gelu(Vec x) {
   const Vec u = x * (kGeluSlope + kGeluCubic * x * x);
+#if defined(__AVX512F__)
   return x / (1.0f + exp2(u * -kLog2E));
+#else
+  return x / (1.0f + exp(-u));
+#endif
 }
 
 struct GeluAndSlope {

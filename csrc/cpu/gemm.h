@@ -139,7 +139,7 @@ void gemm_task(const Product<typename F::Value>& p, const Tasks& tasks, int64_t 
   const int64_t first_row = task % tasks.row_blocks * tasks.row_block;
   const int64_t rows = p.rows - first_row < tasks.row_block ? p.rows - first_row : tasks.row_block;
   const int64_t depth = depth_of<F>(p.depth), words = row_words<F>(p.depth);
-  const int64_t depth_blocks = (depth + kDepthBlock - 1) / kDepthBlock;
+  const int64_t depth_blocks = depth > 0 ? (depth + kDepthBlock - 1) / kDepthBlock : 1;
   const uint32_t* left = reinterpret_cast<const uint32_t*>(p.x + first_row * p.x_row);
   int64_t left_row = p.x_row / F::kPer;
   if (!lies_ready<F>(p)) {

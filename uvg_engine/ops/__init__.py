@@ -5,6 +5,7 @@ from uvg_engine.ops.flash_attention import flash_attention
 from uvg_engine.ops.flow_noise import flow_noise, flow_source
 from uvg_engine.ops.flow_step import flow_step, jump_coins
 from uvg_engine.ops.gated_residual import gated_residual, gated_residual_norm
+from uvg_engine.ops.linear import linear
 from uvg_engine.ops.linear_cross_entropy import linear_cross_entropy
 from uvg_engine.ops.linear_sample import linear_sample
 from uvg_engine.ops.modulated_layer_norm import modulated_layer_norm
@@ -22,6 +23,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_norm",
     "jump_coins",
+    "linear",
     "linear_cross_entropy",
     "linear_sample",
     "modulated_layer_norm",

@@ -24,7 +24,8 @@ def define(op: str, schema: str, fake: Callable[..., Any], check: Callable[..., 
 
     check(*args) raises ValueError on values that nobody could serve: spans beyond the rows, ids out of range. It runs
     on the CPU alone, where no backend then repeats it; on a device the host would have to wait for the values.
-    Whatever a kernel or a fake returns comes out contiguous, so strides never depend on the backend.
+    Whatever a kernel or a fake returns comes out contiguous, so strides never depend on the backend. A kernel gives None
+    for a result that the arguments do not ask for; torch sees an empty tensor [0].
     """
 
     def dispatch(*args: Any) -> Any:
@@ -108,7 +109,9 @@ def alone(args: tuple[Any, ...]) -> bool:
 def _packed(function: Callable[..., Any]) -> Callable[..., Any]:
     def packed(*args: Any) -> Any:
         result = function(*args)
-        return result.contiguous() if isinstance(result, Tensor) else tuple(part.contiguous() for part in result)
+        if isinstance(result, Tensor):
+            return result.contiguous()
+        return tuple(torch.empty(0) if part is None else part.contiguous() for part in result)
 
     return packed
 
@@ -191,6 +194,20 @@ def require_inside(name: str, spans: Tensor, num_rows: int) -> None:
 def _inside(spans: bytes, last: int, num_rows: int) -> bool:
     starts, lengths = np.frombuffer(spans, np.int32).reshape(-1, last)[:, :2].astype(np.int64).T
     return not bool(((starts < 0) | (lengths < 0) | (starts + lengths > num_rows)).any())
+
+
+def require_tiles(name: str, spans: Tensor, num_rows: int) -> None:
+    """Spans (start, len) follow one another from row 0 to row `num_rows`. Reads values: for the `check` of `define`."""
+    if not _tiles(values_of(spans), num_rows):
+        raise ValueError(f"{name} must tile [0, {num_rows}) in order, got {spans.tolist()}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiles(spans: bytes, num_rows: int) -> bool:
+    starts, lengths = np.frombuffer(spans, np.int32).reshape(-1, 2).astype(np.int64).T
+    ends = np.cumsum(lengths)
+    rows = int(ends[-1]) if len(ends) else 0
+    return rows == num_rows and not bool((lengths < 0).any()) and bool((starts == ends - lengths).all())
 
 
 def values_of(spans: Tensor) -> bytes:

@@ -1,0 +1,164 @@
+"""linear: the shared suite, and what its rows must keep."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from harness import BF16, FP32, Case, DifferentiableOpSuite, Mistake, normal, spans
+from torch.nn import functional
+
+from uvg_engine import backends
+from uvg_engine.backends import packed_weights
+from uvg_engine.ops import linear
+
+WIDE = 16 * 96 + 5  # more depth than one block of sums takes
+
+
+def layer(g, rows, depth, width, **more):
+    made = {"x": normal(g, rows, depth), "weight": normal(g, width, depth) * max(depth, 1) ** -0.5}
+    return made | {"bias": normal(g, width)} | more
+
+
+def case(name, *args, **more):
+    return Case(name, lambda g: layer(g, *args, **more))
+
+
+class TestLinear(DifferentiableOpSuite):
+    op = "linear"
+    cases = (
+        case("spans", 9, 6, 13, row_spans=spans((0, 4), (4, 0), (4, 5))),
+        case("gelu", 8, 6, 9, activation="gelu_tanh"),
+        case("gelu-spans", 8, 7, 9, activation="gelu_tanh", row_spans=spans((0, 3), (3, 5))),
+        Case("no-bias", lambda g: layer(g, 5, 4, 3) | {"bias": None}),
+        case("no-rows", 0, 8, 16),
+        case("no-rows-gelu", 0, 8, 16, activation="gelu_tanh", row_spans=spans()),
+        case("no-depth", 3, 0, 5),
+        case("no-width", 3, 4, 0),
+        case("one-element", 1, 1, 1),
+        case("a-panel-and-one", 7, 33, 65),
+        case("six-rows", 6, 32, 64, activation="gelu_tanh"),
+        case("many-rows", 397, 17, 131),
+        case("two-depth-blocks", 13, WIDE, 48),
+    )
+    mistakes = (
+        Mistake(r"x must be a floating-point \(T, D\)", {"x": lambda x: x[0]}),
+        Mistake(r"weight must be a floating-point \(F, D\)", {"weight": lambda w: w.int()}),
+        Mistake(r"weight must be \(13, 6\) torch.float32", {"weight": lambda w: w[:, 1:]}),
+        Mistake(r"bias must be \(13,\) torch.float32", {"bias": lambda b: b.double()}),
+        Mistake("activation must be one of none, gelu_tanh", {"activation": "relu"}),
+        Mistake(r"row_spans must be an int32 \(S, 2\)", {"row_spans": lambda s: s.long()}),
+        Mistake(r"row_spans must tile \[0, 9\) in order", {"row_spans": spans((0, 4), (5, 4))}),
+        Mistake(r"row_spans must tile \[0, 9\) in order", {"row_spans": spans((0, 4), (4, 4))}),
+        Mistake(r"row_spans must tile \[0, 9\) in order", {"row_spans": spans((0, 10), (10, -1))}),
+    )
+
+
+def test_is_torch_linear():
+    made = layer(torch.Generator().manual_seed(0), 9, 6, 13)
+    torch.testing.assert_close(linear(**made), functional.linear(*made.values()))
+    want = functional.gelu(functional.linear(*made.values()), approximate="tanh")
+    torch.testing.assert_close(linear(**made, activation="gelu_tanh"), want)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("depth, width", [(6, 13), (128, 96), (WIDE, 70)])
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh"])
+def test_a_span_is_what_it_is_alone(backend, dtype, depth, width, activation):
+    """Bitwise, whatever stands beside it, wherever it starts and however many threads work."""
+    made = layer(torch.Generator().manual_seed(depth), 211, depth, width)
+    made = {name: value.to(dtype) for name, value in made.items()}
+    table = spans((0, 1), (1, 7), (8, 0), (8, 92), (100, 111))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        whole = linear(**made, activation=activation, row_spans=table)
+        torch.set_num_threads(1)
+        for start, length in table.tolist():
+            rows = made["x"][start : start + length]
+            alone = linear(**(made | {"x": rows}), activation=activation, row_spans=spans((0, length)))
+            assert torch.equal(alone, whole[start : start + length])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_span_does_not_see_the_others(backend):
+    made = TestLinear.cases[0].inputs(FP32)
+    whole = linear(**made)
+    made["x"][:4] = torch.nan
+    assert torch.equal(linear(**made)[4:], whole[4:])
+
+
+def test_identity_returns_x_exactly(backend):
+    x = normal(torch.Generator().manual_seed(0), 11, 130).to(BF16)
+    assert torch.equal(linear(x, torch.eye(130, dtype=BF16)), x)
+
+
+def test_a_row_with_gaps_is_read_in_place(backend):
+    made = TestLinear.cases[0].inputs(FP32)
+    wide = torch.cat([made["x"], torch.full((9, 3), torch.nan)], 1)
+    assert torch.equal(linear(**(made | {"x": wide[:, :6]})), linear(**made))
+
+
+def written(weight):
+    with torch.no_grad():
+        weight.mul_(2)
+
+
+def written_past_the_version(weight):
+    weight.data.mul_(2)
+
+
+@pytest.mark.parametrize("write", [written, written_past_the_version])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_written_weight_is_read_again(backend, write, dtype):
+    made = {name: value.to(dtype) for name, value in layer(torch.Generator().manual_seed(0), 3, 40, 70).items()}
+    bias, weight = made.pop("bias"), made["weight"]
+    first = linear(**made)
+    write(weight)
+    assert torch.equal(linear(**made), 2 * first) and bias is not None
+
+
+@pytest.fixture
+def on_cpu():
+    table = backends.table("cpu")["linear"]
+    if table.refuses(torch.zeros(1, 1)):
+        pytest.skip(str(table.refuses(torch.zeros(1, 1))))
+    with backends.force("cpu"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_keeping_packed_weights_changes_no_bit(on_cpu, dtype):
+    made = {name: value.to(dtype) for name, value in layer(torch.Generator().manual_seed(0), 30, 40, 70).items()}
+    before = packed_weights.kept_bytes()
+    with packed_weights.kept(False):
+        want = linear(**made)
+        assert packed_weights.kept_bytes() == before
+    assert torch.equal(linear(**made), want) and packed_weights.kept_bytes() > before
+    assert torch.equal(linear(**made), want)
+
+
+def test_packed_weights_go_with_their_weight(on_cpu):
+    made = layer(torch.Generator().manual_seed(0), 30, 40, 70)
+    weights, x = torch.stack([made["weight"]] * 2).float(), made["x"].float()
+    before = packed_weights.kept_bytes()
+    linear(x, weights[0])
+    one = packed_weights.kept_bytes() - before
+    linear(x, weights[1])
+    linear(x, weights[1])
+    assert packed_weights.kept_bytes() - before == 2 * one >= 2 * weights[0].nbytes
+    weights.mul_(2)
+    linear(x, weights[1])
+    assert packed_weights.kept_bytes() - before == 2 * one
+    del weights
+    gc.collect()
+    assert packed_weights.kept_bytes() == before
+
+
+def test_nothing_is_kept_where_a_gradient_is_wanted(on_cpu):
+    made = layer(torch.Generator().manual_seed(0), 30, 40, 70)
+    before = packed_weights.kept_bytes()
+    linear(made["x"].float(), made["weight"].float().requires_grad_()).sum().backward()
+    assert packed_weights.kept_bytes() == before

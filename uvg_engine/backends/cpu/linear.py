@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from uvg_engine.backends import native
+from uvg_engine.backends.cpu._tensors import DTYPES, at, refuses_tensors
+from uvg_engine.backends.packed_weights import packed
+from uvg_engine.reference import linear as reference
+
+
+def refuses(x: Tensor, *rest) -> str | None:
+    return refuses_tensors(x)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, out: Tensor, pre: Tensor | None, keep: bool):
+    """out = act(x W^T + b); rows of x, out and pre (which lies as out does) are packed."""
+    words = packed(weight, keep)
+    native.core().linear(
+        *(x.data_ptr(), words.data_ptr(), at(bias), *x.shape, weight.shape[0], x.stride(0), out.stride(0), gelu),
+        *(DTYPES[x.dtype], torch.get_num_threads(), out.data_ptr(), at(pre)),
+    )
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, row_spans: Tensor | None, for_backward: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Arguments and results as in reference.linear.forward. A row's bits depend on that row alone, spans or not."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    gelu = activation == "gelu_tanh"
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    pre = torch.empty_like(y) if gelu and for_backward else None
+    product(x, weight, bias, gelu, y, pre, not for_backward)
+    return y, pre
+
+
+backward = reference.backward

@@ -1,0 +1,74 @@
+"""Weights in the form that the products of the cpu backend read: made once and kept as long as the weight lives.
+
+A packed weight hangs on the weight's storage and goes with it. It is made again when the weight was written to, which
+its version tells, and, for writes that the version does not see (`weight.data`, other libraries), a sample of its
+values. `UVG_PACKED_WEIGHTS=0` or `kept(False)` packs for every call instead: slower, the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from uvg_engine.backends import native
+
+_NAME = "_uvg_packed_weights"  # of the attribute of a storage
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_keep = os.environ.get("UVG_PACKED_WEIGHTS", "1") != "0"
+_bytes = 0
+
+
+@dataclass(eq=False)
+class _Packed:
+    words: Tensor
+    version: int
+    mark: int
+
+
+@contextlib.contextmanager
+def kept(keep: bool) -> Iterator[None]:
+    """Whether packed weights are kept inside the block. Those that were made before stay with their weights."""
+    global _keep
+    before, _keep = _keep, keep
+    try:
+        yield
+    finally:
+        _keep = before
+
+
+def kept_bytes() -> int:
+    """Memory of all packed weights that are kept."""
+    return _bytes
+
+
+def packed(weight: Tensor, keep: bool) -> Tensor:
+    """int32 words of a weight [F, D] in fp32 or bf16, for the instruction set in use. keep: for later calls too."""
+    if not (keep and _keep and weight.is_contiguous()) or weight.is_inference():
+        return _pack(weight)
+    store = weight.untyped_storage().__dict__.setdefault(_NAME, {})
+    key = (weight.storage_offset(), weight.shape, weight.dtype)
+    found, version = store.get(key), weight._version
+    mark = native.core().weight_mark(weight.data_ptr(), weight.nbytes)
+    if found is None or found.version != version or found.mark != mark:
+        found = store[key] = _Packed(_pack(weight), version, mark)
+        _count(found.words.nbytes)
+        weakref.finalize(found, _count, -found.words.nbytes)
+    return found.words
+
+
+def _pack(weight: Tensor) -> Tensor:
+    weight, number = weight.contiguous(), _DTYPES[weight.dtype]
+    words = torch.empty(native.core().linear_words(*weight.shape, number), dtype=torch.int32)
+    native.core().linear_pack(weight.data_ptr(), *weight.shape, number, torch.get_num_threads(), words.data_ptr())
+    return words
+
+
+def _count(change: int) -> None:
+    global _bytes
+    _bytes += change
