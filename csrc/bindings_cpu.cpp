@@ -98,12 +98,24 @@ void residual(bool backward, Address h, Address y, Address gate, Address spans, 
   run(backward ? uvg::gated_residual_backward : uvg::gated_residual_forward, p);
 }
 
-void activate(bool backward, Address pre, int64_t size, int dtype, int threads, Address hidden, Address dhidden,
-              Address dpre) {
+void moe_mlp(Address x, Address w1, Address b1, Address w2, Address b2, const std::vector<int64_t>& offsets,
+             int64_t width, int64_t hidden, int64_t x_row, int dtype, int threads, Address room, int64_t room_rows,
+             Address y, Address pre) {
+  uvg::MoeMlpParams p{};
+  p.x = at<void>(x), p.w1 = at<uint32_t>(w1), p.w2 = at<uint32_t>(w2), p.b1 = at<void>(b1), p.b2 = at<void>(b2);
+  p.offsets = offsets.data(), p.experts = static_cast<int64_t>(offsets.size()) - 1;
+  p.width = width, p.hidden = hidden, p.x_row = x_row;
+  p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
+  p.room = at<void>(room), p.room_rows = room_rows, p.y = at<void>(y), p.pre = at<void>(pre);
+  run(uvg::moe_mlp_forward, p);
+}
+
+void activate_backward(Address pre, int64_t size, int dtype, int threads, Address activated, Address dhidden,
+                       Address dpre) {
   uvg::MoeMlpParams p{};
   p.pre = at<void>(pre), p.size = size, p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
-  p.hidden = at<void>(hidden), p.dhidden = at<void>(dhidden), p.dpre = at<void>(dpre);
-  run(backward ? uvg::moe_mlp_activate_backward : uvg::moe_mlp_activate, p);
+  p.activated = at<void>(activated), p.dhidden = at<void>(dhidden), p.dpre = at<void>(dpre);
+  run(uvg::moe_mlp_activate_backward, p);
 }
 
 int64_t weight_words(int64_t width, int64_t depth, int dtype) {
@@ -196,7 +208,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("modulated_layer_norm", &layer_norm);
   m.def("gated_residual", &residual);
   m.def("qk_norm_rope", &norm_rope);
-  m.def("moe_mlp", &activate);
+  m.def("moe_mlp", &moe_mlp);
+  m.def("moe_mlp_activate_backward", &activate_backward);
   m.def("flash_attention", &attention);
   m.def("linear", &linear);
   m.def("linear_words", &weight_words);

@@ -38,6 +38,7 @@ def results(width, dtype, *, products=True):
     weight, bias = leaf(width), leaf(width)
     table = rope_table(width // HEADS, 64, inverse_frequencies(width // HEADS))
     experts = [leaf(2, 40, width), leaf(2, 40), leaf(2, width, 40), leaf(2, width)]
+    layer = [leaf(70, width), leaf(70)]
     outs = [
         ops.modulated_layer_norm(x, shift, scale, SPANS, weight=weight, bias=bias),
         ops.gated_residual(x, y, gate, SPANS),
@@ -51,8 +52,9 @@ def results(width, dtype, *, products=True):
     if products:
         offsets = torch.tensor([0, 120, ROWS], dtype=torch.int32)
         outs.append(ops.moe_mlp(x, *(p.to(dtype) for p in experts), offsets))
-    douts = [torch.randn(ROWS, width, generator=g).to(dtype) for _ in outs]
-    leaves = [x, y, gate, shift, scale, weight, bias, *(experts if products else [])]
+        outs.append(ops.linear(x, *(p.to(dtype) for p in layer), activation="gelu_tanh"))
+    douts = [torch.randn(out.shape, generator=g).to(dtype) for out in outs]
+    leaves = [x, y, gate, shift, scale, weight, bias, *([*experts, *layer] if products else [])]
     grads = list(torch.autograd.grad(outs, leaves, douts))
     return [out.detach() for out in (*outs, *steps_of_both_streams(x.flatten(), y.flatten(), gate[:, :1]))], grads
 
@@ -94,7 +96,8 @@ def test_bits_do_not_depend_on_threads(isa, dtype, isa_restored):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             with backends.force("cpu"):
-                seen.append(results(54, dtype, products=False))  # MKL's fp32 sums depend on the threads
+                # gradients without products: MKL's fp32 sums depend on the threads
+                seen.append((results(54, dtype)[0], results(54, dtype, products=False)[1]))
     finally:
         torch.set_num_threads(before)
     for other in seen[1:]:

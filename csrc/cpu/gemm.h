@@ -14,6 +14,12 @@ namespace UVG_ISA {
 constexpr int64_t kRowBlock = 32 * kTileRows;  // rows that meet a panel while it stays in the second-level cache
 constexpr int64_t kDepthBlock = 768;           // dwords of the depth that are summed up in registers
 
+#if defined(__AVX512BF16__)
+using Halves = Pairs;
+#else
+using Halves = Singles<BFloat16>;
+#endif
+
 // A product over some rows. Rows of x, out and pre lie x_row, out_row values apart.
 template <typename T>
 struct Product {

@@ -8,12 +8,6 @@ namespace {
 
 using Params = LinearParams;
 
-#if defined(__AVX512BF16__)
-using Halves = Pairs;
-#else
-using Halves = Singles<BFloat16>;
-#endif
-
 template <typename F>
 void forward(const Params& p) {
   using T = typename F::Value;

@@ -1,6 +1,6 @@
 #include "uvg/moe_mlp.h"
 
-#include "cpu/gelu.h"
+#include "cpu/gemm.h"
 
 namespace uvg {
 namespace UVG_ISA {
@@ -10,42 +10,49 @@ using Params = MoeMlpParams;
 
 constexpr int64_t kChunk = 8192;  // values that one thread does alone
 
-// body(first, count) over all values, in runs of up to sixteen.
-template <typename Body>
-void each(const Params& p, Body&& body) {
-  const int64_t chunks = (p.size + kChunk - 1) / kChunk;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t first = c * kChunk, rest = p.size - first;
-    columns(rest < kChunk ? rest : kChunk, [&](int64_t i, int64_t n) { body(first + i, n); });
+template <typename F>
+void forward(const Params& p) {
+  using T = typename F::Value;
+  const auto* x = static_cast<const T*>(p.x);
+  const auto *b1 = static_cast<const T*>(p.b1), *b2 = static_cast<const T*>(p.b2);
+  auto *room = static_cast<T*>(p.room), *y = static_cast<T*>(p.y), *pre = static_cast<T*>(p.pre);
+  for (int64_t e = 0; e < p.experts; ++e) {
+    const uint32_t* w1 = p.w1 + e * weight_words<F>(p.hidden, p.width);
+    const uint32_t* w2 = p.w2 + e * weight_words<F>(p.width, p.hidden);
+    for (int64_t r = p.offsets[e]; r < p.offsets[e + 1]; r += p.room_rows) {
+      const int64_t left = p.offsets[e + 1] - r, rows = left < p.room_rows ? left : p.room_rows;
+      gemm<F>({x + r * p.x_row, w1, b1 + e * p.hidden, rows, p.width, p.hidden, p.x_row, p.hidden, true, room,
+               pre == nullptr ? nullptr : pre + r * p.hidden},
+              p.threads);
+      gemm<F>({room, w2, b2 + e * p.width, rows, p.hidden, p.width, p.hidden, p.width, false, y + r * p.width, nullptr},
+              p.threads);
+    }
   }
 }
 
 template <typename T>
-void forward(const Params& p) {
-  each(p, [&](int64_t i, int64_t n) {
-    const Vec x = load(static_cast<const T*>(p.pre) + i, n);
-    store(static_cast<T*>(p.hidden) + i, gelu(x), n);
-  });
-}
-
-template <typename T>
-void backward(const Params& p) {
-  each(p, [&](int64_t i, int64_t n) {
-    const Vec x = load(static_cast<const T*>(p.pre) + i, n);
-    const Vec dhidden = load(static_cast<const T*>(p.dhidden) + i, n);
-    const GeluAndSlope gelu(x);
-    store(static_cast<T*>(p.hidden) + i, gelu.value, n);
-    store(static_cast<T*>(p.dpre) + i, dhidden * gelu.slope, n);
-  });
+void activate_backward(const Params& p) {
+  const auto *pre = static_cast<const T*>(p.pre), *dhidden = static_cast<const T*>(p.dhidden);
+  const int64_t chunks = (p.size + kChunk - 1) / kChunk;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t first = c * kChunk, rest = p.size - first;
+    columns(rest < kChunk ? rest : kChunk, [&](int64_t i, int64_t n) {
+      const int64_t at = first + i;
+      const GeluAndSlope gelu(load(pre + at, n));
+      const Vec slope = gelu.slope * load(dhidden + at, n);
+      store(static_cast<T*>(p.activated) + at, gelu.value, n);
+      store(static_cast<T*>(p.dpre) + at, slope, n);
+    });
+  }
 }
 
 }  // namespace
 
-void moe_mlp_activate(const Params& p) { p.dtype == Dtype::kFloat32 ? forward<float>(p) : forward<BFloat16>(p); }
+void moe_mlp_forward(const Params& p) { p.dtype == Dtype::kFloat32 ? forward<Singles<float>>(p) : forward<Halves>(p); }
 
 void moe_mlp_activate_backward(const Params& p) {
-  p.dtype == Dtype::kFloat32 ? backward<float>(p) : backward<BFloat16>(p);
+  p.dtype == Dtype::kFloat32 ? activate_backward<float>(p) : activate_backward<BFloat16>(p);
 }
 
 }  // namespace UVG_ISA

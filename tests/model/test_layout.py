@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from uvg_engine.model import Layout
-from uvg_engine.model.layout import TEXT, VIDEO
 from uvg_engine.model.patches import patch_grid, patchify, unpatchify
 
 GRIDS, TEXTS, CONDS = [(2, 2, 3), (0, 0, 0), (1, 1, 1)], [3, 4, 0], [5, 1, 2]
@@ -24,8 +23,6 @@ def test_rows_are_modality_major_and_tile_the_matrix():
     assert torch.equal(layout.key_spans, layout.query_spans)
     assert layout.cond_spans.tolist() == [[[0, 5]], [[5, 1]], [[6, 2]]]
     assert layout.group_offsets.tolist() == [0, 13, 20]
-    assert layout.spans(VIDEO) == [(0, 12), (12, 0), (12, 1)]
-    assert layout.spans(TEXT) == [(0, 3), (3, 4), (7, 0)]
     assert layout.text_spans.tolist() == [[0, 3], [3, 4], [7, 0]]
     tables = (layout.row_spans, layout.rope_spans, layout.query_spans, layout.cond_spans, layout.group_offsets)
     assert all(table.dtype == torch.int32 for table in tables)

@@ -9,7 +9,6 @@ from dense_model import make_config, make_inputs, make_model, relative
 
 from uvg_engine import backends
 from uvg_engine.model import Layout
-from uvg_engine.model.linear import isolated
 
 
 @dataclass
@@ -127,9 +126,3 @@ def test_dense_is_packed():
     out = run_parts(model)
     assert torch.equal(velocity.flatten(), out.velocity)
     assert torch.equal(logits[0], model.text_logits(out.text_hidden))
-
-
-def test_isolated_calls_once_a_span():
-    x, seen = torch.arange(12.0).view(6, 2), []
-    got = isolated(lambda rows: seen.append(len(rows)) or rows + 1, x, [(0, 2), (2, 0), (2, 4)])
-    assert seen == [2, 4] and torch.equal(got, x + 1)

@@ -101,6 +101,14 @@ def test_a_row_with_gaps_is_read_in_place(backend):
     assert torch.equal(linear(**(made | {"x": wide[:, :6]})), linear(**made))
 
 
+def test_the_reference_takes_one_span_after_the_other(monkeypatch):
+    seen, torchs = [], functional.linear
+    monkeypatch.setattr(functional, "linear", lambda x, *rest: seen.append(len(x)) or torchs(x, *rest))
+    with backends.force("reference"):
+        linear(**TestLinear.cases[0].inputs(FP32))
+    assert seen == [4, 5]
+
+
 def written(weight):
     with torch.no_grad():
         weight.mul_(2)

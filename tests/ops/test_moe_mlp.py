@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import BF16, FP32, Case, DifferentiableOpSuite, Mistake, normal
+from harness import BF16, FP32, Case, DifferentiableOpSuite, Mistake, normal, spans
 from torch.nn import functional
 
 from uvg_engine.ops import moe_mlp
@@ -26,14 +26,16 @@ def experts(g, bounds, width, hidden):
     }
 
 
-def case(name, *args):
-    return Case(name, lambda g: experts(g, *args))
+def case(name, *args, **more):
+    return Case(name, lambda g: experts(g, *args) | more)
 
 
 class TestMoeMlp(DifferentiableOpSuite):
     op = "moe_mlp"
     cases = (
         case("two-modalities", (0, 5, 8), 6, 9),
+        case("spans", (0, 5, 12), 6, 9, row_spans=spans((0, 3), (3, 2), (5, 0), (5, 7))),
+        case("a-span-of-both", (0, 5, 12), 6, 9, row_spans=spans((0, 9), (9, 3))),
         case("empty-experts", (0, 0, 7, 7, 9, 9), 13, 31),
         case("all-with-one", (0, 0, 11, 11), 8, 16),
         case("no-rows", (0, 0, 0), 8, 16),
@@ -55,6 +57,8 @@ class TestMoeMlp(DifferentiableOpSuite):
         Mistake("group_offsets must ascend from 0 to T = 8", {"group_offsets": offsets(0, 9, 8)}),
         Mistake("group_offsets must ascend from 0 to T = 8", {"group_offsets": offsets(1, 5, 8)}),
         Mistake("group_offsets must ascend from 0 to T = 8", {"group_offsets": offsets(0, -5, 8)}),
+        Mistake(r"row_spans must be an int32 \(S, 2\)", {"row_spans": spans((0, 8)).long()}),
+        Mistake(r"row_spans must tile \[0, 8\) in order", {"row_spans": spans((0, 4))}),
     )
 
 
@@ -113,6 +117,30 @@ def test_groups_do_not_see_each_other(backend):
     assert torch.equal(moe_mlp(**made)[5:], whole[5:])
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("width, hidden", [(6, 13), (128, 512), (1541, 70)])
+def test_a_span_is_what_it_is_alone(backend, dtype, width, hidden):
+    """Bitwise, whatever stands beside it and however many rows its expert has."""
+    made = in_dtype(experts(torch.Generator().manual_seed(0), (0, 200, 301), width, hidden), dtype)
+    table = spans((0, 1), (1, 7), (8, 192), (200, 8), (208, 93))
+    whole = moe_mlp(**made, row_spans=table)
+    for start, length in table.tolist():
+        bounds = (0, length, length) if start < 200 else (0, 0, length)
+        alone = made | {"x": made["x"][start : start + length], "group_offsets": offsets(*bounds)}
+        assert torch.equal(moe_mlp(**alone, row_spans=spans((0, length))), whole[start : start + length])
+
+
+def test_a_long_group_is_what_its_parts_are(monkeypatch):
+    """The cpu kernel takes a long group in several turns, so that hidden rows stay in the cache."""
+    from uvg_engine.backends.cpu import moe_mlp as kernel
+
+    made = in_dtype(experts(torch.Generator().manual_seed(0), (0, 200, 301), 8, 16), FP32)
+    want = moe_mlp(**made)
+    monkeypatch.setattr(kernel, "_FEWEST_ROWS", 7)
+    monkeypatch.setattr(kernel, "_ROOM_BYTES", 0)
+    assert torch.equal(moe_mlp(**made), want)
+
+
 def test_linear_in_the_second_layer(backend):
     made = in_dtype(experts(torch.Generator().manual_seed(0), (0, 5, 12), 6, 9), FP32)
     twice = made | {n: 2 * made[n] for n in ("w2", "b2")}
@@ -132,5 +160,5 @@ def test_an_empty_expert_changes_nothing(backend, dtype):
 
 
 def test_one_expert_with_everything_is_the_dense_mlp(backend):
-    made = TestMoeMlp.cases[2].inputs(FP32)
+    made = next(c for c in TestMoeMlp.cases if c.name == "all-with-one").inputs(FP32)
     torch.testing.assert_close(moe_mlp(**made), dense(made["x"], made, 1), rtol=1e-5, atol=1e-6)

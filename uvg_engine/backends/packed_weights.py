@@ -8,6 +8,7 @@ values. `UVG_PACKED_WEIGHTS=0` or `kept(False)` packs for every call instead: sl
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import weakref
 from collections.abc import Iterator
@@ -48,7 +49,8 @@ def kept_bytes() -> int:
 
 
 def packed(weight: Tensor, keep: bool) -> Tensor:
-    """int32 words of a weight [F, D] in fp32 or bf16, for the instruction set in use. keep: for later calls too."""
+    """int32 words of a weight [F, D] or of several [E, F, D], one after the other, in fp32 or bf16, for the instruction
+    set in use. keep: for later calls too."""
     if not (keep and _keep and weight.is_contiguous()) or weight.is_inference():
         return _pack(weight)
     store = weight.untyped_storage().__dict__.setdefault(_NAME, {})
@@ -63,9 +65,11 @@ def packed(weight: Tensor, keep: bool) -> Tensor:
 
 
 def _pack(weight: Tensor) -> Tensor:
-    weight, number = weight.contiguous(), _DTYPES[weight.dtype]
-    words = torch.empty(native.core().linear_words(*weight.shape, number), dtype=torch.int32)
-    native.core().linear_pack(weight.data_ptr(), *weight.shape, number, torch.get_num_threads(), words.data_ptr())
+    weight, number, core = weight.contiguous(), _DTYPES[weight.dtype], native.core()
+    *stack, rows, depth = weight.shape
+    words = torch.empty(math.prod(stack), core.linear_words(rows, depth, number), dtype=torch.int32)
+    for one, out in zip(weight.view(len(words), rows, depth), words, strict=True):
+        core.linear_pack(one.data_ptr(), rows, depth, number, torch.get_num_threads(), out.data_ptr())
     return words
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from uvg_engine import ops
 from uvg_engine.model.config import UniViGUConfig
 from uvg_engine.model.layout import Layout
-from uvg_engine.model.linear import Spans, aligned, linear
+from uvg_engine.model.linear import linear
 from uvg_engine.ops import modulated_layer_norm
 
 EXPERTS = ("ffn", "ffn_t")  # published names, in the order of the modalities
@@ -29,7 +29,7 @@ class Rows:
     rope_table: Tensor
     modulation_S6D: Tensor  # time part of the six modulations per span, fp32
     dtype: torch.dtype  # of the matrix products
-    spans: Spans | None  # row spans when samples are isolated
+    spans: Tensor | None  # row spans when samples are isolated
 
 
 class Weight(nn.Module):
@@ -68,19 +68,10 @@ class MoeMlp(nn.Module):
         self.w2 = nn.Parameter(torch.empty(experts, dim, hidden))
         self.b2 = nn.Parameter(torch.zeros(experts, dim))
 
-    def forward(self, x: Tensor, offsets: Tensor, dtype: torch.dtype, spans: Spans | None) -> Tensor:
-        """x: [T, D]; offsets: int32 [E+1]. With spans (both modalities' runs in order), one call per span."""
+    def forward(self, x: Tensor, offsets: Tensor, dtype: torch.dtype, spans: Tensor | None) -> Tensor:
+        """x: [T, D]; offsets: int32 [E+1]; spans: of the rows of both modalities, where they are isolated."""
         w1, b1, w2, b2 = (w.to(dtype) for w in (self.w1, self.b1, self.w2, self.b2))
-        x = x.to(dtype)
-        if spans is None:
-            return ops.moe_mlp(x, w1, b1, w2, b2, offsets)
-        outs = []
-        for start, length in spans:
-            if length:
-                # the expert of a span: its rows lie between two offsets, so clamp them to the span
-                local = (offsets - start).clamp(0, length)
-                outs.append(ops.moe_mlp(aligned(x[start : start + length]), w1, b1, w2, b2, local))
-        return torch.cat(outs) if outs else x.clone()
+        return ops.moe_mlp(x.to(dtype), w1, b1, w2, b2, offsets, row_spans=spans)
 
 
 _EXPERT_KEYS = (("w1", "net.0.proj.weight"), ("b1", "net.0.proj.bias"), ("w2", "net.2.weight"), ("b2", "net.2.bias"))
@@ -102,7 +93,7 @@ class Block(nn.Module):
         """shift1, scale1, gate1, shift2, scale2, gate2, each [S, D] fp32."""
         return (self.scale_shift_table.float() + rows.modulation_S6D).unbind(1)
 
-    def condition_kv(self, cond: Tensor, dtype: torch.dtype, spans: Spans | None) -> tuple[Tensor, Tensor]:
+    def condition_kv(self, cond: Tensor, dtype: torch.dtype, spans: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values [U, D] of the condition rows [U, D]; they depend on no step and no token."""
         k = linear(self.attn2.to_k, cond, dtype, spans)
         return _rms_norm(k, self.attn2.norm_k.weight), linear(self.attn2.to_v, cond, dtype, spans)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from uvg_engine.model.config import UniViGUConfig
-from uvg_engine.model.linear import Spans, isolated, linear
+from uvg_engine.model.linear import linear
 from uvg_engine.reference.qk_norm_rope import axis_of_pair
 
 ROPE_THETA = 10000.0
@@ -63,14 +63,9 @@ class TimeEmbedding(nn.Module):
 class ConditionEmbedder(Mlp):
     """Text-encoder rows -> condition rows of model width: Linear, GELU(tanh), Linear."""
 
-    def forward(self, cond: Tensor, dtype: torch.dtype, spans: Spans | None) -> Tensor:
+    def forward(self, cond: Tensor, dtype: torch.dtype, spans: Tensor | None) -> Tensor:
         """cond: [U, text_dim]. Returns [U, D] in dtype."""
-
-        def embed(rows: Tensor) -> Tensor:
-            hidden = functional.gelu(linear(self.linear_1, rows, dtype), approximate="tanh")
-            return linear(self.linear_2, hidden, dtype)
-
-        return isolated(embed, cond, spans)
+        return linear(self.linear_2, linear(self.linear_1, cond, dtype, spans, "gelu_tanh"), dtype, spans)
 
 
 class TextRope(nn.Module):

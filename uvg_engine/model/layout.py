@@ -62,11 +62,6 @@ class Layout:
         spans[:, 0] -= self.num_video
         return spans
 
-    def spans(self, modality: int) -> list[tuple[int, int]]:
-        """(start, len) per sample of one modality, as Python numbers; starts count from the modality's first row."""
-        lens = [f * y * x for f, y, x in self.grids] if modality == VIDEO else list(self.text_lens)
-        return tiles(lens)
-
     @classmethod
     def build(
         cls,

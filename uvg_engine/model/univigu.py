@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from uvg_engine.model.blocks import Block, Rows, Weight
 from uvg_engine.model.config import UniViGUConfig
 from uvg_engine.model.embeddings import ConditionEmbedder, TextRope, TimeEmbedding
-from uvg_engine.model.layout import VIDEO, Grid, Layout, tiles
+from uvg_engine.model.layout import Grid, Layout, tiles
 from uvg_engine.model.linear import affine, linear
 from uvg_engine.model.patches import patch_grid, patchify, unpatchify
 from uvg_engine.ops import modulated_layer_norm, require
@@ -137,7 +137,7 @@ class UniViGU(nn.Module):
 
         cond: [U, text_dim], the samples' rows one after the other; cond_lens: rows per sample.
         """
-        spans = tiles(cond_lens) if isolate else None
+        spans = torch.tensor(tiles(cond_lens), dtype=torch.int32).view(-1, 2) if isolate else None
         embedded = self.cond_text_embedder(cond, self.dtype, spans)
         return [block.condition_kv(embedded, self.dtype, spans) for block in self.blocks]
 
@@ -157,13 +157,13 @@ class UniViGU(nn.Module):
         """One forward over a batch of samples of any sizes and jobs.
 
         latents: fp32 [N], every sample's [C, F, Y, X] latent flattened, one after the other. tokens: int64 [L total].
-        time_v, time_t: [B], model units (0 to 1000). condition: from `condition_kv`. isolate: each sample passes the
-        matrix products alone, so that its bits do not depend on its neighbours (slower in training, on in sampling).
+        time_v, time_t: [B], model units (0 to 1000). condition: from `condition_kv`. isolate: a sample's bits do
+        not depend on its neighbours (on in sampling; costs time only where the backend's products need it).
         Returns PackedOutput; a part that is not wanted, or that no sample has, is None.
         """
         dtype, config = self.dtype, self.config
-        all_spans = [(s, n) for s, n in layout.row_spans.tolist()] if isolate else None
-        video_spans = layout.spans(VIDEO) if isolate else None
+        all_spans = layout.row_spans.cpu() if isolate else None
+        video_spans = all_spans[: layout.num_samples] if all_spans is not None else None
         temb_v, modulation_v = self.time_embedding_v(time_v, dtype, isolate)
         temb_t, modulation_t = self.time_embedding_t(time_t, dtype, isolate)
         rows = Rows(layout, self._rope_table(layout), torch.cat([modulation_v, modulation_t]), dtype, all_spans)

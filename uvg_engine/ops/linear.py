@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.ops._registry import autograd, define, define_backward, require, require_floating, require_shape
-from uvg_engine.ops._registry import require_spans, require_tiles
+from uvg_engine.ops._registry import (
+    autograd,
+    define,
+    define_backward,
+    require,
+    require_floating,
+    require_shape,
+    require_spans,
+    require_tiles,
+)
 
 ACTIVATIONS = ("none", "gelu_tanh")
 

@@ -7,16 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.ops._registry import autograd, define, define_backward, require, require_floating, require_shape
+from uvg_engine.ops._registry import (
+    autograd,
+    define,
+    define_backward,
+    require,
+    require_floating,
+    require_shape,
+    require_spans,
+    require_tiles,
+)
 
 
-def moe_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor) -> Tensor:
+def moe_mlp(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor, *, row_spans: Tensor | None = None
+) -> Tensor:
     """Linear, GELU(tanh), Linear; rows group_offsets[e]:group_offsets[e+1] by expert e.
 
     x: [T, D] floating; w1: [E, F, D]; b1: [E, F]; w2: [E, D, F]; b2: [E, D], all in x's dtype. group_offsets: int32
-    [E+1], ascending from 0 to T. Returns [T, D] in x's dtype. The groups are contiguous, so dispatch by modality
-    copies nothing. Source: the FFN of Wan2.1, one per modality (Uni-ViGU). Raises ValueError on a shape or dtype it
-    does not serve, or offsets that do not ascend.
+    [E+1], ascending from 0 to T. row_spans: as in `linear`: the bits of a span's rows do not depend on the other spans.
+    Returns [T, D] in x's dtype. The groups are contiguous, so dispatch by modality copies nothing; weights are kept as
+    in `linear`. Source: the FFN of Wan2.1, one per modality (Uni-ViGU). Raises ValueError on a shape or dtype it does
+    not serve, offsets that do not ascend, or spans that do not tile the rows.
     """
     require_floating("x", x, "T, D")
     require_floating("w1", w1, "E, F, D")
@@ -26,17 +38,26 @@ def moe_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_off
     require_shape("w2", w2, (experts, width, hidden), x.dtype)
     require_shape("b2", b2, (experts, width), x.dtype)
     require_shape("group_offsets", group_offsets, (experts + 1,), torch.int32)
-    return _fwd(x, w1, b1, w2, b2, group_offsets)[0]
+    if row_spans is not None:
+        require_spans("row_spans", row_spans)
+    for_backward = torch.is_grad_enabled() and any(value.requires_grad for value in (x, w1, b1, w2, b2))
+    return _fwd(x, w1, b1, w2, b2, group_offsets, row_spans, for_backward)[0]
 
 
-def _check(x: Tensor, w1: Any, b1: Any, w2: Any, b2: Any, group_offsets: Tensor) -> None:
+def _check(
+    x: Tensor, w1: Any, b1: Any, w2: Any, b2: Any, group_offsets: Tensor, row_spans: Tensor | None, for_backward: Any
+) -> None:
     bounds, rows = group_offsets.tolist(), x.shape[0]
     ok = bounds[0] == 0 and bounds[-1] == rows and bounds == sorted(bounds)
     require(ok, f"group_offsets must ascend from 0 to T = {rows}", bounds)
+    if row_spans is not None:
+        require_tiles("row_spans", row_spans, rows)
 
 
-def _fake(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], w2.shape[1])), x.new_empty((x.shape[0], w1.shape[1]))
+def _fake(
+    x: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, offsets: Any, row_spans: Any, for_backward: bool
+) -> tuple[Tensor, Tensor | None]:
+    return x.new_empty((x.shape[0], w2.shape[1])), x.new_empty((x.shape[0], w1.shape[1])) if for_backward else None
 
 
 def _fake_bwd(dy: Tensor, pre: Tensor, *forward: Any) -> tuple[Tensor, ...]:
@@ -44,7 +65,7 @@ def _fake_bwd(dy: Tensor, pre: Tensor, *forward: Any) -> tuple[Tensor, ...]:
 
 
 _ARGS = "Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor group_offsets"
-_fwd = define("moe_mlp", f"({_ARGS}) -> (Tensor, Tensor)", _fake, _check)
+_fwd = define("moe_mlp", f"({_ARGS}, Tensor? row_spans, bool for_backward) -> (Tensor, Tensor)", _fake, _check)
 _bwd = define_backward(
     "moe_mlp", f"(Tensor dy, Tensor pre, {_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_bwd, num_saved=2
 )
@@ -52,11 +73,12 @@ _bwd = define_backward(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], *inputs)
+    require(inputs[7], "for_backward must be True where a gradient is wanted", inputs[7])
+    ctx.save_for_backward(output[1], *inputs[:6])
 
 
 def _backward(ctx: Any, dy: Tensor, dpre: Any) -> tuple[Any, ...]:
-    return *_bwd(dy, *ctx.saved_tensors), None
+    return *_bwd(dy, *ctx.saved_tensors), None, None, None
 
 
 autograd("moe_mlp", _backward, _setup)

@@ -8,24 +8,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from uvg_engine.reference.linear import aligned, pieces
 from uvg_engine.reference.spans import accumulation_dtype
 
 
-def expert_rows(group_offsets: Tensor) -> list[tuple[int, slice]]:
-    """Experts that have rows, each with its rows."""
-    return [(e, slice(a, b)) for e, (a, b) in enumerate(pairwise(group_offsets.tolist())) if b > a]
+def expert_rows(group_offsets: Tensor, row_spans: Tensor | None = None) -> list[tuple[int, slice]]:
+    """Experts that have rows, each with its rows; with spans, those of each span."""
+    bounds = group_offsets.tolist()
+    cuts = pieces(bounds[-1], row_spans)
+    shares = [(e, slice(max(a, c.start), min(b, c.stop))) for e, (a, b) in enumerate(pairwise(bounds)) for c in cuts]
+    return [(e, rows) for e, rows in shares if rows.stop > rows.start]
 
 
 def forward(
-    x_TD: Tensor, w1_EFD: Tensor, b1_EF: Tensor, w2_EDF: Tensor, b2_ED: Tensor, group_offsets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns (y [T, D], pre [T, F]: the hidden rows before GELU, which the backward reads)."""
+    x_TD: Tensor,
+    w1_EFD: Tensor,
+    b1_EF: Tensor,
+    w2_EDF: Tensor,
+    b2_ED: Tensor,
+    group_offsets: Tensor,
+    row_spans: Tensor | None,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns (y [T, D], pre [T, F]: the hidden rows before GELU, which the backward reads; None where there is none).
+
+    With spans, products for each: a library's sums may take another order when it gets more rows.
+    """
     y = x_TD.new_zeros(len(x_TD), w2_EDF.shape[1])
-    pre = x_TD.new_zeros(len(x_TD), w1_EFD.shape[1])
-    for e, rows in expert_rows(group_offsets):
-        pre[rows] = functional.linear(x_TD[rows], w1_EFD[e], b1_EF[e])
-        y[rows] = functional.linear(functional.gelu(pre[rows], approximate="tanh"), w2_EDF[e], b2_ED[e])
-    return y, pre
+    kept = x_TD.new_zeros(len(x_TD), w1_EFD.shape[1]) if for_backward else None
+    for e, rows in expert_rows(group_offsets, row_spans):
+        pre = functional.linear(aligned(x_TD[rows]), w1_EFD[e], b1_EF[e])
+        y[rows] = functional.linear(functional.gelu(pre, approximate="tanh"), w2_EDF[e], b2_ED[e])
+        if kept is not None:
+            kept[rows] = pre
+    return y, kept
 
 
 def backward(

@@ -1,4 +1,5 @@
-// The elementwise half of moe_mlp: GELU (tanh form) between the two products of an expert. All arrays are packed.
+// Linear, GELU (tanh form), Linear by experts over contiguous groups of rows. All arrays are packed; weights as
+// linear_pack makes them, one expert after the other.
 #pragma once
 
 #include <cstdint>
@@ -9,16 +10,25 @@
 namespace uvg {
 
 struct MoeMlpParams {
-  const void* pre;  // [size] in dtype: the hidden values before GELU
-  int64_t size;
+  const void* x;            // [rows, width], rows x_row values apart
+  const uint32_t *w1, *w2;  // [experts] times linear_words of [hidden, width], of [width, hidden]
+  const void *b1, *b2;      // [experts, hidden], [experts, width]
+  const int64_t* offsets;   // [experts + 1]: rows [offsets[e], offsets[e + 1]) are expert e's
+  int64_t experts, width, hidden, x_row;
   Dtype dtype;
   int threads;
-  void* hidden;         // gelu(pre)
-  const void* dhidden;  // backward
-  void* dpre;           // backward; may be dhidden
+  void* room;  // [room_rows, hidden]: hidden rows between the two products
+  int64_t room_rows;
+  void* y;    // [rows, width]
+  void* pre;  // [rows, hidden]: hidden values before GELU, or null; the backward reads it
+  // Backward of the activation, over `size` values of pre:
+  int64_t size;
+  void* activated;  // gelu(pre)
+  const void* dhidden;
+  void* dpre;  // may be dhidden
 };
 
-UVG_KERNEL(moe_mlp_activate, MoeMlpParams)
-UVG_KERNEL(moe_mlp_activate_backward, MoeMlpParams)  // writes hidden again as well
+UVG_KERNEL(moe_mlp_forward, MoeMlpParams)
+UVG_KERNEL(moe_mlp_activate_backward, MoeMlpParams)
 
 }  // namespace uvg
