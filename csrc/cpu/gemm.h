@@ -41,7 +41,7 @@ constexpr int64_t weight_words(int64_t width, int64_t depth) {
 // Whether a row of x is a row of dwords as it stands.
 template <typename F>
 bool lies_ready(const Product<typename F::Value>& p) {
-  return sizeof(typename F::Value) * F::kPer == sizeof(uint32_t) && p.depth % F::kPer == 0 && p.x_row % F::kPer == 0 &&
+  return F::kRaw && p.depth % F::kPer == 0 && p.x_row % F::kPer == 0 &&
          reinterpret_cast<uintptr_t>(p.x) % sizeof(uint32_t) == 0;
 }
 
@@ -202,22 +202,16 @@ void gemm(const Product<typename F::Value>& p, int threads) {
 template <typename F>
 void pack_weight(const typename F::Value* weight, int64_t width, int64_t depth, uint32_t* out, int threads) {
   const int64_t words = row_words<F>(depth), panels = round_up(width, kPanel) / kPanel;
+  const Rows<typename F::Value> rows{weight, depth, nullptr, width};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const Floats room(kLanes * words);
     auto* work = reinterpret_cast<uint32_t*>(room.data());
 #pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < panels; ++panel)
-      for (int64_t i = 0; i < kPanel; i += kLanes) {
-        for (int64_t r = 0; r < kLanes; ++r) {
-          const int64_t at = panel * kPanel + i + r;
-          for (int64_t c = 0; c < words; c += kLanes)
-            store_bits(work + r * words + c,
-                       at < width ? F::dwords(weight + at * depth, c * F::kPer, depth - c * F::kPer) : VecBits{});
-        }
-        uint32_t* to = out + panel * kPanel * words + i;
-        for (int64_t c = 0; c < words; c += kLanes) transpose16(work + c, words, to + c * kPanel, kPanel);
-      }
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t first = panel * kPanel, left = width - first;
+      pack_transposed<F>(rows.from(first, left < kPanel ? left : kPanel), depth, out + first * words, work);
+    }
   }
 }
 
