@@ -65,7 +65,9 @@ def _fake(
     return y, torch.empty_like(y) if for_backward and activation != "none" else None
 
 
-def _fake_bwd(dy: Tensor, pre: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_bwd(
+    dy: Tensor, pre: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
     dbias = dy.new_empty(0) if bias is None else torch.empty_like(bias)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 

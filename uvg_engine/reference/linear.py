@@ -24,7 +24,12 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def forward(
-    x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, activation: str, row_spans: Tensor | None, for_backward: bool
+    x_TD: Tensor,
+    weight_FD: Tensor,
+    bias_F: Tensor | None,
+    activation: str,
+    row_spans: Tensor | None,
+    for_backward: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns (y [T, F], pre [T, F]: what the activation was applied to, None where the backward needs none).
 
