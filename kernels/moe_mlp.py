@@ -158,12 +158,21 @@ def _bias_gradient(sums: Tensor, like: Tensor, offsets: Tensor, block: int) -> T
     return out
 
 
-def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Arguments and results as in reference.moe_mlp.forward."""
+def forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    group_offsets: Tensor,
+    row_spans: Tensor | None,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Arguments and results as in reference.moe_mlp.forward. Tiles and sums do not depend on the number of rows."""
     x, w1, b1, w2, b2, offsets = map(packed, (x, w1, b1, w2, b2, group_offsets))
     pre, hidden, _ = _rows_product(x, w1, b1, offsets, GELU, True)
     y, _, _ = _rows_product(hidden, w2, b2, offsets, BIAS, True)
-    return y, pre
+    return y, pre if for_backward else None
 
 
 def backward(
@@ -187,7 +196,7 @@ def _aot_call(rows: int, width: int, hidden: int, dtype: torch.dtype, both: bool
         for shape in ((rows, width), (2, hidden, width), (2, hidden), (2, width, hidden), (2, width))
     )
     offsets = torch.empty(3, dtype=torch.int32, device="meta")
-    y, pre = forward(x, w1, b1, w2, b2, offsets)
+    y, pre = forward(x, w1, b1, w2, b2, offsets, None, True)
     if both:
         backward(y, pre, x, w1, b1, w2, b2, offsets)
 

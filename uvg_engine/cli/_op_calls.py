@@ -87,6 +87,10 @@ def _gated_residual(dtype: torch.dtype) -> None:
     ops.gated_residual(h, y, torch.randn(1, _D), _spans((0, _T)))
 
 
+def _linear(dtype: torch.dtype) -> None:
+    ops.linear(torch.randn(_T, _D, dtype=dtype), torch.randn(2 * _D, _D, dtype=dtype), activation="gelu_tanh")
+
+
 def _linear_cross_entropy(dtype: torch.dtype) -> None:
     x, weight, bias = torch.randn(_T, _D, dtype=dtype), torch.randn(_V, _D, dtype=dtype), torch.zeros(_V, dtype=dtype)
     ops.linear_cross_entropy(x, weight, bias, torch.zeros(_T, dtype=torch.int64))
@@ -133,6 +137,7 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "flow_noise": _flow_noise,
     "flow_step": _flow_step,
     "gated_residual": _gated_residual,
+    "linear": _linear,
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_sample": _linear_sample,
     "modulated_layer_norm": _modulated_layer_norm,
