@@ -24,8 +24,8 @@ def define(op: str, schema: str, fake: Callable[..., Any], check: Callable[..., 
 
     check(*args) raises ValueError on values that nobody could serve: spans beyond the rows, ids out of range. It runs
     on the CPU alone, where no backend then repeats it; on a device the host would have to wait for the values.
-    Whatever a kernel or a fake returns comes out contiguous, so strides never depend on the backend. A kernel gives None
-    for a result that the arguments do not ask for; torch sees an empty tensor [0].
+    Whatever a kernel or a fake returns comes out contiguous, so strides never depend on the backend. A kernel gives
+    None for a result that the arguments do not ask for; torch sees an empty tensor [0].
     """
 
     def dispatch(*args: Any) -> Any:
