@@ -90,7 +90,7 @@ def grad_keys(
     return b_dk, b_dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_spans", "Q_SPANS", "K_SPANS"])
 def flash_attention_bwd_query_kernel(
     p_dout,  # [T, N, H]
     p_out,  # [T, N, H]
@@ -151,7 +151,7 @@ def flash_attention_bwd_query_kernel(
         store_rows(p_dq, b_dq * scale, first, o_row < last, i_head, num_heads, H, BLOCK_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples", "Q_SPANS", "K_SPANS"])
 def flash_attention_bwd_key_kernel(
     x_q,  # [T, N, H], a pointer or a descriptor
     x_dout,  # [T, N, H], a pointer or a descriptor

@@ -17,6 +17,7 @@ from uvg_engine.reference import (
     moe_mlp,
     moe_route,
     qk_norm_rope,
+    window_attention,
 )
 
 TABLE = {
@@ -33,4 +34,5 @@ TABLE = {
     "moe_mlp": Kernel(moe_mlp.forward, moe_mlp.backward),
     "moe_route": Kernel(moe_route.forward, moe_route.backward),
     "qk_norm_rope": Kernel(qk_norm_rope.forward, qk_norm_rope.backward),
+    "window_attention": Kernel(window_attention.forward, window_attention.backward),
 }

@@ -143,5 +143,6 @@ TABLE = dict(
         _kernel("moe_mlp", refuses_mlp),
         _kernel("moe_route", refuses_route),
         _kernel("qk_norm_rope", refuses_rope),
+        _kernel("window_attention", refuses_attention),
     ]
 )

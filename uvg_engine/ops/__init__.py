@@ -14,6 +14,7 @@ from uvg_engine.ops.moe_dispatch import moe_dispatch
 from uvg_engine.ops.moe_mlp import moe_mlp
 from uvg_engine.ops.moe_route import moe_route
 from uvg_engine.ops.qk_norm_rope import qk_norm_rope
+from uvg_engine.ops.window_attention import window_attention
 
 __all__ = [
     "flash_attention",
@@ -33,4 +34,5 @@ __all__ = [
     "moe_route",
     "qk_norm_rope",
     "require",
+    "window_attention",
 ]

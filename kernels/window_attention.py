@@ -1,0 +1,120 @@
+"""Attention inside a window of 3-D blocks of video rows, and text. Letters: T rows, N heads, H head width, B samples.
+
+Text rows see everything and are seen by everything: their queries, and the gradients of their keys, are launches of
+flash_attention, which leave the video rows zero. Kernels of this op then write the video rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uvg_engine.kernels import flash_attention
+from uvg_engine.kernels._launch import SM80, AotCase, launch, power_of_two, programs
+from uvg_engine.kernels.flash_attention import FORWARD, KEY, QUERY, AttentionConfig
+from uvg_engine.kernels.window_attention_video import (
+    window_attention_bwd_key_kernel,
+    window_attention_bwd_query_kernel,
+    window_attention_fwd_kernel,
+    window_attention_spans_kernel,
+)
+
+
+def _spans(video_spans: Tensor, text_spans: Tensor) -> tuple[Tensor, Tensor]:
+    """As flash_attention takes them: the text rows [B, 1, 2], all rows [B, 2, 2]."""
+    spans = text_spans.new_empty(len(text_spans), 2, 2)
+    launch(window_attention_spans_kernel, (len(text_spans),), video_spans, text_spans, spans, num_warps=1)
+    return text_spans[:, None], spans
+
+
+def window_config(which: int, q: Tensor, tile: Sequence[int]) -> AttentionConfig:
+    """flash_attention's configuration without descriptors, for blocks no larger than a tile of the video. Untuned."""
+    config = flash_attention.attention_config(which, SM80, q.shape[2], q.itemsize)
+    volume = max(16, power_of_two(math.prod(tile)))
+    block_m = 32 if which == KEY and q.shape[2] > 64 else config.BLOCK_M  # more spilled on sm_90
+    return replace(config, BLOCK_M=min(block_m, volume), BLOCK_N=min(config.BLOCK_N, volume))
+
+
+def _launch(
+    which: int, kernel: Any, q: Tensor, *tensors: Tensor, tile: Sequence[int], radius: Sequence[int], scale: float
+) -> None:
+    """Start a kernel of this op. tensors: its pointers in order, the two span tables last."""
+    launch(
+        *(kernel, (programs(q.device),), *tensors, *q.shape[:2], len(tensors[-1]), scale),
+        **dict(zip(("TF", "TY", "TX", "RF", "RY", "RX"), (*tile, *radius), strict=True)),
+        **flash_attention.options(window_config(which, q, tile), q),
+    )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    video_spans: Tensor,
+    text_spans: Tensor,
+    tile: Sequence[int],
+    radius: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as in reference.window_attention.forward."""
+    q, k, v, video_spans, text_spans = (x.contiguous() for x in (q, k, v, video_spans, text_spans))
+    out, lse = flash_attention.forward(q, k, v, *_spans(video_spans, text_spans), scale)
+    numbers = {"tile": tile, "radius": radius, "scale": scale}
+    tensors = q, k, v, out, lse, video_spans, text_spans
+    _launch(FORWARD, window_attention_fwd_kernel, q, *tensors, **numbers)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    video_spans: Tensor,
+    text_spans: Tensor,
+    tile: Sequence[int],
+    radius: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as in reference.window_attention.backward."""
+    dout, out, lse, q, k, v = (x.contiguous() for x in (dout, out, lse, q, k, v))
+    video_spans, text_spans = video_spans.contiguous(), text_spans.contiguous()
+    text, all_rows = _spans(video_spans, text_spans)
+    numbers = {"tile": tile, "radius": radius, "scale": scale}
+    dq, delta = flash_attention.query_pass(dout, out, lse, q, k, v, text, all_rows, scale)
+    tensors = dout, out, lse, q, k, v, dq, delta, video_spans, text_spans
+    _launch(QUERY, window_attention_bwd_query_kernel, q, *tensors, **numbers)
+    dk, dv = flash_attention.key_pass(dout, lse, delta, q, k, v, all_rows, text, scale)
+    tensors = dout, lse, delta, q, k, v, dk, dv, video_spans, text_spans
+    _launch(KEY, window_attention_bwd_key_kernel, q, *tensors, **numbers)
+    return dq, dk, dv
+
+
+def _aot_call(dtype: torch.dtype, width: int) -> None:
+    q, k, v = (torch.empty(32768, 12, width, dtype=dtype, device="meta") for _ in range(3))
+    video, text = (torch.empty(1, n, dtype=torch.int32, device="meta") for n in (4, 2))
+    numbers = (4, 4, 8), (1, 1, 1), 0.125
+    out, lse = forward(q, k, v, video, text, *numbers)
+    backward(out, out, lse, q, k, v, video, text, *numbers)
+
+
+_OWN = ("window_attention_fwd_kernel", "window_attention_bwd_query_kernel", "window_attention_bwd_key_kernel")
+_SHARED = ("flash_attention_fwd_kernel", "flash_attention_bwd_query_kernel", "flash_attention_bwd_key_kernel")
+AOT_CASES = (
+    AotCase(
+        "T=32768 N=12 H=128 tile 4x4x8 bfloat16",
+        lambda: _aot_call(torch.bfloat16, 128),
+        {
+            "window_attention_spans_kernel": (),
+            **dict.fromkeys(_OWN, ("dot",)),
+            **dict.fromkeys(_SHARED, ("dot", "tma")),
+        },
+    ),
+)
