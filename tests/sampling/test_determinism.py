@@ -14,7 +14,8 @@ from uvg_engine.ops import jump_coins
 from uvg_engine.sampling import Request, Savings
 
 NUM = len(mixed_requests())
-EXACT = [field.name for field in dataclasses.fields(Savings) if field.name != "drop_padding"]
+ROUNDED = {"drop_padding", "constant_condition"}
+EXACT = [field.name for field in dataclasses.fields(Savings) if field.name not in ROUNDED]
 
 
 @functools.cache
@@ -96,20 +97,24 @@ def test_a_saving_switched_off_changes_nothing(off):
     assert len(list(scheduler.drain())) == len(handles) and [bits(h.result) for h in handles] == bits_alone()
 
 
-@pytest.mark.parametrize("savings", [Savings(drop_padding=False), Savings.none()], ids=["padding", "none"])
-def test_padding_changes_only_the_rounding(savings):
-    """Masked keys; the prompt is then computed among more rows."""
+@pytest.mark.parametrize("off", [*([name] for name in sorted(ROUNDED)), None], ids=[*sorted(ROUNDED), "all"])
+def test_padding_and_constant_conditions_change_only_the_rounding(off):
+    """Masked keys, among which the prompt is computed; the weights of equal values, whose sum is 1 to rounding only."""
+    savings = Savings.none() if off is None else Savings(**dict.fromkeys(off, False))
     got = make_engine(engine().model, savings=savings).run(mixed_requests())
     for request, one, want in zip(mixed_requests(), got, bits_alone(), strict=True):
-        if request.kind != "generate":
+        if off == ["drop_padding"] and request.kind != "generate":
             assert bits(one) == want
             continue
-        latent = alone(engine(), request).latent
-        assert (one.latent - latent).norm() <= 1e-5 * latent.norm()
+        expected = alone(engine(), request)
+        if request.kind != "generate":
+            assert one.tokens == expected.tokens
+        if request.kind != "caption":
+            assert (one.latent - expected.latent).norm() <= 1e-5 * expected.latent.norm()
 
 
 class Work(TorchDispatchMode):
-    """Counts what ops write, in elements, and the calls of attention: two in each block."""
+    """Counts what ops write, in elements, and the calls of attention."""
 
     def __init__(self):
         super().__init__()
@@ -128,6 +133,8 @@ SAVED_BY = {
     "lazy_head": Request("caption", video=make_video(), seed=1, num_steps=6),
     "skip_idle": Request("caption", video=make_video(), seed=1, num_steps=40),
     "condition_cache": Request("generate", "a red seven", seed=1, num_steps=3),
+    "constant_condition": Request("caption", video=make_video(), seed=1, num_steps=3),
+    "time_tables": Request("generate", "a red seven", seed=1, num_steps=3),
     "skip_unguided": Request("generate", "a red seven", seed=1, num_steps=3, guidance=1),
     "skip_unread": Request("generate", "a red seven", seed=1, num_steps=3),
     "drop_padding": Request("generate", "a", seed=1, num_steps=3),
@@ -155,4 +162,4 @@ def test_a_caption_takes_one_forward_for_each_step_in_which_a_token_jumps():
     spans = torch.tensor([[i * length, length] for i in range(60)], dtype=torch.int32)
     coins = jump_coins(prob, torch.full((60,), 1), torch.arange(60), spans, 60 * length).view(60, length)
     forwards = int(coins.any(1).sum())
-    assert counted.attentions == forwards * 2 * engine().model.config.layers and 1 < forwards < 40
+    assert counted.attentions == forwards * engine().model.config.layers and 1 < forwards < 40

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from uvg_engine import ops
 from uvg_engine.model.config import UniViGUConfig
-from uvg_engine.model.layout import Layout
+from uvg_engine.model.layout import Layout, tiles
 from uvg_engine.model.linear import linear
 from uvg_engine.ops import modulated_layer_norm
 
@@ -30,6 +30,43 @@ class Rows:
     modulation_S6D: Tensor  # time part of the six modulations per span, fp32
     dtype: torch.dtype  # of the matrix products
     spans: Tensor | None  # row spans when samples are isolated
+    asking: Asking | None = None  # None: all rows attend to their condition
+
+
+@dataclass(frozen=True)
+class BlockCondition:
+    """What one block's cross-attention reads: k, v [U, D]; constant [B, D] for samples that do not attend (Asking)."""
+
+    k: Tensor
+    v: Tensor
+    constant: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Which rows attend to their condition, where some samples have one whose rows are all equal: any mean of those is
+    the same, so that cross-attention adds one vector to all rows of such a sample.
+
+    index: int64, the rows that attend. query_spans [B, 2, 2]: in these rows. spans: of these rows where samples are
+    isolated. sample: int64 [T], whose row each is.
+    """
+
+    index: Tensor
+    query_spans: Tensor
+    spans: Tensor | None
+    sample: Tensor
+
+    @classmethod
+    def build(cls, layout: Layout, asks: Sequence[bool]) -> Asking:
+        """asks: per sample. Samples are isolated."""
+        spans = layout.row_spans.tolist()
+        lens = [length if ask else 0 for (_, length), ask in zip(spans, [*asks, *asks], strict=True)]
+        rows = [torch.arange(start, start + length) for (start, _), length in zip(spans, lens, strict=True)]
+        table = torch.tensor(tiles(lens), dtype=torch.int32)
+        query_spans = table.view(2, layout.num_samples, 2).transpose(0, 1).contiguous()
+        sample = torch.arange(layout.num_samples).repeat(2).repeat_interleave(layout.row_spans[:, 1].cpu().long())
+        device = layout.row_spans.device
+        return cls(torch.cat(rows).to(device), query_spans.to(device), table, sample.to(device))
 
 
 class Weight(nn.Module):
@@ -93,12 +130,16 @@ class Block(nn.Module):
         """shift1, scale1, gate1, shift2, scale2, gate2, each [S, D] fp32."""
         return (self.scale_shift_table.float() + rows.modulation_S6D).unbind(1)
 
-    def condition_kv(self, cond: Tensor, dtype: torch.dtype, spans: Tensor | None) -> tuple[Tensor, Tensor]:
+    def condition_kv(self, cond: Tensor, dtype: torch.dtype, spans: Tensor | None) -> BlockCondition:
         """Keys and values [U, D] of the condition rows [U, D]; they depend on no step and no token."""
         k = linear(self.attn2.to_k, cond, dtype, spans)
-        return _rms_norm(k, self.attn2.norm_k.weight), linear(self.attn2.to_v, cond, dtype, spans)
+        return BlockCondition(_rms_norm(k, self.attn2.norm_k.weight), linear(self.attn2.to_v, cond, dtype, spans))
 
-    def forward(self, h: Tensor, rows: Rows, condition_kv: tuple[Tensor, Tensor]) -> Tensor:
+    def constant(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """What cross-attention adds [1, D] where all rows of a condition have this value [1, D]."""
+        return linear(self.attn2.to_out[0], value, dtype)
+
+    def forward(self, h: Tensor, rows: Rows, condition: BlockCondition) -> Tensor:
         """h: residual stream [T, D]. Returns the new one."""
         layout, dtype, spans = rows.layout, rows.dtype, rows.spans
         row_spans = layout.row_spans
@@ -115,12 +156,37 @@ class Block(nn.Module):
             h, y, gate1, row_spans, weight=self.norm2.weight, bias=self.norm2.bias, eps=self.norm2.eps, norm_dtype=dtype
         )
 
-        cross = self.attn2
-        q = _rms_norm(linear(cross.to_q, n, dtype, spans), cross.norm_q.weight)
-        y = linear(cross.to_out[0], cross.attend(q, *condition_kv, layout.query_spans, layout.cond_spans), dtype, spans)
+        y = self._cross(n, rows, condition)
         h, f = ops.gated_residual_norm(h, y, None, None, shift2, scale2, row_spans, norm_dtype=dtype)
 
         return ops.gated_residual(h, self.experts(f, layout.group_offsets, dtype, spans), gate2, row_spans)
+
+    def _cross(self, n: Tensor, rows: Rows, condition: BlockCondition) -> Tensor:
+        """Cross-attention of normed rows [T, D] to their condition."""
+        layout, asking = rows.layout, rows.asking
+        if asking is None:
+            return self._ask(n, condition, layout.query_spans, layout.cond_spans, rows.dtype, rows.spans)
+        assert condition.constant is not None
+        y = condition.constant.index_select(0, asking.sample)
+        if not len(asking.index):
+            return y
+        n = n.index_select(0, asking.index)
+        asked = self._ask(n, condition, asking.query_spans, layout.cond_spans, rows.dtype, asking.spans)
+        return y.index_copy(0, asking.index, asked)
+
+    def _ask(
+        self,
+        n: Tensor,
+        condition: BlockCondition,
+        query_spans: Tensor,
+        cond_spans: Tensor,
+        dtype: torch.dtype,
+        spans: Tensor | None,
+    ) -> Tensor:
+        cross = self.attn2
+        q = _rms_norm(linear(cross.to_q, n, dtype, spans), cross.norm_q.weight)
+        y = cross.attend(q, condition.k, condition.v, query_spans, cond_spans)
+        return linear(cross.to_out[0], y, dtype, spans)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:

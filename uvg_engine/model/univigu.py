@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from uvg_engine.model.blocks import Block, Rows, Weight
+from uvg_engine.model.blocks import Asking, Block, BlockCondition, Rows, Weight
 from uvg_engine.model.config import UniViGUConfig
 from uvg_engine.model.embeddings import ConditionEmbedder, TextRope, TimeEmbedding
 from uvg_engine.model.layout import Grid, Layout, tiles
@@ -21,7 +21,8 @@ from uvg_engine.model.linear import affine, linear
 from uvg_engine.model.patches import patch_grid, patchify, unpatchify
 from uvg_engine.ops import modulated_layer_norm, require
 
-ConditionKV = list[tuple[Tensor, Tensor]]
+ConditionKV = list[BlockCondition]
+TimeTable = tuple[Tensor, Tensor]  # of one modality: temb [B, D], modulation [B, 6, D]; fp32
 _LOWEST_SIGMA = 0.05  # of what a predicted sample's error is divided by, as in arXiv 2511.13720
 
 
@@ -141,6 +142,18 @@ class UniViGU(nn.Module):
         embedded = self.cond_text_embedder(cond, self.dtype, spans)
         return [block.condition_kv(embedded, self.dtype, spans) for block in self.blocks]
 
+    def condition_constant(self, condition: ConditionKV) -> ConditionKV:
+        """Of a condition whose rows are all equal: no keys, and what every block's cross-attention adds [1, D]."""
+        pairs = zip(self.blocks, condition, strict=True)
+        return [BlockCondition(c.k[:0], c.v[:0], block.constant(c.v[:1], self.dtype)) for block, c in pairs]
+
+    def time_tables(self, time_v: Tensor, time_t: Tensor) -> tuple[TimeTable, TimeTable]:
+        """What `packed` makes of its times [B], each alone: rows of these may be given to it in their place."""
+        return (
+            self.time_embedding_v(time_v, self.dtype, True),
+            self.time_embedding_t(time_t, self.dtype, True),
+        )
+
     def packed(
         self,
         latents: Tensor,
@@ -153,24 +166,32 @@ class UniViGU(nn.Module):
         isolate: bool = False,
         want_velocity: bool = True,
         want_text: bool = True,
+        time_tables: tuple[TimeTable, TimeTable] | None = None,
+        asking: Asking | None = None,
     ) -> PackedOutput:
         """One forward over a batch of samples of any sizes and jobs.
 
         latents: fp32 [N], every sample's [C, F, Y, X] latent flattened, one after the other. tokens: int64 [L total].
         time_v, time_t: [B], model units (0 to 1000). condition: from `condition_kv`. isolate: a sample's bits do
         not depend on its neighbours (on in sampling; costs time only where the backend's products need it).
+        time_tables: of time_v and time_t, where they were computed before. asking: which rows attend to a condition.
         Returns PackedOutput; a part that is not wanted, or that no sample has, is None.
         """
         dtype, config = self.dtype, self.config
         all_spans = layout.row_spans.cpu() if isolate else None
         video_spans = all_spans[: layout.num_samples] if all_spans is not None else None
-        temb_v, modulation_v = self.time_embedding_v(time_v, dtype, isolate)
-        temb_t, modulation_t = self.time_embedding_t(time_t, dtype, isolate)
-        rows = Rows(layout, self._rope_table(layout), torch.cat([modulation_v, modulation_t]), dtype, all_spans)
+        if time_tables is None:
+            time_tables = (
+                self.time_embedding_v(time_v, dtype, isolate),
+                self.time_embedding_t(time_t, dtype, isolate),
+            )
+        (temb_v, modulation_v), (temb_t, modulation_t) = time_tables
+        modulation = torch.cat([modulation_v, modulation_t])
+        rows = Rows(layout, self._rope_table(layout), modulation, dtype, all_spans, asking)
         video = affine(*self._patch_linear(), patchify(latents, layout, config), dtype, video_spans)
         h = torch.cat([video.float(), self.vocab_embed(tokens).float()])
-        for block, condition_kv in zip(self.blocks, condition, strict=True):
-            h = block(h, rows, condition_kv)
+        for block, block_condition in zip(self.blocks, condition, strict=True):
+            h = block(h, rows, block_condition)
         velocity = text_hidden = None
         if want_velocity and layout.num_video:
             shift, scale = (self.scale_shift_table_v.float() + temb_v[:, None]).unbind(1)

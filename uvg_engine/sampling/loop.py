@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from uvg_engine.flow import Step
 from uvg_engine.model import Layout, UniViGU
+from uvg_engine.model.blocks import Asking, BlockCondition
 from uvg_engine.model.layout import tiles
-from uvg_engine.model.univigu import ConditionKV
+from uvg_engine.model.univigu import ConditionKV, TimeTable
 from uvg_engine.ops import flow_source, flow_step, jump_coins, linear_sample
 from uvg_engine.sampling.prepare import Prepared
 from uvg_engine.sampling.savings import Savings
@@ -55,6 +57,7 @@ class State:
         null = prepared.job.null_condition or prompt is None
         self.condition: Tensor | None = None if null else _rows(engine.text_encoder.encode([prompt])[0], engine)
         self.condition_kv: ConditionKV | None = None
+        self.tables: tuple[TimeTable, TimeTable] | None = None  # of all steps
 
     @property
     def now(self) -> Step:
@@ -82,7 +85,10 @@ class Loop:
         self._null_kv: ConditionKV | None = None
         head = self.model.text_head.linear
         self._head = [p.detach().to(self.model.dtype) for p in (head.weight, head.bias)]
-        self._packed: tuple[list[Branch], Layout, ConditionKV] | None = None
+        self._packed: tuple[list[Branch], Layout, ConditionKV, Asking | None] | None = None
+        self._tables: weakref.WeakValueDictionary[tuple, State] = (
+            weakref.WeakValueDictionary()
+        )  # by times: who has them
 
     @torch.no_grad()
     def advance(self, states: Sequence[State]) -> None:
@@ -97,7 +103,7 @@ class Loop:
     def _forward(self, states: list[State]) -> None:
         everyone = states + [s for s in states if self._is_guided(s)]
         branches = [(s.serial, i < len(states)) for i, s in enumerate(everyone)]
-        layout, condition = self._pack(everyone, branches)
+        layout, condition, asking = self._pack(everyone, branches)
         savings = self.savings
         drawing = torch.cat([self._drawing(s) for s in states])
         out = self.model.packed(
@@ -110,6 +116,8 @@ class Loop:
             isolate=True,
             want_velocity=not savings.skip_unread or any(s.now.video_moves for s in states),
             want_text=not savings.skip_unread or bool(drawing.any()),
+            time_tables=self._time_tables(everyone),
+            asking=asking,
         )
         velocities: dict[Branch, Tensor] = {}
         if out.velocity is not None:
@@ -122,7 +130,7 @@ class Loop:
             return state.prepared.request.kind != "caption"
         return state.now.video_moves and state.prepared.job.guidance != 1
 
-    def _pack(self, everyone: list[State], branches: list[Branch]) -> tuple[Layout, ConditionKV]:
+    def _pack(self, everyone: list[State], branches: list[Branch]) -> tuple[Layout, ConditionKV, Asking | None]:
         """Layout and condition of this composition of the batch; the last one is kept."""
         if self._packed is not None and self._packed[0] == branches and self.savings.condition_cache:
             return self._packed[1:]
@@ -130,25 +138,68 @@ class Loop:
         layout = Layout.build(
             [s.prepared.grid for s in everyone],
             [len(s.tokens) for s in everyone],
-            [len(part[0][0]) for part in parts],
+            [len(part[0].k) for part in parts],
             text_masks=[s.text_mask for s in everyone],
             device=self.model.device,
         )
-        blocks = zip(*parts, strict=True)
-        condition = [(torch.cat([k for k, _ in block]), torch.cat([v for _, v in block])) for block in blocks]
-        self._packed = (branches, layout, condition)
-        return layout, condition
+        asking, condition = None, []
+        if any(part[0].constant is not None for part in parts):
+            asking = Asking.build(layout, [part[0].constant is None for part in parts])
+        for block in zip(*parts, strict=True):
+            k, v = torch.cat([c.k for c in block]), torch.cat([c.v for c in block])
+            constant = None
+            if asking is not None:  # what stands for a sample that asks is not read
+                constant = torch.cat([c.v[:1] if c.constant is None else c.constant for c in block])
+            condition.append(BlockCondition(k, v, constant))
+        self._packed = (branches, layout, condition, asking)
+        return layout, condition, asking
 
     def _condition(self, state: State, conditional: bool) -> ConditionKV:
         """Keys and values for one sample, computed alone."""
         cache = self.savings.condition_cache
         if not conditional or state.condition is None:
             if self._null_kv is None or not cache:
-                self._null_kv = self.model.condition_kv(self._null, [len(self._null)], isolate=True)
+                self._null_kv = self._condition_kv(self._null)
             return self._null_kv
         if state.condition_kv is None or not cache:
-            state.condition_kv = self.model.condition_kv(state.condition, [len(state.condition)], isolate=True)
+            state.condition_kv = self._condition_kv(state.condition)
         return state.condition_kv
+
+    def _condition_kv(self, rows: Tensor) -> ConditionKV:
+        if self.savings.constant_condition and len(rows) and bool((rows == rows[:1]).all()):
+            return self.model.condition_constant(self.model.condition_kv(rows[:1], [1], isolate=True))
+        return self.model.condition_kv(rows, [len(rows)], isolate=True)
+
+    def _time_tables(self, everyone: list[State]) -> tuple[TimeTable, TimeTable] | None:
+        """Of the present step of each."""
+        if not self.savings.time_tables:
+            return None
+        for state in everyone:
+            if state.tables is None:
+                times = tuple((step.video_time, step.text_time) for step in state.steps)
+                known = self._tables.get(times)
+                state.tables = self._all_steps(times) if known is None else known.tables
+                self._tables[times] = state
+        tables = [state.tables for state in everyone if state.tables is not None]
+        rows = [state.step for state in everyone]
+
+        def now(modality: int) -> TimeTable:
+            temb, modulation = ([t[modality][k][i] for t, i in zip(tables, rows, strict=True)] for k in (0, 1))
+            return torch.stack(temb), torch.stack(modulation)
+
+        return now(0), now(1)
+
+    def _all_steps(self, times: tuple[tuple[float, float], ...]) -> tuple[TimeTable, TimeTable]:
+        """Tables [steps] of a job; a time that comes again is computed once."""
+        video, text = ([*dict.fromkeys(each)] for each in zip(*times, strict=True))
+        made = self.model.time_tables(self._floats(video), self._floats(text))
+
+        def in_order(table: TimeTable, times_here: Sequence[float], known: list[float]) -> TimeTable:
+            rows = torch.tensor([known.index(time) for time in times_here], device=self.model.device)
+            return table[0][rows], table[1][rows]
+
+        of_video, of_text = zip(*times, strict=True)
+        return in_order(made[0], of_video, video), in_order(made[1], of_text, text)
 
     def _drawing(self, state: State) -> Tensor:
         """bool [L]: the tokens whose head is evaluated."""

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Savings:
-    """Which savings are on. Off changes no result: bitwise, but for drop_padding, where it is only to rounding.
+    """Which savings are on. Off changes no result: bitwise, but to rounding for drop_padding and constant_condition.
 
     lazy_head: the jump coins are tossed first; the text head is evaluated only where they say jump.
     skip_idle: a step in which no token of a caption jumps leaves its state as it is: no forward at all. Over N steps a
         token jumps about ln N times, so that many steps cost little more than few.
     condition_cache: keys and values of the condition once per request, not once per step.
+    constant_condition: where all rows of a condition are equal (captions, and an unconditional branch without text),
+        cross-attention is one vector per block: no queries, no scores. The softmax's weights sum to 1 only to rounding.
+    time_tables: time embeddings and modulations of all steps of a job at its start, each time once.
     skip_unguided: no unconditional branch where guidance is 1 or the video does not move.
     skip_unread: no video head where no sample of the batch reads it (captions); no text head for clean prompts.
     drop_padding: pads of a clean prompt are not computed. Off, they are masked keys, and matrix products get more rows.
@@ -22,6 +25,8 @@ class Savings:
     lazy_head: bool = True
     skip_idle: bool = True
     condition_cache: bool = True
+    constant_condition: bool = True
+    time_tables: bool = True
     skip_unguided: bool = True
     skip_unread: bool = True
     drop_padding: bool = True
