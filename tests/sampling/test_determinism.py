@@ -134,6 +134,7 @@ SAVED_BY = {
     "skip_idle": Request("caption", video=make_video(), seed=1, num_steps=40),
     "condition_cache": Request("generate", "a red seven", seed=1, num_steps=3),
     "constant_condition": Request("caption", video=make_video(), seed=1, num_steps=3),
+    "share_first_attention": Request("generate", "a red seven", seed=1, num_steps=3),
     "time_tables": Request("generate", "a red seven", seed=1, num_steps=3),
     "skip_unguided": Request("generate", "a red seven", seed=1, num_steps=3, guidance=1),
     "skip_unread": Request("generate", "a red seven", seed=1, num_steps=3),

@@ -126,9 +126,10 @@ class Block(nn.Module):
         self._register_state_dict_hook(_publish_experts)
         self.register_load_state_dict_pre_hook(_stack_experts)
 
-    def modulation(self, rows: Rows) -> tuple[Tensor, ...]:
-        """shift1, scale1, gate1, shift2, scale2, gate2, each [S, D] fp32."""
-        return (self.scale_shift_table.float() + rows.modulation_S6D).unbind(1)
+    def modulation(self, rows: Rows, half: int) -> tuple[Tensor, ...]:
+        """Shift, scale and gate, each [S, D] fp32, of self-attention (half 0) or of the experts (1)."""
+        part = slice(3 * half, 3 * half + 3)
+        return (self.scale_shift_table.float()[:, part] + rows.modulation_S6D[:, part]).unbind(1)
 
     def condition_kv(self, cond: Tensor, dtype: torch.dtype, spans: Tensor | None) -> BlockCondition:
         """Keys and values [U, D] of the condition rows [U, D]; they depend on no step and no token."""
@@ -141,25 +142,31 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, rows: Rows, condition: BlockCondition) -> Tensor:
         """h: residual stream [T, D]. Returns the new one."""
-        layout, dtype, spans = rows.layout, rows.dtype, rows.spans
-        row_spans = layout.row_spans
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(rows)
+        return self.ask_condition(*self.mix(h, rows), rows, condition)
 
-        a = modulated_layer_norm(h, shift1, scale1, row_spans).to(dtype)
-        attn = self.attn1
+    def mix(self, h: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Self-attention, which knows of no condition: the stream [T, D] after it, and its norm for `ask_condition`."""
+        layout, dtype, spans, attn = rows.layout, rows.dtype, rows.spans, self.attn1
+        shift, scale, gate = self.modulation(rows, 0)
+        a = modulated_layer_norm(h, shift, scale, layout.row_spans).to(dtype)
         q, k, v = (linear(layer, a, dtype, spans) for layer in (attn.to_q, attn.to_k, attn.to_v))
         q, k = ops.qk_norm_rope(
             q, k, attn.norm_q.weight, attn.norm_k.weight, layout.rope_spans, rows.rope_table, attn.heads
         )
         y = linear(attn.to_out[0], attn.attend(q, k, v, layout.query_spans, layout.key_spans), dtype, spans)
-        h, n = ops.gated_residual_norm(
-            h, y, gate1, row_spans, weight=self.norm2.weight, bias=self.norm2.bias, eps=self.norm2.eps, norm_dtype=dtype
+        norm = self.norm2
+        return ops.gated_residual_norm(
+            h, y, gate, layout.row_spans, weight=norm.weight, bias=norm.bias, eps=norm.eps, norm_dtype=dtype
         )
 
+    def ask_condition(self, h: Tensor, n: Tensor, rows: Rows, condition: BlockCondition) -> Tensor:
+        """What follows `mix`: cross-attention and the experts."""
+        layout = rows.layout
+        shift, scale, gate = self.modulation(rows, 1)
         y = self._cross(n, rows, condition)
-        h, f = ops.gated_residual_norm(h, y, None, None, shift2, scale2, row_spans, norm_dtype=dtype)
-
-        return ops.gated_residual(h, self.experts(f, layout.group_offsets, dtype, spans), gate2, row_spans)
+        h, f = ops.gated_residual_norm(h, y, None, None, shift, scale, layout.row_spans, norm_dtype=rows.dtype)
+        y = self.experts(f, layout.group_offsets, rows.dtype, rows.spans)
+        return ops.gated_residual(h, y, gate, layout.row_spans)
 
     def _cross(self, n: Tensor, rows: Rows, condition: BlockCondition) -> Tensor:
         """Cross-attention of normed rows [T, D] to their condition."""

@@ -107,6 +107,30 @@ class Layout:
         )
 
 
+@dataclass(frozen=True)
+class Branches:
+    """Samples that part only at their conditions: sample k of `layout` goes on from sample samples[k] of another layout.
+
+    samples: int64 [B]. spans: int64 [2B], rows: int64 [T]; where each span and row of `layout` comes from.
+    """
+
+    layout: Layout
+    samples: Tensor
+    spans: Tensor
+    rows: Tensor
+
+    @classmethod
+    def build(cls, source: Layout, layout: Layout, samples: Sequence[int]) -> Branches:
+        """Raises ValueError where a sample differs in size from the one that it goes on from."""
+        sizes = [(source.grids[i], source.text_lens[i]) for i in samples]
+        if sizes != list(zip(layout.grids, layout.text_lens, strict=True)):
+            raise ValueError(f"samples must have the sizes of those that they go on from, got {sizes}")
+        spans, runs = [*samples, *(source.num_samples + i for i in samples)], source.row_spans.tolist()
+        rows = torch.cat([torch.arange(runs[i][0], sum(runs[i])) for i in spans])
+        device = source.row_spans.device
+        return cls(layout, torch.tensor(samples, device=device), torch.tensor(spans, device=device), rows.to(device))
+
+
 def tiles(lens: Sequence[int], first: int = 0) -> list[tuple[int, int]]:
     """Spans that lie one after the other: (start, len) for each length."""
     spans = []

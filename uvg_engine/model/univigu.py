@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from uvg_engine.model.blocks import Asking, Block, BlockCondition, Rows, Weight
 from uvg_engine.model.config import UniViGUConfig
 from uvg_engine.model.embeddings import ConditionEmbedder, TextRope, TimeEmbedding
-from uvg_engine.model.layout import Grid, Layout, tiles
+from uvg_engine.model.layout import Branches, Grid, Layout, tiles
 from uvg_engine.model.linear import affine, linear
 from uvg_engine.model.patches import patch_grid, patchify, unpatchify
 from uvg_engine.ops import modulated_layer_norm, require
@@ -168,6 +168,7 @@ class UniViGU(nn.Module):
         want_text: bool = True,
         time_tables: tuple[TimeTable, TimeTable] | None = None,
         asking: Asking | None = None,
+        branches: Branches | None = None,
     ) -> PackedOutput:
         """One forward over a batch of samples of any sizes and jobs.
 
@@ -175,6 +176,8 @@ class UniViGU(nn.Module):
         time_v, time_t: [B], model units (0 to 1000). condition: from `condition_kv`. isolate: a sample's bits do
         not depend on its neighbours (on in sampling; costs time only where the backend's products need it).
         time_tables: of time_v and time_t, where they were computed before. asking: which rows attend to a condition.
+        branches: samples that go on from those of `layout` after the first self-attention; condition, asking and the
+        result are then theirs.
         Returns PackedOutput; a part that is not wanted, or that no sample has, is None.
         """
         dtype, config = self.dtype, self.config
@@ -190,7 +193,19 @@ class UniViGU(nn.Module):
         rows = Rows(layout, self._rope_table(layout), modulation, dtype, all_spans, asking)
         video = affine(*self._patch_linear(), patchify(latents, layout, config), dtype, video_spans)
         h = torch.cat([video.float(), self.vocab_embed(tokens).float()])
-        for block, block_condition in zip(self.blocks, condition, strict=True):
+        (block, block_condition), *others = zip(self.blocks, condition, strict=True)
+        h, n = block.mix(h, rows)
+        if branches is not None:
+            sizes = [math.prod(grid) * config.patch_volume * config.in_channels for grid in layout.grids]
+            pieces, layout, samples = latents.split(sizes), branches.layout, branches.samples
+            latents = torch.cat([pieces[i] for i in samples.tolist()])
+            h, n = h[branches.rows], n[branches.rows]
+            temb_v, temb_t, time_v = temb_v[samples], temb_t[samples], time_v[samples]
+            all_spans = layout.row_spans.cpu() if isolate else None
+            video_spans = all_spans[: layout.num_samples] if all_spans is not None else None
+            rows = Rows(layout, rows.rope_table, modulation[branches.spans], dtype, all_spans, asking)
+        h = block.ask_condition(h, n, rows, block_condition)
+        for block, block_condition in others:
             h = block(h, rows, block_condition)
         velocity = text_hidden = None
         if want_velocity and layout.num_video:

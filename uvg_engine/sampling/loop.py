@@ -19,7 +19,7 @@ from torch import Tensor
 from uvg_engine.flow import Step
 from uvg_engine.model import Layout, UniViGU
 from uvg_engine.model.blocks import Asking, BlockCondition
-from uvg_engine.model.layout import tiles
+from uvg_engine.model.layout import Branches, tiles
 from uvg_engine.model.univigu import ConditionKV, TimeTable
 from uvg_engine.ops import flow_source, flow_step, jump_coins, linear_sample
 from uvg_engine.sampling.prepare import Prepared
@@ -85,7 +85,7 @@ class Loop:
         self._null_kv: ConditionKV | None = None
         head = self.model.text_head.linear
         self._head = [p.detach().to(self.model.dtype) for p in (head.weight, head.bias)]
-        self._packed: tuple[list[Branch], Layout, ConditionKV, Asking | None] | None = None
+        self._packed: tuple[list[Branch], Layout, ConditionKV, Asking | None, Branches | None] | None = None
         self._tables: weakref.WeakValueDictionary[tuple, State] = (
             weakref.WeakValueDictionary()
         )  # by times: who has them
@@ -103,21 +103,22 @@ class Loop:
     def _forward(self, states: list[State]) -> None:
         everyone = states + [s for s in states if self._is_guided(s)]
         branches = [(s.serial, i < len(states)) for i, s in enumerate(everyone)]
-        layout, condition, asking = self._pack(everyone, branches)
-        savings = self.savings
+        layout, condition, asking, parting = self._pack(states, everyone, branches)
+        savings, first = self.savings, everyone if parting is None else states
         drawing = torch.cat([self._drawing(s) for s in states])
         out = self.model.packed(
-            torch.cat([s.latents for s in everyone]),
-            torch.cat([s.tokens for s in everyone]),
+            torch.cat([s.latents for s in first]),
+            torch.cat([s.tokens for s in first]),
             layout,
-            self._floats([s.now.video_time for s in everyone]),
-            self._floats([s.now.text_time for s in everyone]),
+            self._floats([s.now.video_time for s in first]),
+            self._floats([s.now.text_time for s in first]),
             condition,
             isolate=True,
             want_velocity=not savings.skip_unread or any(s.now.video_moves for s in states),
             want_text=not savings.skip_unread or bool(drawing.any()),
-            time_tables=self._time_tables(everyone),
+            time_tables=self._time_tables(first),
             asking=asking,
+            branches=parting,
         )
         velocities: dict[Branch, Tensor] = {}
         if out.velocity is not None:
@@ -130,18 +131,14 @@ class Loop:
             return state.prepared.request.kind != "caption"
         return state.now.video_moves and state.prepared.job.guidance != 1
 
-    def _pack(self, everyone: list[State], branches: list[Branch]) -> tuple[Layout, ConditionKV, Asking | None]:
-        """Layout and condition of this composition of the batch; the last one is kept."""
+    def _pack(
+        self, states: list[State], everyone: list[State], branches: list[Branch]
+    ) -> tuple[Layout, ConditionKV, Asking | None, Branches | None]:
+        """What the model has to know of this composition of the batch; the last one is kept."""
         if self._packed is not None and self._packed[0] == branches and self.savings.condition_cache:
             return self._packed[1:]
         parts = [self._condition(s, conditional) for s, (_, conditional) in zip(everyone, branches, strict=True)]
-        layout = Layout.build(
-            [s.prepared.grid for s in everyone],
-            [len(s.tokens) for s in everyone],
-            [len(part[0].k) for part in parts],
-            text_masks=[s.text_mask for s in everyone],
-            device=self.model.device,
-        )
+        layout = self._layout(everyone, [len(part[0].k) for part in parts])
         asking, condition = None, []
         if any(part[0].constant is not None for part in parts):
             asking = Asking.build(layout, [part[0].constant is None for part in parts])
@@ -151,8 +148,21 @@ class Loop:
             if asking is not None:  # what stands for a sample that asks is not read
                 constant = torch.cat([c.v[:1] if c.constant is None else c.constant for c in block])
             condition.append(BlockCondition(k, v, constant))
-        self._packed = (branches, layout, condition, asking)
-        return layout, condition, asking
+        parting = None
+        if self.savings.share_first_attention and len(everyone) > len(states):
+            alone, places = self._layout(states, [0] * len(states)), {s.serial: i for i, s in enumerate(states)}
+            parting, layout = Branches.build(alone, layout, [places[s.serial] for s in everyone]), alone
+        self._packed = (branches, layout, condition, asking, parting)
+        return layout, condition, asking, parting
+
+    def _layout(self, states: list[State], cond_lens: list[int]) -> Layout:
+        return Layout.build(
+            [s.prepared.grid for s in states],
+            [len(s.tokens) for s in states],
+            cond_lens,
+            text_masks=[s.text_mask for s in states],
+            device=self.model.device,
+        )
 
     def _condition(self, state: State, conditional: bool) -> ConditionKV:
         """Keys and values for one sample, computed alone."""

@@ -16,6 +16,8 @@ class Savings:
     condition_cache: keys and values of the condition once per request, not once per step.
     constant_condition: where all rows of a condition are equal (captions, and an unconditional branch without text),
         cross-attention is one vector per block: no queries, no scores. The softmax's weights sum to 1 only to rounding.
+    share_first_attention: both branches of guidance are one sample until the first condition: embeddings and the first
+        block's self-attention once for both.
     time_tables: time embeddings and modulations of all steps of a job at its start, each time once.
     skip_unguided: no unconditional branch where guidance is 1 or the video does not move.
     skip_unread: no video head where no sample of the batch reads it (captions); no text head for clean prompts.
@@ -26,6 +28,7 @@ class Savings:
     skip_idle: bool = True
     condition_cache: bool = True
     constant_condition: bool = True
+    share_first_attention: bool = True
     time_tables: bool = True
     skip_unguided: bool = True
     skip_unread: bool = True
