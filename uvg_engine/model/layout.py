@@ -109,7 +109,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Branches:
-    """Samples that part only at their conditions: sample k of `layout` goes on from sample samples[k] of another layout.
+    """Samples that part only at their conditions: sample k of `layout` goes on from sample samples[k] of another one.
 
     samples: int64 [B]. spans: int64 [2B], rows: int64 [T]; where each span and row of `layout` comes from.
     """

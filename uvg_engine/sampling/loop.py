@@ -19,11 +19,12 @@ from torch import Tensor
 from uvg_engine.flow import Step
 from uvg_engine.model import Layout, UniViGU
 from uvg_engine.model.blocks import Asking, BlockCondition
-from uvg_engine.model.layout import Branches, tiles
+from uvg_engine.model.layout import TEXT, VIDEO, Branches, tiles
 from uvg_engine.model.univigu import ConditionKV, TimeTable
 from uvg_engine.ops import flow_source, flow_step, jump_coins, linear_sample
 from uvg_engine.sampling.prepare import Prepared
 from uvg_engine.sampling.savings import Savings
+from uvg_engine.sampling.time_tables import TimeTables, joined, times_of
 
 if TYPE_CHECKING:
     from uvg_engine.sampling.engine import Engine
@@ -57,7 +58,7 @@ class State:
         null = prepared.job.null_condition or prompt is None
         self.condition: Tensor | None = None if null else _rows(engine.text_encoder.encode([prompt])[0], engine)
         self.condition_kv: ConditionKV | None = None
-        self.tables: tuple[TimeTable, TimeTable] | None = None  # of all steps
+        self.tables: TimeTables | None = None
 
     @property
     def now(self) -> Step:
@@ -180,36 +181,18 @@ class Loop:
             return self.model.condition_constant(self.model.condition_kv(rows[:1], [1], isolate=True))
         return self.model.condition_kv(rows, [len(rows)], isolate=True)
 
-    def _time_tables(self, everyone: list[State]) -> tuple[TimeTable, TimeTable] | None:
+    def _time_tables(self, states: list[State]) -> tuple[TimeTable, TimeTable] | None:
         """Of the present step of each."""
         if not self.savings.time_tables:
             return None
-        for state in everyone:
+        for state in states:
             if state.tables is None:
-                times = tuple((step.video_time, step.text_time) for step in state.steps)
-                known = self._tables.get(times)
-                state.tables = self._all_steps(times) if known is None else known.tables
-                self._tables[times] = state
-        tables = [state.tables for state in everyone if state.tables is not None]
-        rows = [state.step for state in everyone]
-
-        def now(modality: int) -> TimeTable:
-            temb, modulation = ([t[modality][k][i] for t, i in zip(tables, rows, strict=True)] for k in (0, 1))
-            return torch.stack(temb), torch.stack(modulation)
-
-        return now(0), now(1)
-
-    def _all_steps(self, times: tuple[tuple[float, float], ...]) -> tuple[TimeTable, TimeTable]:
-        """Tables [steps] of a job; a time that comes again is computed once."""
-        video, text = ([*dict.fromkeys(each)] for each in zip(*times, strict=True))
-        made = self.model.time_tables(self._floats(video), self._floats(text))
-
-        def in_order(table: TimeTable, times_here: Sequence[float], known: list[float]) -> TimeTable:
-            rows = torch.tensor([known.index(time) for time in times_here], device=self.model.device)
-            return table[0][rows], table[1][rows]
-
-        of_video, of_text = zip(*times, strict=True)
-        return in_order(made[0], of_video, video), in_order(made[1], of_text, text)
+                times = times_of(state.steps)
+                state.tables = self._tables.get(times) or TimeTables(self.model, state.steps)
+                self._tables[times] = state.tables
+        now = [(s.tables, s.now) for s in states if s.tables is not None]
+        video = [tables.row(VIDEO, step.video_time) for tables, step in now]
+        return joined(video), joined([tables.row(TEXT, step.text_time) for tables, step in now])
 
     def _drawing(self, state: State) -> Tensor:
         """bool [L]: the tokens whose head is evaluated."""
