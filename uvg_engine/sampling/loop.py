@@ -87,9 +87,7 @@ class Loop:
         head = self.model.text_head.linear
         self._head = [p.detach().to(self.model.dtype) for p in (head.weight, head.bias)]
         self._packed: tuple[list[Branch], Layout, ConditionKV, Asking | None, Branches | None] | None = None
-        self._tables: weakref.WeakValueDictionary[tuple, State] = (
-            weakref.WeakValueDictionary()
-        )  # by times: who has them
+        self._tables: weakref.WeakValueDictionary[tuple, TimeTables] = weakref.WeakValueDictionary()  # by times
 
     @torch.no_grad()
     def advance(self, states: Sequence[State]) -> None:
@@ -147,7 +145,8 @@ class Loop:
             k, v = torch.cat([c.k for c in block]), torch.cat([c.v for c in block])
             constant = None
             if asking is not None:  # what stands for a sample that asks is not read
-                constant = torch.cat([c.v[:1] if c.constant is None else c.constant for c in block])
+                idle = k.new_zeros(1, k.shape[1])
+                constant = torch.cat([idle if c.constant is None else c.constant for c in block])
             condition.append(BlockCondition(k, v, constant))
         parting = None
         if self.savings.share_first_attention and len(everyone) > len(states):
