@@ -92,12 +92,14 @@ def _rows_product(
     epilogue: int,
     transposed: bool,
     pre: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(out, hidden, column sums of the row tiles) of `moe_mlp_rows_kernel`; a [T, K] by b [E, N, K] or [E, K, N]."""
+    keep: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(out where it is kept, hidden, column sums of the row tiles) of `moe_mlp_rows_kernel`: a [T, K] by b [E, N, K] or
+    [E, K, N]."""
     num_n, num_k = b.shape[1:] if transposed else (b.shape[2], b.shape[1])
     config = _config(num_k, a, b)
-    out = a.new_empty(len(a), num_n)
-    hidden = None if epilogue == BIAS else torch.empty_like(out)
+    out = a.new_empty(len(a), num_n) if keep else None
+    hidden = None if epilogue == BIAS else a.new_empty(len(a), num_n)
     tiles = num_tiles(len(a), len(b), config.BLOCK_M)
     sums = a.new_empty(tiles, num_n, dtype=torch.float32) if epilogue == GELU_BACKWARD else None
     b_block = (config.BLOCK_N, config.BLOCK_K) if transposed else (config.BLOCK_K, config.BLOCK_N)
@@ -170,9 +172,9 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments and results as in reference.moe_mlp.forward. Tiles and sums do not depend on the number of rows."""
     x, w1, b1, w2, b2, offsets = map(packed, (x, w1, b1, w2, b2, group_offsets))
-    pre, hidden, _ = _rows_product(x, w1, b1, offsets, GELU, True)
+    pre, hidden, _ = _rows_product(x, w1, b1, offsets, GELU, True, keep=for_backward)
     y, _, _ = _rows_product(hidden, w2, b2, offsets, BIAS, True)
-    return y, pre if for_backward else None
+    return y, pre
 
 
 def backward(

@@ -97,7 +97,7 @@ def finish(
     if p_bias is not None:
         b_acc += tl.load(p_bias + at_bias + o_n, mask=o_n < num_n, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE == 1:
-        b_pre = b_acc.to(p_out.dtype.element_ty).to(tl.float32)  # what the backward will read
+        b_pre = b_acc.to(p_hidden.dtype.element_ty).to(tl.float32)  # what the backward reads
         b_gate, _ = gate_of_gelu(b_pre)
         store_tile(p_hidden, b_pre * b_gate, row, column, last, num_n, num_n, ROWS, COLUMNS)
     if EPILOGUE == 2:
@@ -107,7 +107,8 @@ def finish(
         b_acc *= b_gate + b_pre * b_slope
         b_acc = tl.where((row + tl.arange(0, ROWS) < last)[:, None], b_acc, 0.0)
         tl.store(p_sums + at_sums + o_n, tl.sum(b_acc, 0), mask=o_n < num_n)
-    store_tile(p_out, b_acc, row, column, last, num_n, num_n, ROWS, COLUMNS)
+    if p_out is not None:
+        store_tile(p_out, b_acc, row, column, last, num_n, num_n, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -116,7 +117,7 @@ def moe_mlp_rows_kernel(
     x_b,  # [E, N, K] where TRANSPOSED, else [E, K, N]; or a descriptor with E and the next dimension in one
     p_bias,  # [E, N] or None
     p_pre,  # [T, N]: read by EPILOGUE 2
-    p_out,  # [T, N]
+    p_out,  # [T, N], None where nobody will read it
     p_hidden,  # [T, N]: the second result of EPILOGUE 1 and 2
     p_sums,  # [row tiles, N] fp32: column sums of out by EPILOGUE 2
     p_offsets,  # [E + 1]

@@ -36,7 +36,8 @@ def window_config(which: int, q: Tensor, tile: Sequence[int]) -> AttentionConfig
     """flash_attention's configuration without descriptors, for blocks no larger than a tile of the video. Untuned."""
     config = flash_attention.attention_config(which, SM80, q.shape[2], q.itemsize)
     volume = max(16, power_of_two(math.prod(tile)))
-    block_m = 32 if which == KEY and q.shape[2] > 64 else config.BLOCK_M  # more spilled on sm_90
+    block_m = {FORWARD: 64, QUERY: 64, KEY: 32}[which] if q.shape[2] > 64 else config.BLOCK_M  # more spilled somewhere
+    block_m = min(block_m, config.BLOCK_M)
     return replace(config, BLOCK_M=min(block_m, volume), BLOCK_N=min(config.BLOCK_N, volume))
 
 

@@ -14,7 +14,15 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime import interpreter
 
-from uvg_engine.kernels import _launch, gated_residual, modulated_layer_norm, moe_combine, qk_norm_rope
+from uvg_engine.kernels import (
+    _launch,
+    flash_attention,
+    gated_residual,
+    modulated_layer_norm,
+    moe_combine,
+    qk_norm_rope,
+)
+from uvg_engine.reference import flash_attention as attention_truth
 from uvg_engine.reference import gated_residual as gated_residual_truth
 from uvg_engine.reference import modulated_layer_norm as norm_truth
 from uvg_engine.reference import qk_norm_rope as rope_truth
@@ -109,3 +117,33 @@ def test_moe_combine(run_last):
     out = run_last(moe_combine.forward, x, order, weights)
     assert torch.equal(out[-END:], 0.5 * x[-END:])
     assert torch.equal(run_last(moe_combine.backward, x, x, order, weights)[0][-END:], 0.5 * x[-END:])
+
+
+@pytest.fixture
+def run_first():
+    """Calls a host function and runs the first program of each launch."""
+
+    def run(function, *args):
+        with _launch.recording(_launch.SM80) as launches:
+            result = function(*args)
+        for launch in launches:
+            launch.kernel[(1,) * len(launch.grid)](*launch.args, **launch.options)
+        return result
+
+    return run
+
+
+def test_attention(run_first):
+    """One span at the end, 32 heads of 128: the first tile's rows begin at element 2^31."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (huge(g).unflatten(1, (32, 128)) for _ in range(3))
+    spans = torch.tensor([[[ROWS - END, END]]], dtype=torch.int32)
+    out, lse = run_first(flash_attention.forward, q, k, v, spans, spans, 0.125)
+    end = [x[-END:, :1].clone() for x in (q, k, v)]
+    own = torch.tensor([[[0, END]]], dtype=torch.int32)
+    want, want_lse = attention_truth.forward(*end, own, own, 0.125)
+    torch.testing.assert_close(out[-END:, :1], want, rtol=0.02, atol=0.01)
+    torch.testing.assert_close(lse[:1, -END:], want_lse)
+    dq, _ = run_first(flash_attention.query_pass, out, out, lse, q, k, v, spans, spans, 0.125)
+    want_dq, _, _ = attention_truth.backward(want, want, want_lse, *end, own, own, 0.125)
+    torch.testing.assert_close(dq[-END:, :1], want_dq, rtol=0.02, atol=0.02)
