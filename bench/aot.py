@@ -192,15 +192,29 @@ def compile_all(names: Sequence[str], capabilities: Sequence[tuple[int, int]], w
         return [compiled for job in done for compiled in job.result()]
 
 
+def with_table(page: str, table: str) -> str:
+    """The page with what stands between its marks replaced. Raises ValueError where it has no marks."""
+    before, begin, rest = page.partition("<!-- triton: begin -->\n")
+    _, end, after = rest.partition("<!-- triton: end -->")
+    if not begin or not end:
+        raise ValueError(f"page must have the marks <!-- triton: begin --> and end, got {page[:80]!r}")
+    return f"{before}{begin}{table}\n{end}{after}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; returns 1 where a kernel has a fault."""
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
     parser.add_argument("op", nargs="*", help="all that have kernels if none is named")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page, between its marks")
     args = parser.parse_args(arguments)
     if strangers := sorted(set(args.op) - set(ops())):
         parser.error(f"no kernel module here is called {', '.join(strangers)}; have {', '.join(ops())}")
     compiled = compile_all(args.op or ops(), sorted(SHARED_LIMIT))
-    print("\n".join(roofline.table(compiled)))
+    text = "\n".join(roofline.table(compiled))
+    if args.write:
+        args.write.write_text(with_table(args.write.read_text(), text))
+    else:
+        print(text)
     faults = [fault for one in compiled for fault in one.faults()]
     print("\n".join(faults), file=sys.stderr)
     return int(bool(faults))

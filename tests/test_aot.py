@@ -5,6 +5,7 @@
 
 import ast
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -41,6 +42,20 @@ def test_kernels_compile_well(pool, op):
 
 def test_every_op_that_the_backend_serves_has_cases():
     assert set(backend.TABLE) <= set(aot.ops())
+
+
+def test_the_page_names_kernels_that_are_there():
+    page = (aot.KERNELS.parent / "docs/gpu_static_report.md").read_text()
+    named = set(re.findall(r"^\| `(\w+_kernel)` \|", page, re.M))
+    sources = "".join(path.read_text() for path in aot.KERNELS.glob("*.py"))
+    assert named and [name for name in sorted(named) if f"def {name}(" not in sources] == []
+
+
+def test_only_the_table_of_the_page_is_written_anew():
+    page = "one\n<!-- triton: begin -->\nold\n<!-- triton: end -->\ntwo\n"
+    assert aot.with_table(page, "new") == page.replace("old", "new")
+    with pytest.raises(ValueError, match="page must have the marks"):
+        aot.with_table("one", "new")
 
 
 def made(**changes):
