@@ -15,7 +15,7 @@ def refuses(x: Tensor, *rest) -> str | None:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, out: Tensor, pre: Tensor | None, keep: bool):
     """out = act(x W^T + b); rows of x, out and pre (which lies as out does) are packed."""
-    words = packed(weight, keep)
+    words = packed(weight, keep)  # held until the kernel has read it
     native.core().linear(
         *(x.data_ptr(), words.data_ptr(), at(bias), *x.shape, weight.shape[0], x.stride(0), out.stride(0), gelu),
         *(DTYPES[x.dtype], torch.get_num_threads(), out.data_ptr(), at(pre)),
