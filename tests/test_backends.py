@@ -153,7 +153,7 @@ def test_unknown_names():
     with pytest.raises(ValueError, match=rf"^backend must be one of {known}, got 'cudnn'$"):
         with backends.force("cudnn"):
             pytest.fail("entered")
-    with pytest.raises(ValueError, match=r"^op must be one of flash_attention, .*qk_norm_rope, got 'softmax'$"):
+    with pytest.raises(ValueError, match=r"^op must be one of flash_attention, .*window_attention, got 'softmax'$"):
         backends.explain("softmax", torch.zeros(1))
     assert backends.forced() is None
 
@@ -326,7 +326,7 @@ def op_calls():
     rope_spans, rope_table = torch.tensor([[0, 5, 1, 0, 0, 0]], dtype=torch.int32), torch.ones(2, 8, 2, 2)
     offsets, vocab = torch.tensor([0, 5], dtype=torch.int32), torch.zeros(7, 8)
     mlp = (torch.zeros(1, 3, 8), torch.zeros(1, 3), torch.zeros(1, 8, 3), torch.zeros(1, 8), offsets)
-    flat = torch.zeros(5)
+    flat, video_spans = torch.zeros(5), torch.tensor([[3, 1, 1, 2]], dtype=torch.int32)
     return {
         "flash_attention": attention_args(),
         "flow_noise": (flat, ids, one, one, seeds, 0, SPANS, SPANS, 9, -1),
@@ -354,6 +354,7 @@ def op_calls():
         "moe_mlp": (x, *mlp, None, False),
         "moe_route": (x, 2),
         "qk_norm_rope": (x, x, torch.ones(8), torch.ones(8), rope_spans, rope_table, 2, 1e-6),
+        "window_attention": (*[x[:, None]] * 3, video_spans, SPANS[:1], [1, 1, 1], [0, 0, 0], 1.0),
     }
 
 
