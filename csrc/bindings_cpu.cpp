@@ -13,6 +13,7 @@
 #include "common/philox.h"
 #include "uvg/flash_attention.h"
 #include "uvg/gated_residual.h"
+#include "uvg/gated_residual_norm.h"
 #include "uvg/linear.h"
 #include "uvg/linear_sample.h"
 #include "uvg/modulated_layer_norm.h"
@@ -96,6 +97,24 @@ void residual(bool backward, Address h, Address y, Address gate, Address spans, 
   p.dtype_h = static_cast<uvg::Dtype>(dtype_h), p.dtype_y = static_cast<uvg::Dtype>(dtype_y), p.threads = threads;
   p.out = at<void>(out), p.dout = at<void>(dout), p.dy = at<void>(dy), p.dgate = at<float>(dgate);
   run(backward ? uvg::gated_residual_backward : uvg::gated_residual_forward, p);
+}
+
+void residual_norm(bool backward, std::array<Address, 8> in, int64_t rows, int64_t width, int64_t num_spans, float eps,
+                   std::array<int, 3> dtypes, int threads, std::array<Address, 4> out, std::array<Address, 2> douts,
+                   std::array<Address, 7> dins) {
+  uvg::GatedResidualNormParams p{};
+  p.h = at<void>(in[0]), p.y = at<void>(in[1]), p.gate = at<float>(in[2]);
+  p.shift = at<float>(in[3]), p.scale = at<float>(in[4]), p.spans = at<int32_t>(in[5]);
+  p.weight = at<float>(in[6]), p.bias = at<float>(in[7]);
+  p.rows = rows, p.width = width, p.num_spans = num_spans, p.eps = eps, p.threads = threads;
+  p.dtype_h = static_cast<uvg::Dtype>(dtypes[0]), p.dtype_y = static_cast<uvg::Dtype>(dtypes[1]);
+  p.dtype_normed = static_cast<uvg::Dtype>(dtypes[2]);
+  p.out = at<void>(out[0]), p.normed = at<void>(out[1]), p.mean = at<float>(out[2]), p.rstd = at<float>(out[3]);
+  p.dout = at<void>(douts[0]), p.dnormed = at<void>(douts[1]);
+  p.dh = at<void>(dins[0]), p.dy = at<void>(dins[1]), p.dgate = at<float>(dins[2]);
+  p.dshift = at<float>(dins[3]), p.dscale = at<float>(dins[4]);
+  p.dweight = at<float>(dins[5]), p.dbias = at<float>(dins[6]);
+  run(backward ? uvg::gated_residual_norm_backward : uvg::gated_residual_norm_forward, p);
 }
 
 void moe_mlp(Address x, Address w1, Address b1, Address w2, Address b2, const std::vector<int64_t>& offsets,
@@ -207,6 +226,7 @@ PYBIND11_MODULE(_cpu, m) {
   // checks and calls. Fields as in csrc/include/uvg/<op>.h.
   m.def("modulated_layer_norm", &layer_norm);
   m.def("gated_residual", &residual);
+  m.def("gated_residual_norm", &residual_norm);
   m.def("qk_norm_rope", &norm_rope);
   m.def("moe_mlp", &moe_mlp);
   m.def("moe_mlp_activate_backward", &activate_backward);

@@ -1,5 +1,6 @@
 #include "uvg/gated_residual.h"
 
+#include "cpu/gate.h"
 #include "cpu/partial_sums.h"
 
 namespace uvg {
@@ -8,24 +9,12 @@ namespace {
 
 using Params = GatedResidualParams;
 
-// The gate of a chunk's rows: a row no span covers has gate 0, as in the reference.
-struct Gate {
-  const float* values;
-  float constant;
-
-  Gate(const Params& p, int64_t span)
-      : values(p.gate != nullptr && span >= 0 ? p.gate + span * p.width : nullptr),
-        constant(p.gate == nullptr ? 1.0f : 0.0f) {}
-
-  Vec at(int64_t i, int64_t n) const { return values == nullptr ? splat(constant) : load(values + i, n); }
-};
-
 template <typename H, typename Y>
 void forward(const Params& p) {
   const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
+#pragma omp parallel for num_threads(threads_for(p.threads, p.rows* p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {
-    const Gate gate(p, chunks[c].span);
+    const Gate gate(p.gate, chunks[c].span, p.width);
     for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
       const H* h = static_cast<const H*>(p.h) + r * p.width;
       const Y* y = static_cast<const Y*>(p.y) + r * p.width;
@@ -40,16 +29,23 @@ template <typename H, typename Y>
 void backward(const Params& p) {
   const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
   PartialSums sums(chunks, p.gate == nullptr ? 0 : 1, p.width);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
+#pragma omp parallel for num_threads(threads_for(p.threads, p.rows* p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {
-    const Gate gate(p, chunks[c].span);
+    float* own = p.gate == nullptr ? nullptr : sums.start(c, 0);
+    const Gate gate(p.gate, chunks[c].span, p.width);
     for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
       const H* dout = static_cast<const H*>(p.dout) + r * p.width;
       Y* dy = static_cast<Y*>(p.dy) + r * p.width;
-      columns(p.width, [&](int64_t i, int64_t n) { store(dy + i, gate.at(i, n) * load(dout + i, n), n); });
-      if (gate.values == nullptr) continue;
+      if (own == nullptr) {
+        columns(p.width, [&](int64_t i, int64_t n) { store(dy + i, gate.at(i, n) * load(dout + i, n), n); });
+        continue;
+      }
       const Y* y = static_cast<const Y*>(p.y) + r * p.width;
-      columns(p.width, [&](int64_t i, int64_t n) { add_to(sums.at(c, 0) + i, load(dout + i, n) * load(y + i, n), n); });
+      columns(p.width, [&](int64_t i, int64_t n) {
+        const Vec g = load(dout + i, n);
+        store(dy + i, gate.at(i, n) * g, n);
+        add_to(own + i, g * load(y + i, n), n);
+      });
     }
   }
   if (p.gate != nullptr) sums.per_span(0, p.dgate, p.num_spans);

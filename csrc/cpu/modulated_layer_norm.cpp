@@ -1,5 +1,6 @@
 #include "uvg/modulated_layer_norm.h"
 
+#include "cpu/norm_row.h"
 #include "cpu/partial_sums.h"
 
 namespace uvg {
@@ -9,93 +10,21 @@ namespace {
 using Params = ModulatedLayerNormParams;
 enum Part { kShift, kScale, kWeight, kBias, kParts };
 
-// The affine parts of one row; what is not there is one or zero.
-struct Row {
-  const float *weight, *bias, *shift, *scale;
-
-  Row(const Params& p, int64_t span) : weight(p.weight), bias(p.bias), shift(nullptr), scale(nullptr) {
-    if (p.shift != nullptr && span >= 0) {
-      shift = p.shift + span * p.width;
-      scale = p.scale + span * p.width;
-    }
-  }
-
-  Vec affine(Vec xhat, int64_t i, int64_t n) const {
-    if (weight != nullptr) xhat *= load(weight + i, n);
-    if (bias != nullptr) xhat += load(bias + i, n);
-    return xhat;
-  }
-
-  Vec modulate(Vec v, int64_t i, int64_t n) const {
-    return scale == nullptr ? v : v * (1.0f + load(scale + i, n)) + load(shift + i, n);
-  }
-
-  // Gradient of the affine form from that of the result.
-  Vec through_scale(Vec dy, int64_t i, int64_t n) const {
-    return scale == nullptr ? dy : dy * (1.0f + load(scale + i, n));
-  }
-
-  Vec through_weight(Vec dy, int64_t i, int64_t n) const { return weight == nullptr ? dy : dy * load(weight + i, n); }
-};
-
-template <typename T>
-void forward_row(const Params& p, int64_t r, const Row& row) {
-  const T* x = static_cast<const T*>(p.x) + r * p.width;
-  T* y = static_cast<T*>(p.y) + r * p.width;
-  const auto width = static_cast<float>(p.width);
-  Vec total{};
-  columns(p.width, [&](int64_t i, int64_t n) { total += load(x + i, n); });
-  const float mean = sum(total) / width;
-  Vec squares{};
-  columns(p.width, [&](int64_t i, int64_t n) {
-    const Vec d = load(x + i, n, mean) - mean;
-    squares += d * d;
-  });
-  const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / width + p.eps);
-  columns(p.width, [&](int64_t i, int64_t n) {
-    store(y + i, row.modulate(row.affine((load(x + i, n) - mean) * rstd, i, n), i, n), n);
-  });
-  p.mean[r] = mean;
-  p.rstd[r] = rstd;
-}
-
-template <typename T>
-void backward_row(const Params& p, int64_t r, const Row& row, float* const* sums) {
-  const T* x = static_cast<const T*>(p.x) + r * p.width;
-  const T* dy = static_cast<const T*>(p.dy) + r * p.width;
-  T* dx = static_cast<T*>(p.dx) + r * p.width;
-  const float mean = p.mean[r], rstd = p.rstd[r];
-  Vec plain{}, projected{};
-  columns(p.width, [&](int64_t i, int64_t n) {
-    const Vec xhat = (load(x + i, n) - mean) * rstd;
-    Vec g = load(dy + i, n);  // zero beyond the row, and so is all that it is multiplied with
-    if (row.scale != nullptr) {
-      add_to(sums[kShift] + i, g, n);
-      add_to(sums[kScale] + i, g * row.affine(xhat, i, n), n);
-    }
-    g = row.through_scale(g, i, n);
-    if (row.bias != nullptr) add_to(sums[kBias] + i, g, n);
-    if (row.weight != nullptr) add_to(sums[kWeight] + i, g * xhat, n);
-    g = row.through_weight(g, i, n);
-    plain += g;
-    projected += g * xhat;
-  });
-  const auto width = static_cast<float>(p.width);
-  const float mean_g = sum(plain) / width, mean_gx = sum(projected) / width;
-  columns(p.width, [&](int64_t i, int64_t n) {
-    const Vec xhat = (load(x + i, n) - mean) * rstd;
-    const Vec g = row.through_weight(row.through_scale(load(dy + i, n), i, n), i, n);
-    store(dx + i, rstd * (g - mean_g - xhat * mean_gx), n);
-  });
+NormFactors factors_of(const Params& p, int64_t span) {
+  const bool modulated = p.shift != nullptr && span >= 0;
+  return {p.weight, p.bias, modulated ? p.shift + span * p.width : nullptr,
+          modulated ? p.scale + span * p.width : nullptr};
 }
 
 template <typename T>
 void forward(const Params& p) {
   const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
+#pragma omp parallel for num_threads(threads_for(p.threads, p.rows* p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {
-    const Row row(p, chunks[c].span);
-    for (int64_t r = 0; r < chunks[c].rows; ++r) forward_row<T>(p, chunks[c].first + r, row);
+    const NormFactors factors = factors_of(p, chunks[c].span);
+    for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r)
+      norm_row(static_cast<const T*>(p.x) + r * p.width, p.width, p.eps, factors, static_cast<T*>(p.y) + r * p.width,
+               p.mean + r, p.rstd + r);
   }
 }
 
@@ -103,11 +32,19 @@ template <typename T>
 void backward(const Params& p) {
   const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
   PartialSums sums(chunks, kParts, p.width);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
+#pragma omp parallel for num_threads(threads_for(p.threads, p.rows* p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {
-    const Row row(p, chunks[c].span);
-    float* const own[kParts] = {sums.at(c, kShift), sums.at(c, kScale), sums.at(c, kWeight), sums.at(c, kBias)};
-    for (int64_t r = 0; r < chunks[c].rows; ++r) backward_row<T>(p, chunks[c].first + r, row, own);
+    const NormFactors factors = factors_of(p, chunks[c].span);
+    const auto start = [&](const float* parameter, Part part) {
+      return parameter == nullptr ? nullptr : sums.start(c, part);
+    };
+    const NormSums own = {start(p.weight, kWeight), start(p.bias, kBias), start(p.shift, kShift),
+                          start(p.scale, kScale)};
+    for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
+      T* dx = static_cast<T*>(p.dx) + r * p.width;
+      norm_row_backward(static_cast<const T*>(p.x) + r * p.width, static_cast<const T*>(p.dy) + r * p.width, p.width,
+                        p.mean[r], p.rstd[r], factors, own, [&](int64_t i, Vec v, int64_t n) { store(dx + i, v, n); });
+    }
   }
   if (p.shift != nullptr) {
     sums.per_span(kShift, p.dshift, p.num_spans);

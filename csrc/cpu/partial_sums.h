@@ -2,18 +2,26 @@
 #pragma once
 
 #include "common/row_chunks.h"
+#include "common/row_lists.h"
 #include "cpu/vec.h"
 
 namespace uvg {
 namespace UVG_ISA {
 
+// Threads worth starting for rows of so many values.
+inline int threads_for(int threads, int64_t values) { return values < 32768 ? 1 : threads; }
+
 class PartialSums {
  public:
   PartialSums(const RowChunks& chunks, int64_t parts, int64_t width)
-      : chunks_(chunks), parts_(parts), width_(width), data_(chunks.size() * parts * width) {}
+      : chunks_(chunks), parts_(parts), width_(width), data_(scratch_.floats(chunks.size() * parts * width)) {}
 
-  // Where chunk c adds up its part.
-  float* at(int64_t c, int64_t part) { return data_.data() + (c * parts_ + part) * width_; }
+  // Where chunk c adds up its part, from zero on: by the thread that has the chunk, so that the memory is its own.
+  float* start(int64_t c, int64_t part) {
+    float* own = at(c, part);
+    std::memset(own, 0, static_cast<size_t>(width_) * sizeof(float));
+    return own;
+  }
 
   // Sum of all chunks: [width].
   void total(int64_t part, float* out) {
@@ -29,6 +37,8 @@ class PartialSums {
   }
 
  private:
+  float* at(int64_t c, int64_t part) { return data_ + (c * parts_ + part) * width_; }
+
   void add(int64_t c, int64_t part, float* out) {
     const float* own = at(c, part);
     columns(width_, [&](int64_t i, int64_t n) { add_to(out + i, load(own + i, n), n); });
@@ -36,7 +46,8 @@ class PartialSums {
 
   const RowChunks& chunks_;
   int64_t parts_, width_;
-  Floats data_;
+  Scratch scratch_;
+  float* data_;
 };
 
 }  // namespace UVG_ISA

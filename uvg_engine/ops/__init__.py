@@ -4,7 +4,8 @@ from uvg_engine.ops._registry import require
 from uvg_engine.ops.flash_attention import flash_attention
 from uvg_engine.ops.flow_noise import flow_noise, flow_source
 from uvg_engine.ops.flow_step import flow_step, jump_coins
-from uvg_engine.ops.gated_residual import gated_residual, gated_residual_norm
+from uvg_engine.ops.gated_residual import gated_residual
+from uvg_engine.ops.gated_residual_norm import gated_residual_norm
 from uvg_engine.ops.linear import linear
 from uvg_engine.ops.linear_cross_entropy import linear_cross_entropy
 from uvg_engine.ops.linear_sample import linear_sample

@@ -1,4 +1,4 @@
-"""The residual update of a block, alone and together with the norm that follows. Letters: T rows, D width, S spans."""
+"""The residual update of a block. Letters: T rows, D width, S spans."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from uvg_engine.ops._registry import (
     require_shape,
     require_spans,
 )
-from uvg_engine.ops.modulated_layer_norm import modulated_layer_norm
 from uvg_engine.reference.spans import accumulation_dtype
 
 
@@ -29,6 +28,12 @@ def gated_residual(h: Tensor, y: Tensor, gate: Tensor | None = None, spans: Tens
     Source: DiT adaLN as in Wan2.1.
     Raises ValueError on a shape or dtype it does not serve, or a span beyond the rows.
     """
+    check_arguments(h, y, gate, spans)
+    return _fwd(h, y, gate, spans)
+
+
+def check_arguments(h: Tensor, y: Tensor, gate: Tensor | None, spans: Tensor | None) -> None:
+    """Raise ValueError on shapes and dtypes that the op does not serve."""
     require_floating("h", h, "T, D")
     require_floating("y", y, "T, D")
     require_shape("y", y, h.shape)
@@ -37,30 +42,6 @@ def gated_residual(h: Tensor, y: Tensor, gate: Tensor | None = None, spans: Tens
     if gate is not None and spans is not None:
         require_spans("spans", spans)
         require_shape("gate", gate, (spans.shape[0], h.shape[1]))
-    return _fwd(h, y, gate, spans)
-
-
-def gated_residual_norm(
-    h: Tensor,
-    y: Tensor,
-    gate: Tensor | None = None,
-    spans: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    norm_spans: Tensor | None = None,
-    *,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-    norm_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(h', norm(h')) with h' = gated_residual(h, y, gate, spans) and the norm of `modulated_layer_norm`.
-
-    norm_dtype: dtype of the second result (None: h's). Arguments, errors and source as in the two functions.
-    """
-    out = gated_residual(h, y, gate, spans)
-    normed = modulated_layer_norm(out, shift, scale, norm_spans, weight=weight, bias=bias, eps=eps)
-    return out, normed if norm_dtype is None else normed.to(norm_dtype)
 
 
 def _check(h: Tensor, y: Tensor, gate: Any, spans: Tensor | None) -> None:

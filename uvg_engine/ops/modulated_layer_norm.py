@@ -37,6 +37,19 @@ def modulated_layer_norm(
     Returns [T, D] in x's dtype. Statistics in fp32. Source: adaLN of DiT as in Wan2.1.
     Raises ValueError on a shape or dtype it does not serve, or a span beyond the rows.
     """
+    check_arguments(x, shift, scale, spans, weight, bias)
+    return _fwd(x, shift, scale, spans, weight, bias, eps)[0]
+
+
+def check_arguments(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    spans: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Raise ValueError on shapes and dtypes that the op does not serve."""
     require_floating("x", x, "T, D")
     width = x.shape[1]
     given = [value is not None for value in (shift, scale, spans)]
@@ -48,7 +61,6 @@ def modulated_layer_norm(
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             require_shape(name, value, (width,))
-    return _fwd(x, shift, scale, spans, weight, bias, eps)[0]
 
 
 def _check(x: Tensor, shift: Any, scale: Any, spans: Tensor | None, *rest: Any) -> None:

@@ -1,0 +1,102 @@
+// Rotary positions of one row: which pairs turn by which angles.
+#pragma once
+
+#include "common/row_chunks.h"
+#include "cpu/vec.h"
+#include "uvg/qk_norm_rope.h"
+
+namespace uvg {
+namespace UVG_ISA {
+
+enum RopeKind { kVideo = 0, kText = 1, kNone = 2 };
+
+// Every second lane changes places with its neighbour.
+inline Vec swap_neighbours(Vec v) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_permute_ps(0xFFFF, (__m512)v, 0xB1);  // unmasked, g++ 12 warns of its own header
+#else
+  Vec out;
+  for (int64_t i = 0; i < kLanes; ++i) out[i] = v[i ^ 1];
+  return out;
+#endif
+}
+
+class Rope {
+ public:
+  explicit Rope(const QkNormRopeParams& p)
+      : p_(p), head_(p.width / p.heads), pairs_(head_ / 2), cos_(head_ + kLanes), sin_(head_ + kLanes) {}
+
+  // The row at `offset` inside span `span` (-1: not rotated). backward: turn the other way.
+  void seek(int64_t span, int64_t offset, bool backward) {
+    turn_ = backward ? -1.0f : 1.0f;
+    kind_ = kNone;
+    if (span < 0) return;
+    const int32_t* s = p_.spans + span * 6;
+    kind_ = s[2] == kVideo ? kVideo : kText;
+    if (kind_ == kText) return gather(0, pairs_, offset);
+    const int64_t height = s[4], width = s[5], side = head_ / 6;
+    gather(0, pairs_ - 2 * side, offset / (height * width));
+    gather(pairs_ - 2 * side, pairs_ - side, offset / width % height);
+    gather(pairs_ - side, pairs_, offset % width);
+  }
+
+  // put(column, value, columns) gets R x of a row whose values are x(column, columns).
+  template <typename Value, typename Put>
+  void apply(Value&& x, Put&& put) const {
+    const bool whole = kind_ == kVideo ? head_ % kLanes == 0 : pairs_ % kLanes == 0;
+    if (kind_ == kNone) return columns(p_.width, [&](int64_t i, int64_t n) { put(i, x(i, n), n); });
+    if (!whole) return apply_alone(x, put);
+    const float *c = cos_.data(), *s = sin_.data();
+    for (int64_t first = 0; first < p_.width; first += head_) {
+      if (kind_ == kVideo) {
+        for (int64_t i = 0; i < head_; i += kLanes) {
+          const Vec v = x(first + i, kLanes);
+          put(first + i, v * load(c + i) + swap_neighbours(v) * load(s + i), kLanes);
+        }
+        continue;
+      }
+      for (int64_t i = 0; i < pairs_; i += kLanes) {
+        const Vec a = x(first + i, kLanes), b = x(first + pairs_ + i, kLanes);
+        put(first + i, a * load(c + i) + b * load(s + i), kLanes);
+        put(first + pairs_ + i, b * load(c + pairs_ + i) + a * load(s + pairs_ + i), kLanes);
+      }
+    }
+  }
+
+ private:
+  // Cosines and signed sines of pairs [first, last), each beside the value that it multiplies.
+  void gather(int64_t first, int64_t last, int64_t position) {
+    const float* row = p_.table + (kind_ * p_.positions + position) * head_;
+    const int64_t step = kind_ == kVideo ? 2 : 1, other = kind_ == kVideo ? 1 : pairs_;
+    float *c = cos_.data(), *s = sin_.data();
+    for (int64_t j = first; j < last; ++j) {
+      const int64_t a = step * j, b = a + other;
+      c[a] = c[b] = row[2 * j];
+      s[b] = turn_ * row[2 * j + 1];
+      s[a] = -s[b];
+    }
+  }
+
+  // Heads that are no whole number of vectors: value by value.
+  template <typename Value, typename Put>
+  void apply_alone(Value& x, Put& put) const {
+    const int64_t other = kind_ == kVideo ? 1 : pairs_, step = kind_ == kVideo ? 2 : 1;
+    for (int64_t first = 0; first < p_.width; first += head_) {
+      for (int64_t j = 0; j < pairs_; ++j) {
+        const int64_t a = step * j, b = a + other;
+        const float va = x(first + a, 1)[0], vb = x(first + b, 1)[0];
+        put(first + a, splat(va * cos_.data()[a] + vb * sin_.data()[a]), 1);
+        put(first + b, splat(vb * cos_.data()[b] + va * sin_.data()[b]), 1);
+      }
+    }
+  }
+
+  const QkNormRopeParams& p_;
+  int64_t head_, pairs_;
+  Floats cos_, sin_;
+  float turn_ = 1.0f;
+  int kind_ = kNone;
+};
+
+}  // namespace UVG_ISA
+}  // namespace uvg
