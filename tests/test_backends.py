@@ -345,6 +345,7 @@ def op_calls():
             SPANS,
         ),
         "gated_residual": (x, x, None, None),
+        "gated_residual_norm": (x, x, *[None] * 6, 1e-6, torch.float32),
         "linear": (x, vocab, None, "none", None, False),
         "linear_cross_entropy": (x, vocab, torch.zeros(7), ids, None, None, "ce"),
         "linear_sample": (x, vocab, torch.zeros(7), ids, ids, ids, 1.0),

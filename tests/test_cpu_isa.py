@@ -42,6 +42,7 @@ def results(width, dtype, *, products=True):
     outs = [
         ops.modulated_layer_norm(x, shift, scale, SPANS, weight=weight, bias=bias),
         ops.gated_residual(x, y, gate, SPANS),
+        *ops.gated_residual_norm(x, y, gate, SPANS, shift, scale, SPANS, weight=weight, bias=bias),
         *ops.qk_norm_rope(x, y, weight, bias, ROPE_SPANS, table, HEADS),
     ]
     heads = [part.unflatten(1, (HEADS, -1)) for part in (x, y, x + y)]
@@ -103,6 +104,28 @@ def test_bits_do_not_depend_on_threads(isa, dtype, isa_restored):
     for other in seen[1:]:
         for a, b in zip((*seen[0][0], *seen[0][1]), (*other[0], *other[1]), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_results_have_the_bits_of_small_ones(dtype):
+    """Results of 8 MiB and more are stored past the cache: rows at both ends against calls with those rows alone."""
+    g = torch.Generator().manual_seed(0)
+    h, y, dh, dn = (torch.randn(4224, 1024, generator=g).to(dtype) for _ in range(4))
+    part = torch.randn(3, 1, 1024, generator=g)
+
+    def results(rows):
+        leaves = [h[rows].clone().requires_grad_(), y[rows].clone().requires_grad_()]
+        spans = torch.tensor([[0, len(leaves[0])]], dtype=torch.int32)
+        out, normed = ops.gated_residual_norm(*leaves, part[0], spans, part[1], part[2], spans)
+        plain, other = ops.gated_residual(*leaves, part[0], spans), ops.modulated_layer_norm(leaves[0])
+        grads = (torch.autograd.grad(o, leaves[:n], d[rows]) for o, n, d in ((plain, 2, dh), (other, 1, dn)))
+        both = torch.autograd.grad((out, normed), leaves, (dh[rows], dn[rows]))
+        return [t.detach() for t in (out, normed, plain, other)] + [t for pair in (*grads, both) for t in pair]
+
+    with backends.force("cpu"):
+        whole = results(slice(None))
+        for rows in (slice(0, 70), slice(-70, None)):
+            assert all(torch.equal(a[rows], b) for a, b in zip(whole, results(rows), strict=True))
 
 
 def test_unknown_instruction_set_is_refused():

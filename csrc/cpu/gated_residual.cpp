@@ -2,6 +2,7 @@
 
 #include "cpu/gate.h"
 #include "cpu/partial_sums.h"
+#include "cpu/stream.h"
 
 namespace uvg {
 namespace UVG_ISA {
@@ -12,16 +13,17 @@ using Params = GatedResidualParams;
 template <typename H, typename Y>
 void forward(const Params& p) {
   const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
-#pragma omp parallel for num_threads(threads_for(p.threads, p.rows* p.width)) schedule(static)
+  const Target<H> out(p.out, p.rows, p.width);
+#pragma omp parallel for num_threads(threads_for_rows(p.threads, p.rows, p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {
     const Gate gate(p.gate, chunks[c].span, p.width);
     for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
       const H* h = static_cast<const H*>(p.h) + r * p.width;
       const Y* y = static_cast<const Y*>(p.y) + r * p.width;
-      H* out = static_cast<H*>(p.out) + r * p.width;
       columns(p.width,
-              [&](int64_t i, int64_t n) { store(out + i, load(h + i, n) + gate.at(i, n) * load(y + i, n), n); });
+              [&](int64_t i, int64_t n) { out.put(r, i, load(h + i, n) + gate.at(i, n) * load(y + i, n), n); });
     }
+    out.finish();
   }
 }
 
@@ -29,24 +31,25 @@ template <typename H, typename Y>
 void backward(const Params& p) {
   const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
   PartialSums sums(chunks, p.gate == nullptr ? 0 : 1, p.width);
-#pragma omp parallel for num_threads(threads_for(p.threads, p.rows* p.width)) schedule(static)
+  const Target<Y> dy(p.dy, p.rows, p.width);
+#pragma omp parallel for num_threads(threads_for_rows(p.threads, p.rows, p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {
     float* own = p.gate == nullptr ? nullptr : sums.start(c, 0);
     const Gate gate(p.gate, chunks[c].span, p.width);
     for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
       const H* dout = static_cast<const H*>(p.dout) + r * p.width;
-      Y* dy = static_cast<Y*>(p.dy) + r * p.width;
       if (own == nullptr) {
-        columns(p.width, [&](int64_t i, int64_t n) { store(dy + i, gate.at(i, n) * load(dout + i, n), n); });
+        columns(p.width, [&](int64_t i, int64_t n) { dy.put(r, i, gate.at(i, n) * load(dout + i, n), n); });
         continue;
       }
       const Y* y = static_cast<const Y*>(p.y) + r * p.width;
       columns(p.width, [&](int64_t i, int64_t n) {
         const Vec g = load(dout + i, n);
-        store(dy + i, gate.at(i, n) * g, n);
+        dy.put(r, i, gate.at(i, n) * g, n);
         add_to(own + i, g * load(y + i, n), n);
       });
     }
+    dy.finish();
   }
   if (p.gate != nullptr) sums.per_span(0, p.dgate, p.num_spans);
 }

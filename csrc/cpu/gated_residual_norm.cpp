@@ -3,6 +3,7 @@
 #include "cpu/gate.h"
 #include "cpu/norm_row.h"
 #include "cpu/partial_sums.h"
+#include "cpu/stream.h"
 
 // A row of the residual stream stays in the cache from its update to its norm: memory sees it once.
 namespace uvg {
@@ -22,17 +23,29 @@ template <typename H, typename Y, typename N>
 struct Forward {
   void operator()(const Params& p) const {
     const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
-#pragma omp parallel for num_threads(threads_for(p.threads, p.rows* p.width)) schedule(static)
-    for (int64_t c = 0; c < chunks.size(); ++c) {
-      const Gate gate(p.gate, chunks[c].span, p.width);
-      const NormFactors factors = factors_of(p, chunks[c].span);
-      for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
-        const H* h = static_cast<const H*>(p.h) + r * p.width;
-        const Y* y = static_cast<const Y*>(p.y) + r * p.width;
-        H* out = static_cast<H*>(p.out) + r * p.width;
-        columns(p.width,
-                [&](int64_t i, int64_t n) { store(out + i, load(h + i, n) + gate.at(i, n) * load(y + i, n), n); });
-        norm_row(out, p.width, p.eps, factors, static_cast<N*>(p.normed) + r * p.width, p.mean + r, p.rstd + r);
+    const Target<H> out(p.out, p.rows, p.width);
+    const Target<N> normed(p.normed, p.rows, p.width);
+#pragma omp parallel num_threads(threads_for_rows(p.threads, p.rows, p.width))
+    {
+      Scratch scratch;  // a row that goes past the cache is normed from here
+      H* const kept = out.past() ? reinterpret_cast<H*>(scratch.words(p.width)) : nullptr;
+#pragma omp for schedule(static)
+      for (int64_t c = 0; c < chunks.size(); ++c) {
+        const Gate gate(p.gate, chunks[c].span, p.width);
+        const NormFactors factors = factors_of(p, chunks[c].span);
+        for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
+          const H* h = static_cast<const H*>(p.h) + r * p.width;
+          const Y* y = static_cast<const Y*>(p.y) + r * p.width;
+          H* row = out.past() ? kept : out.row(r);
+          columns(p.width, [&](int64_t i, int64_t n) {
+            const Vec sum = load(h + i, n) + gate.at(i, n) * load(y + i, n);
+            store(row + i, sum, n);
+            if (out.past()) out.put(r, i, sum, n);
+          });
+          norm_row(row, p.width, p.eps, factors, p.mean + r, p.rstd + r,
+                   [&](int64_t i, Vec v, int64_t n) { normed.put(r, i, v, n); });
+        }
+        out.finish(), normed.finish();
       }
     }
   }
@@ -43,7 +56,9 @@ struct Backward {
   void operator()(const Params& p) const {
     const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
     PartialSums sums(chunks, kParts, p.width);
-#pragma omp parallel for num_threads(threads_for(p.threads, p.rows* p.width)) schedule(static)
+    const Target<H> dh(p.dh, p.rows, p.width);
+    const Target<Y> dy(p.dy, p.rows, p.width);
+#pragma omp parallel for num_threads(threads_for_rows(p.threads, p.rows, p.width)) schedule(static)
     for (int64_t c = 0; c < chunks.size(); ++c) {
       const Gate gate(p.gate, chunks[c].span, p.width);
       const NormFactors factors = factors_of(p, chunks[c].span);
@@ -57,16 +72,15 @@ struct Backward {
         const int64_t at = r * p.width;
         const H *out = static_cast<const H*>(p.out) + at, *dout = static_cast<const H*>(p.dout) + at;
         const Y* y = static_cast<const Y*>(p.y) + at;
-        H* dh = static_cast<H*>(p.dh) + at;
-        Y* dy = static_cast<Y*>(p.dy) + at;
         norm_row_backward(out, static_cast<const N*>(p.dnormed) + at, p.width, p.mean[r], p.rstd[r], factors, own,
                           [&](int64_t i, Vec dx, int64_t n) {
                             const Vec g = load(dout + i, n) + dx;
-                            store(dh + i, g, n);
-                            store(dy + i, gate.at(i, n) * g, n);
+                            dh.put(r, i, g, n);
+                            dy.put(r, i, gate.at(i, n) * g, n);
                             if (own_gate != nullptr) add_to(own_gate + i, g * load(y + i, n), n);
                           });
       }
+      dh.finish(), dy.finish();
     }
     if (p.gate != nullptr) sums.per_span(kGate, p.dgate, p.num_spans);
     if (p.shift != nullptr) {

@@ -2,6 +2,7 @@
 
 #include "cpu/norm_row.h"
 #include "cpu/partial_sums.h"
+#include "cpu/stream.h"
 
 namespace uvg {
 namespace UVG_ISA {
@@ -19,12 +20,14 @@ NormFactors factors_of(const Params& p, int64_t span) {
 template <typename T>
 void forward(const Params& p) {
   const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
-#pragma omp parallel for num_threads(threads_for(p.threads, p.rows* p.width)) schedule(static)
+  const Target<T> y(p.y, p.rows, p.width);
+#pragma omp parallel for num_threads(threads_for_rows(p.threads, p.rows, p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {
     const NormFactors factors = factors_of(p, chunks[c].span);
     for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r)
-      norm_row(static_cast<const T*>(p.x) + r * p.width, p.width, p.eps, factors, static_cast<T*>(p.y) + r * p.width,
-               p.mean + r, p.rstd + r);
+      norm_row(static_cast<const T*>(p.x) + r * p.width, p.width, p.eps, factors, p.mean + r, p.rstd + r,
+               [&](int64_t i, Vec v, int64_t n) { y.put(r, i, v, n); });
+    y.finish();
   }
 }
 
@@ -32,7 +35,8 @@ template <typename T>
 void backward(const Params& p) {
   const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
   PartialSums sums(chunks, kParts, p.width);
-#pragma omp parallel for num_threads(threads_for(p.threads, p.rows* p.width)) schedule(static)
+  const Target<T> dx(p.dx, p.rows, p.width);
+#pragma omp parallel for num_threads(threads_for_rows(p.threads, p.rows, p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {
     const NormFactors factors = factors_of(p, chunks[c].span);
     const auto start = [&](const float* parameter, Part part) {
@@ -41,10 +45,10 @@ void backward(const Params& p) {
     const NormSums own = {start(p.weight, kWeight), start(p.bias, kBias), start(p.shift, kShift),
                           start(p.scale, kScale)};
     for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
-      T* dx = static_cast<T*>(p.dx) + r * p.width;
       norm_row_backward(static_cast<const T*>(p.x) + r * p.width, static_cast<const T*>(p.dy) + r * p.width, p.width,
-                        p.mean[r], p.rstd[r], factors, own, [&](int64_t i, Vec v, int64_t n) { store(dx + i, v, n); });
+                        p.mean[r], p.rstd[r], factors, own, [&](int64_t i, Vec v, int64_t n) { dx.put(r, i, v, n); });
     }
+    dx.finish();
   }
   if (p.shift != nullptr) {
     sums.per_span(kShift, p.dshift, p.num_spans);

@@ -44,8 +44,10 @@ inline float sum_columns(int64_t width, Term&& term) {
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-template <typename X, typename Y>
-inline void norm_row(const X* x, int64_t width, float eps, const NormFactors& factors, Y* y, float* mean, float* rstd) {
+// put(first column, y, columns) gets the result.
+template <typename X, typename Put>
+inline void norm_row(const X* x, int64_t width, float eps, const NormFactors& factors, float* mean, float* rstd,
+                     Put&& put) {
   const auto size = static_cast<float>(width);
   const float middle = sum_columns(width, [&](int64_t i, int64_t n) { return load(x + i, n); }) / size;
   const float squares = sum_columns(width, [&](int64_t i, int64_t n) {
@@ -54,7 +56,7 @@ inline void norm_row(const X* x, int64_t width, float eps, const NormFactors& fa
   });
   const float scale = 1.0f / __builtin_sqrtf(squares / size + eps);
   columns(width, [&](int64_t i, int64_t n) {
-    store(y + i, factors.modulate(factors.affine((load(x + i, n) - middle) * scale, i, n), i, n), n);
+    put(i, factors.modulate(factors.affine((load(x + i, n) - middle) * scale, i, n), i, n), n);
   });
   *mean = middle;
   *rstd = scale;

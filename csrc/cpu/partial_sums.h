@@ -8,8 +8,8 @@
 namespace uvg {
 namespace UVG_ISA {
 
-// Threads worth starting for rows of so many values.
-inline int threads_for(int threads, int64_t values) { return values < 32768 ? 1 : threads; }
+// Threads worth starting for so many rows.
+inline int threads_for_rows(int threads, int64_t rows, int64_t width) { return rows * width < 32768 ? 1 : threads; }
 
 class PartialSums {
  public:

@@ -120,6 +120,12 @@ inline void columns(int64_t width, Body&& body) {
   if (i < width) body(i, width - i);
 }
 
+// Asks for the cache line of p; beyond the end of an array it asks for nothing.
+template <typename T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch(p);
+}
+
 inline void add_to(float* total, Vec v, int64_t n) { store(total, load(total, n) + v, n); }
 
 }  // namespace UVG_ISA

@@ -87,6 +87,13 @@ def _gated_residual(dtype: torch.dtype) -> None:
     ops.gated_residual(h, y, torch.randn(1, _D), _spans((0, _T)))
 
 
+def _gated_residual_norm(dtype: torch.dtype) -> None:
+    h, y = torch.randn(2, _T, _D, dtype=dtype)
+    gate, shift, scale = torch.randn(3, 1, _D)
+    spans = _spans((0, _T))
+    ops.gated_residual_norm(h, y, gate, spans, shift, scale, spans)
+
+
 def _linear(dtype: torch.dtype) -> None:
     ops.linear(torch.randn(_T, _D, dtype=dtype), torch.randn(2 * _D, _D, dtype=dtype), activation="gelu_tanh")
 
@@ -137,6 +144,7 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "flow_noise": _flow_noise,
     "flow_step": _flow_step,
     "gated_residual": _gated_residual,
+    "gated_residual_norm": _gated_residual_norm,
     "linear": _linear,
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_sample": _linear_sample,

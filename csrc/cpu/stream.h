@@ -1,0 +1,66 @@
+// Stores past the cache, for results that are too large to be found there when they are read.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace uvg {
+namespace UVG_ISA {
+
+constexpr int64_t kLarge = int64_t{1} << 23;  // bytes of one result; untuned
+
+// Where a kernel puts one of its results: [rows, width] at `data`. Past the cache, memory is not read before it is
+// written; that asks for whole cache lines.
+template <typename T>
+class Target {
+ public:
+  Target(void* data, int64_t rows, int64_t width)
+      : data_(static_cast<T*>(data)), width_(width), past_(is_past(data, rows, width)) {}
+
+  bool past() const { return past_; }
+
+  T* row(int64_t r) const { return data_ + r * width_; }
+
+  void put(int64_t r, int64_t i, Vec v, int64_t n) const {
+    T* p = row(r) + i;
+#if defined(__AVX512F__)
+    if (past_) return stream(p, v);
+#endif
+    store(p, v, n);
+  }
+
+  // Orders the stores of this thread before whatever it tells others next.
+  void finish() const {
+#if defined(__AVX512F__)
+    if (past_) _mm_sfence();
+#endif
+  }
+
+ private:
+  static bool is_past([[maybe_unused]] const void* data, [[maybe_unused]] int64_t rows,
+                      [[maybe_unused]] int64_t width) {
+#if defined(__AVX512F__)
+    const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
+    return rows * bytes >= kLarge && bytes % 64 == 0 && reinterpret_cast<uintptr_t>(data) % 64 == 0;
+#else
+    return false;
+#endif
+  }
+
+#if defined(__AVX512F__)
+  static void stream(float* p, Vec v) { _mm512_stream_ps(p, (__m512)v); }
+  static void stream(BFloat16* p, Vec v) {
+    BFloat16 half[kLanes];
+    store(half, v);
+    __m256i bits;
+    std::memcpy(&bits, half, sizeof bits);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+  }
+#endif
+
+  T* data_;
+  int64_t width_;
+  bool past_;
+};
+
+}  // namespace UVG_ISA
+}  // namespace uvg
