@@ -15,6 +15,7 @@
 #include "uvg/gated_residual.h"
 #include "uvg/gated_residual_norm.h"
 #include "uvg/linear.h"
+#include "uvg/linear_cross_entropy.h"
 #include "uvg/linear_sample.h"
 #include "uvg/modulated_layer_norm.h"
 #include "uvg/moe_mlp.h"
@@ -202,6 +203,19 @@ void norm_rope(bool backward, Pair x, Pair weight, Address spans, Address table,
   run(backward ? uvg::qk_norm_rope_backward : uvg::qk_norm_rope_forward, p);
 }
 
+void cross_entropy(bool backward, Address x, Address weight, Address bias, Address target, Address current,
+                   Address rate, int64_t rows, int64_t width, int64_t vocab, int dtype, int threads, Address loss,
+                   Address lse, Address p_current, Address dloss, Address dx, Address dweight, Address dbias) {
+  uvg::LinearCrossEntropyParams p{};
+  p.x = at<void>(x), p.weight = at<void>(weight), p.bias = at<void>(bias);
+  p.target = at<int64_t>(target), p.current = at<int64_t>(current), p.rate = at<float>(rate);
+  p.rows = rows, p.width = width, p.vocab = vocab;
+  p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
+  p.loss = at<float>(loss), p.lse = at<float>(lse), p.p_current = at<float>(p_current), p.dloss = at<float>(dloss);
+  p.dx = at<void>(dx), p.dweight = at<void>(dweight), p.dbias = at<void>(dbias);
+  run(backward ? uvg::linear_cross_entropy_backward : uvg::linear_cross_entropy_forward, p);
+}
+
 void sample(Address x, Address weight, Address bias, std::array<Address, 3> names, int64_t rows, int64_t width,
             int64_t vocab, double temperature, int dtype, int threads, Address ids) {
   uvg::LinearSampleParams p{};
@@ -235,6 +249,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("linear_words", &weight_words);
   m.def("weight_mark", &weight_mark);
   m.def("linear_pack", &pack_weight);
+  m.def("linear_cross_entropy", &cross_entropy);
   m.def("linear_sample", &sample);
   bind_flow(m);
   bind_moe_routing(m);

@@ -55,15 +55,6 @@ UVG_NOINLINE void probability(const uint32_t* keys, const uint32_t* panel, int64
   }
 }
 
-// Two rows of bf16 pairs along the row to one of pairs across the rows.
-template <typename F>
-UVG_INLINE void pair_rows(const uint32_t* two, int64_t row, int64_t column, uint32_t* out) {
-  for (int j = 0; j < kTileVecs; ++j) {
-    const auto low = reinterpret_cast<VecBits>(F::get(two, column + j * kLanes)) >> 16;
-    store_bits(out + j * kLanes, low | reinterpret_cast<VecBits>(F::get(two + row, column + j * kLanes)));
-  }
-}
-
 // Gradient of a tile of scores: p * (dp - delta). Of keys from `valid` on it is zero.
 template <typename F>
 UVG_NOINLINE void score_gradient(const uint32_t* values, const uint32_t* panel, int64_t width, int64_t valid,

@@ -62,13 +62,12 @@ UVG_INLINE void logits_of(const uint32_t* x, const Head<F>& head, const HeadPane
   }
 }
 
-// Of some columns of a row: the largest logit and the sum of F::power((logit - largest) * scale). The sum is NaN where
+// Of some columns of a row: the largest logit and the sum of e^((logit - largest) * scale). The sum is NaN where
 // a logit is NaN or +inf, and 0 where none is above -inf.
 struct Mass {
   float top, sum;
 };
 
-template <typename F>
 UVG_INLINE Mass mass_of(const Vec (&logits)[kTileVecs], float scale) {
   Vec top = logits[0];
 #pragma GCC unroll 4
@@ -77,8 +76,8 @@ UVG_INLINE Mass mass_of(const Vec (&logits)[kTileVecs], float scale) {
   const Vec reference = splat(most == kNever ? 0.0f : most);
   Vec total = {};
 #pragma GCC unroll 4
-  for (int j = 0; j < kTileVecs; ++j) total += F::power((logits[j] - reference) * scale);
-  return {most, most == kNever ? 0.0f * sum(total) : sum(total)};  // 0 leaves NaN, and nothing of F::power(-inf)
+  for (int j = 0; j < kTileVecs; ++j) total += exp((logits[j] - reference) * scale);
+  return {most, most == kNever ? 0.0f * sum(total) : sum(total)};  // 0 leaves NaN, and nothing of exp(-inf)
 }
 
 constexpr int64_t kVocabTile = 1024;  // columns of a tile of the vocabulary; part of what linear_sample draws
@@ -88,14 +87,13 @@ constexpr int64_t kPanels = kVocabTile / kPanel;
 struct PanelMasses {
   float tops[kPanels], sums[kPanels];
 
-  template <typename F>
   Mass total(float scale, float (&shares)[kPanels]) const {
     float top = tops[0];
     for (int64_t c = 1; c < kPanels; ++c) top = tops[c] > top ? tops[c] : top;
     const Vec reference = splat(top == kNever ? 0.0f : top);
     Vec all = {};
     for (int64_t c = 0; c < kPanels; c += kLanes) {
-      const Vec share = load(sums + c) * F::power((load(tops + c) - reference) * scale);
+      const Vec share = load(sums + c) * exp((load(tops + c) - reference) * scale);
       store(shares + c, share);
       all += share;
     }
@@ -118,7 +116,7 @@ void weigh(const Head<F>& head, const HeadPanel<F>& panel, const uint32_t* x, in
     panel.fill(head, column);
     for (int64_t r = 0; r < padded; r += kTileRows)
       logits_of(x + r * head.words(), head, panel, [&](int64_t i, const Vec(&logits)[kTileVecs]) {
-        const Mass mass = mass_of<F>(logits, scale);
+        const Mass mass = mass_of(logits, scale);
         masses[r + i].tops[c] = mass.top;
         masses[r + i].sums[c] = mass.sum;
         seen(r + i, column, logits);

@@ -21,13 +21,12 @@ struct TileDraw {
 };
 
 // A share of the largest one below which nothing is drawn: far under the resolution of the uniforms, and above what
-// Singles::power leaves of minus infinity.
+// exp leaves of minus infinity.
 constexpr float kNothing = 1e-30f;
 
-// Logits times this are arguments of F::power. Finite and not zero: no difference of logits, 0 or -inf, gives NaN.
-template <typename F>
-float power_scale(double temperature) {
-  const double scale = 1.0 / ((temperature == 0.0 ? 1.0 : temperature) * F::kUnit);
+// Logits times this are exponents of e. Finite and not zero: no difference of logits, 0 or -inf, gives NaN.
+float exponent_scale(double temperature) {
+  const double scale = temperature == 0.0 ? 1.0 : 1.0 / temperature;
   return static_cast<float>(scale > 1e38 ? 1e38 : (scale < 1e-37 ? 1e-37 : scale));
 }
 
@@ -53,7 +52,7 @@ struct Sampler {
              p.width,
              p.vocab},
         tiles((p.vocab + kVocabTile - 1) / kVocabTile),
-        scale(power_scale<F>(p.temperature)),
+        scale(exponent_scale(p.temperature)),
         x(scratch.words(head.padded_rows() * head.words())),
         draws(reinterpret_cast<TileDraw*>(scratch.words(tiles * p.rows * int64_t{sizeof(TileDraw) / 4}))),
         first(reinterpret_cast<int32_t*>(scratch.words(tiles * kPanels))),
@@ -64,7 +63,7 @@ struct Sampler {
   TileDraw draw(int64_t tile, int64_t row, const PanelMasses& masses) const {
     TileDraw d{};
     float shares[kPanels];
-    d.mass = masses.template total<F>(scale, shares);
+    d.mass = masses.total(scale, shares);
     while (d.panel < kPanels - 1 && masses.tops[d.panel] != d.mass.top) ++d.panel;
     if (p.temperature == 0.0 || !(d.mass.sum > 0.0f)) return d;
     const PhiloxWords words = philox4x32(
@@ -135,7 +134,7 @@ struct Sampler {
       if (x[i] > top) top = x[i], best = i;
     if (p.temperature == 0.0) return best;
     double before = 0.0;
-    for (int j = 0; j < kTileVecs; ++j) store(x + j * kLanes, F::power((logits[j] - top) * scale));
+    for (int j = 0; j < kTileVecs; ++j) store(x + j * kLanes, exp((logits[j] - top) * scale));
     for (int64_t i = 0; i < kPanel; ++i) {
       if (x[i] < kNothing) continue;
       best = i;  // as above: the last that has any

@@ -123,6 +123,15 @@ struct Pairs {
 };
 #endif
 
+// Two rows of bf16 pairs along the row to one of pairs across the rows.
+template <typename F>
+UVG_INLINE void pair_rows(const uint32_t* two, int64_t row, int64_t column, uint32_t* out) {
+  for (int j = 0; j < kTileVecs; ++j) {
+    const auto low = reinterpret_cast<VecBits>(F::get(two, column + j * kLanes)) >> 16;
+    store_bits(out + j * kLanes, low | reinterpret_cast<VecBits>(F::get(two + row, column + j * kLanes)));
+  }
+}
+
 // sum[r][j] += left row r times columns j of a panel. left(r, k) = left[r * row + k * step].
 template <typename F, int V>
 UVG_INLINE void multiply(Vec (&sum)[kTileRows][V], const uint32_t* left, int64_t row, int64_t step,

@@ -11,6 +11,7 @@ from uvg_engine.backends.cpu import (
     gated_residual,
     gated_residual_norm,
     linear,
+    linear_cross_entropy,
     linear_sample,
     modulated_layer_norm,
     moe_combine,
@@ -29,6 +30,9 @@ TABLE = {
         gated_residual_norm.forward, gated_residual_norm.backward, gated_residual_norm.refuses
     ),
     "linear": Kernel(linear.forward, linear.backward, linear.refuses),
+    "linear_cross_entropy": Kernel(
+        linear_cross_entropy.forward, linear_cross_entropy.backward, linear_cross_entropy.refuses
+    ),
     "linear_sample": Kernel(linear_sample.forward, refuses=linear_sample.refuses),
     "modulated_layer_norm": Kernel(
         modulated_layer_norm.forward, modulated_layer_norm.backward, modulated_layer_norm.refuses
