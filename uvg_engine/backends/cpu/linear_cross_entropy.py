@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ def refuses(x: Tensor, *rest: object) -> str | None:
     return refuses_tensors(x)
 
 
-def _loss(backward: bool, x: Tensor, weight: Tensor, bias: Tensor, target, current, rate, **out: Tensor | None) -> None:
+def _loss(backward: bool, x: Tensor, weight: Tensor, bias: Tensor, target, current, rate, **out) -> None:
     """Calls the kernel on packed tensors."""
     native.core().linear_cross_entropy(
         backward,
@@ -21,7 +23,7 @@ def _loss(backward: bool, x: Tensor, weight: Tensor, bias: Tensor, target, curre
     )
 
 
-def _packed(x, weight, bias, target, current, rate) -> tuple[Tensor | None, ...]:
+def _packed(x, weight, bias, target, current, rate) -> tuple[Any, ...]:
     integers = (None if value is None else value.contiguous() for value in (target, current))
     return x.contiguous(), weight.contiguous(), bias.contiguous(), *integers, as_floats(rate)
 
@@ -49,7 +51,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Arguments and results as in reference.linear_cross_entropy.backward."""
     packed = _packed(x, weight, bias, target, current, rate)
-    given = {"dloss": as_floats(dloss), "lse": lse.contiguous(), "p_current": p_current.contiguous()}
+    given: dict[str, Any] = {"dloss": as_floats(dloss), "lse": lse.contiguous(), "p_current": p_current.contiguous()}
     dx, dweight, dbias = (torch.empty_like(value) for value in packed[:3])
     _loss(True, *packed, **given, dx=dx, dweight=dweight, dbias=dbias)
     return dx, dweight, dbias
