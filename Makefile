@@ -18,11 +18,12 @@ DEMO := demo_out
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test sanitize lint bench docs clean
 
 help:
 	@echo "make demo    generate a video from a sentence, caption it, make both at once; files in $(DEMO)/"
 	@echo "make test    build the native core, run the C++ and the Python tests"
+	@echo "make sanitize  the C++ tests under ASan and UBSan, then under TSan"
 	@echo "make lint    ruff, clang-format, codespell, mypy at the versions of constraints.txt"
 	@echo "make bench   time the ops against their peers"
 	@echo "make docs    build the documentation into site/"
@@ -69,6 +70,15 @@ test: $(DEV)
 	  $(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error; \
 	else echo "No native core here: its C++ tests are left out."; fi
 	$(BIN)/python -m pytest -q $(ARGS)
+
+sanitize: $(DEV)
+	@for kind in address,undefined thread; do \
+	  dir=build/sanitize-$${kind%%,*}; \
+	  $(BIN)/cmake -S . -B $$dir -G Ninja -DUVG_PYTHON=OFF -DUVG_TESTS=ON -DUVG_SANITIZE=$$kind \
+	    -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="-O1 -g1" -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja >/dev/null && \
+	  $(BIN)/ninja -C $$dir --quiet && \
+	  $(BIN)/ctest --test-dir $$dir --output-on-failure --no-tests=error -E isa_symbols || exit 1; \
+	done
 
 lint: $(DEV)
 	$(BIN)/ruff check .
