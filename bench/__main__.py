@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from bench.case import PASSES, SIZES
-from bench.one_case import NAMES, Line, bench_case, cases
+from bench.one_case import NAMES, Line, Options, bench_case, cases
+from bench.record import record
 from bench.sampling import bench_sampling
 from bench.timing import MIN_ROUNDS, Clock, Roof, machine
 
@@ -27,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     about = machine(args.device)
+    if args.record:
+        print(record(lambda given: _told(_lines(_parse(given))), about))
+        return 0
     if not args.json:
         print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     wrong = False
@@ -49,8 +53,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cpu-time", action="store_true", help="time by the cores' seconds; needs --threads 1")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--quick", action="store_true", help="small sizes, few rounds: shows that it runs, not how fast"
+        "--quick", action="store_true", help="small sizes, few rounds, no inductor: that it runs, not how fast"
     )
+    parser.add_argument("--memory", action="store_true", help="peak memory too, each in a process of its own")
+    parser.add_argument("--record", action="store_true", help="all that stands in docs/benchmarks.md, written there")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(arguments)
     if strangers := sorted(set(args.what) - set(what)):
@@ -64,15 +70,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _told(lines: Iterator[Line]) -> Iterator[Line]:
+    for line in lines:
+        print(_text(line), flush=True)
+        yield line
+
+
 def _lines(args: argparse.Namespace) -> Iterator[Line]:
     rounds = 3 if args.quick else MIN_ROUNDS
     clock = Clock(args.device, 0.0 if args.quick else args.seconds, rounds, args.cpu_time)
     roof = Roof(clock)
+    left_out = ("inductor",) if args.quick else ()
+    options = Options(tuple(args.only or ()), tuple(args.passes or PASSES), args.memory, left_out)
     for name in (name for name in args.what if name != "sampling"):
         for dtype in args.dtype or DTYPES:
             for case in cases(name):
                 for size in args.size or case.sizes:
-                    yield from bench_case(name, case, SIZES[size], DTYPES[dtype], roof, args.only, args.passes)
+                    yield from bench_case(name, case, size, DTYPES[dtype], roof, options)
     if "sampling" in args.what:
         yield from bench_sampling(clock, num_requests=8, num_steps=2 if args.quick else 20)
 
@@ -87,6 +101,8 @@ def _text(line: Line) -> str:
         told.append(f"{line['gflops']:7.1f} GFLOP/s {line['gbs']:6.1f} GB/s {line['of_roof']:4.0%} of the roof")
     if "requests_per_second" in line:
         told.append(f"{line['requests_per_second']:.2f} requests/s")
+    if "extra_mb" in line:
+        told.append(f"{line['extra_mb']:.0f} MB")
     told += [f"{ratio:.2f} x {other}" for other, ratio in line.get("times_faster", {}).items()]
     return f"{head} {'  '.join(told)}"
 

@@ -60,6 +60,7 @@ SIZES = {  # the vocabulary of 1.3b is cut where the head is not the point: 256 
     "1.3b": Size("1.3b", samples=2, grid=(2, 8, 15), text=32, vocab=16384),
     "1.3b-2560": Size("1.3b", samples=1, grid=(4, 20, 32), text=256, vocab=16384),
     "1.3b-8192": Size("1.3b", samples=1, grid=(8, 32, 32), text=256, vocab=16384),
+    "1.3b-vocab": Size("1.3b", samples=1, grid=(1, 8, 15), text=256, vocab=256_300),
     **{
         f"L{256 * frames}": Size("1.3b", samples=1, grid=(frames, 16, 16), text=0, vocab=16384)
         for frames in (4, 8, 16, 32, 64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.case import BACKWARD, BOTH, FORWARD, Case, Peer, Size
+from bench.case import BACKWARD, BOTH, FORWARD, PASSES, SIZES, Case, Peer, Size
+from bench.memory import alone, extra_memory
 from bench.peers import PEERS
 from bench.timing import Clock, Roof, Timing
 from uvg_engine import backends
@@ -30,26 +31,40 @@ def cases(name: str) -> tuple[Case, ...]:
     return importlib.import_module(f"bench.ops.{name}" if name in OPS else f"bench.{name}").CASES
 
 
-def bench_case(
-    name: str,
-    case: Case,
-    size: Size,
-    dtype: torch.dtype,
-    roof: Roof,
-    only: Sequence[str] | None = None,
-    passes: Sequence[str] | None = None,
-) -> Iterator[Line]:
-    """One line per pass and contender. What is missing, refused, wrong or far too slow is a line too, without a time.
+@dataclass(frozen=True)
+class Options:
+    """only: contenders by name (none: all); one of the others may have to tell the truth, untimed. left_out: contenders
+    too. passes: of the case's passes these alone. memory: measure the peak as well, on the CPU."""
 
-    only: contenders by name; the others are left out, except that one of them may have to tell the truth, untimed.
-    passes: of the case's passes these alone.
-    """
+    only: tuple[str, ...] = ()
+    passes: tuple[str, ...] = PASSES
+    memory: bool = False
+    left_out: tuple[str, ...] = ()
+
+
+def bench_case(
+    name: str, case: Case, size_name: str, dtype: torch.dtype, roof: Roof, options: Options
+) -> Iterator[Line]:
+    """One line per pass and contender; what is missing, refused, wrong or far too slow is one too, without a time."""
+    size = SIZES[size_name]
     inputs = tuple(_moved(value, roof.clock.device) for value in case.make(size, dtype))
     for what in case.passes:
-        if what in (passes or case.passes) and (what == FORWARD or any(_wants_gradient(value) for value in inputs)):
+        if what in options.passes and (what == FORWARD or any(_wants_gradient(value) for value in inputs)):
             head = {"op": name, "case": case.name, "shape": case.shape(size), "dtype": str(dtype)[6:], "pass": what}
-            run = _Pass(name, case, size, dtype, inputs, what, roof.clock, roof, tuple(only or ()))
-            yield from (head | line for line in run.lines())
+            for line in Pass(name, case, size, dtype, inputs, what, roof, options).lines():
+                if options.memory and "ms" in line:
+                    place = cases(name).index(case)
+                    given = (name, place, size_name, str(dtype)[6:], what, line["backend"], torch.get_num_threads())
+                    line["extra_mb"] = alone("bench.one_case", "memory_of", *given)
+                yield head | line
+
+
+def memory_of(name: str, place: int, size: str, dtype: str, what: str, contender: str, threads: int) -> float:
+    """MB that a contender of the place-th case of a name needs, in this process."""
+    torch.set_num_threads(threads)
+    case, kind = cases(name)[place], getattr(torch, dtype)
+    run = Pass(name, case, SIZES[size], kind, case.make(SIZES[size], kind), what, Roof(Clock()), Options())
+    return extra_memory(run.contender(contender).call)
 
 
 @dataclass(frozen=True)
@@ -62,16 +77,17 @@ class Contender:
 
 
 @dataclass
-class _Pass:
+class Pass:
+    """One pass of a case, everyone in it."""
+
     name: str
     case: Case
     size: Size
     dtype: torch.dtype
     inputs: tuple[Any, ...]
     what: str
-    clock: Clock
     roof: Roof
-    only: tuple[str, ...]
+    options: Options
 
     def lines(self) -> Iterator[Line]:
         truth_name = self.case.truth(self.size)
@@ -79,9 +95,9 @@ class _Pass:
         first, full = truth.first(), _tensors(truth.call()) if truth.ours else ()
         fit: dict[str, Contender] = {}
         for name in (truth_name, *(each for each in self.names() if each != truth_name)):
-            if self.only and name not in self.only:
+            if self.options.only and name not in self.options.only:
                 continue
-            if name in PEERS and (reason := PEERS[name].missing(self.clock.device)):
+            if name in PEERS and (reason := PEERS[name].missing(self.roof.clock.device)):
                 yield {"backend": name, "missing": reason}
                 continue
             try:
@@ -108,7 +124,8 @@ class _Pass:
         else:
             ours = tuple(name for name in reversed(backends.names()) if self.name in backends.table(name))
         peers = (*self.case.peers, *self.case.compiled_by)
-        return (*ours, *(peer for peer in peers if self.what in PEERS[peer].passes))
+        able = (peer for peer in peers if self.what in PEERS[peer].passes and peer not in self.options.left_out)
+        return (*ours, *able)
 
     def contender(self, name: str) -> Contender:
         if name in PEERS:
@@ -137,14 +154,14 @@ class _Pass:
         return "" if self.case.draws else _difference((got,), (first,), 2 * slack, self.case.agree)
 
     def timed(self, fit: dict[str, Contender]) -> Iterator[Line]:
-        once = {name: min(self.clock.once(each.call) for _ in range(2)) for name, each in fit.items()}
+        once = {name: min(self.roof.clock.once(each.call) for _ in range(2)) for name, each in fit.items()}
         quick = min(once.values(), default=0.0)
         for name, seconds in once.items():
             if seconds > max(SLOWEST * quick, 0.1):
                 yield {"backend": name, "slow": f"{seconds * 1e3:.0f} ms, {seconds / quick:.0f} times the quickest"}
                 del fit[name]
         reach = self.roof.of(self.dtype)
-        timings = self.clock.alternate({name: contender.call for name, contender in fit.items()})
+        timings = self.roof.clock.alternate({name: contender.call for name, contender in fit.items()})
         peers = {name for name in fit if not fit[name].ours}
         for line in compared(timings, peers):
             yield line | rates(self.work(), line["ms"] / 1e3, reach)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import statistics
@@ -9,6 +10,8 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 
 MIN_SAMPLE = 2e-3  # seconds: quicker calls are repeated until a sample lasts this long
 MIN_ROUNDS, MAX_ROUNDS = 5, 1000
+PACKAGES = ("openvino", "diffusers", "triton", "liger_kernel", "flash_attn")
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,8 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: version(name) for name in PACKAGES if find_spec(name)},
+        "date": str(datetime.date.today()),
         "commit": _commit(),
     }
 

@@ -1,6 +1,5 @@
 """The bench times the right thing: every op and peer agrees with the reference, and every line says what it is."""
 
-import dataclasses
 import json
 import time
 
@@ -9,8 +8,7 @@ import torch
 
 from bench import gpu_check
 from bench.__main__ import main
-from bench.case import SIZES
-from bench.one_case import OPS, bench_case, cases
+from bench.one_case import OPS, Options, bench_case, cases
 from bench.peers import PEERS
 from bench.timing import Clock, Roof, Timing
 from uvg_engine import backends
@@ -29,13 +27,10 @@ def one_thread():
 
 def lines_of(op, **how):
     """All cases of an op, on the embedded model's sizes; inductor's compiler would take minutes."""
-    roof, found = Roof(CLOCK), []
+    roof = Roof(CLOCK)
     roof.of = lambda dtype: {"gflops": 1.0, "gbs": 1.0}
-    for case in cases(op):
-        compilers = tuple(name for name in case.compiled_by if name != "inductor")
-        case = dataclasses.replace(case, compiled_by=compilers)
-        found += bench_case(op, case, SIZES["digits"], torch.float32, roof, **how)
-    return found
+    options = Options(left_out=("inductor",), **how)
+    return [line for case in cases(op) for line in bench_case(op, case, "digits", torch.float32, roof, options)]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import typer
 
 from uvg_engine.cli._notes import notes_on_stderr
+from uvg_engine.cli.bench import bench
 from uvg_engine.cli.caption import caption
 from uvg_engine.cli.data import data
 from uvg_engine.cli.doctor import doctor
@@ -38,6 +39,7 @@ app.command("export")(export)
 app.command("eval")(evaluate)
 app.add_typer(data, name="data")
 app.command("doctor")(doctor)
+app.command("bench", context_settings={"ignore_unknown_options": True})(bench)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,64 @@
+"""`python -m bench --record`: the runs that stand in docs/benchmarks.md, one after the other.
+
+It writes bench/results/<date>-<machine>.jsonl, then the page's table and its pictures (see `bench.report`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+ROWS = "modulated_layer_norm gated_residual qk_norm_rope"
+ROUTING = "moe_route moe_dispatch moe_combine"
+RUNS = (  # arguments of `python -m bench`
+    "flash_attention --dtype bf16 --size 1.3b-2560 --size L1024 --size L2048 --size L4096",
+    "flash_attention --dtype bf16 --size L8192 --size L16384 --pass forward --only cpu --only torch --only openvino",
+    "flash_attention --dtype fp32 --size L2048 --pass forward --pass backward",
+    "block --dtype bf16 --size 1.3b-2560 --memory",
+    "block --dtype bf16 --size 1.3b-8192 --pass forward --seconds 12",
+    "block --dtype fp32 --size 1.3b-2560 --pass forward --seconds 6",
+    f"{ROWS} --size 1.3b-2560",
+    f"{ROUTING} flow_step flow_noise --size 1.3b-2560 --seconds 0.5",
+    "moe_mlp --dtype bf16 --size 1.3b-2560 --size 1.3b",
+    "linear_sample linear_cross_entropy --dtype bf16 --size 1.3b-vocab --memory",
+)
+THROUGHPUT = (  # job, model, layers, samples, steps, seconds
+    *((job, "digits", 6, 8, 8, 4.0) for job in ("generate", "caption", "joint", "train")),
+    *((job, "1.3b", 2, 1, 4, 8.0) for job in ("generate", "joint")),
+)
+
+
+def record(run: Callable[[Sequence[str]], Iterator[dict[str, Any]]], about: dict[str, Any]) -> Path:
+    """run: the lines of a command line of `python -m bench`. Returns the file of results."""
+    from bench import report, throughput
+    from bench.timing import Clock
+
+    RESULTS.mkdir(exist_ok=True)
+    name = re.sub(r"\W+", "-", about["device"].lower()).strip("-")
+    path = RESULTS / f"{datetime.date.today()}-{name}.jsonl"
+    with path.open("w") as file:
+
+        def keep(line: dict[str, Any]) -> None:
+            file.write(json.dumps(rounded(line | about)) + "\n")
+            file.flush()
+
+        for arguments in RUNS:
+            for line in run(arguments.split()):
+                keep(line)
+        for *given, seconds in THROUGHPUT:
+            for line in throughput.lines(*given, Clock(seconds=seconds, min_rounds=3)):
+                keep(line)
+    report.write(path)
+    return path
+
+
+def rounded(value: Any) -> Any:
+    """Floats to four digits: more are noise, and the file is committed."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,0 +1,146 @@
+"""A recorded run as pictures and a table in docs/: `python -m bench.report bench/results/FILE.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE, IMAGES = DOCS / "benchmarks.md", DOCS / "images"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+OURS = ("uvg", "cpu", "triton", "cuda", "sdpa", "reference")
+LINE = dict[str, Any]
+
+
+def write(path: Path) -> list[Path]:
+    """Write docs/benchmarks.md's measured part and the pictures; returns what was written."""
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    timed = [line for line in lines if "ms" in line]
+    pictures = [roofline(timed), bars(timed), lengths(timed)]
+    page = PAGE.read_text()
+    head, tail = page[: page.index(BEGIN)], page[page.index(END) :]
+    told = f"From `bench/results/{path.name}`: {about(lines[0])}.\n\n{table(lines)}"
+    PAGE.write_text(f"{head}{BEGIN}\n\n{told}\n{tail}")
+    return [PAGE, *(picture for picture in pictures if picture)]
+
+
+def about(line: LINE) -> str:
+    """Machine and versions of a run."""
+    names = ("device", "cores", "threads", "torch", "openvino", "diffusers", "commit", "date")
+    return ", ".join(f"{name} {line[name]}" for name in names if name in line)
+
+
+def table(lines: Sequence[LINE]) -> str:
+    """Markdown: one row per timed contender, best of ours and the peers' ratio to it."""
+    rows = ["| op | shape | dtype | pass | by | ms (spread) | rate | of the roof | times faster than | peak MB |"]
+    rows.append("|---|---|---|---|---|---|---|---|---|---|")
+    for line in lines:
+        name = f"{line['op']} {line.get('case', '')}".strip()
+        head = f"| `{name}` | {line['shape']} | {line['dtype']} | {line['pass']} | {line['backend']} |"
+        if "ms" not in line:
+            why = next(f"{why}: {line[why]}" for why in ("missing", "refused", "wrong", "slow") if why in line)
+            rows.append(f"{head} {why.replace('|', '/')} | | | | |")
+            continue
+        rate, share = "", ""
+        if "gflops" in line:
+            near = line["roof"]["gflops"] * line["gbs"] < line["roof"]["gbs"] * line["gflops"]
+            rate = f"{line['gflops']:.0f} GFLOP/s" if near else f"{line['gbs']:.1f} GB/s"
+            share = f"{line['of_roof']:.0%}"
+        elif "samples_per_second" in line:
+            rate = f"{line['samples_per_second']:.3g} samples/s, {line['tokens_per_second']:.3g} tokens/s"
+        faster = ", ".join(f"{other} {ratio:.2f}" for other, ratio in line["times_faster"].items())
+        memory = f"{line['extra_mb']:.0f}" if "extra_mb" in line else ""
+        rows.append(f"{head} {line['ms']:.4g} (±{line['spread']:.0%}) | {rate} | {share} | {faster} | {memory} |")
+    return "\n".join(rows)
+
+
+def roofline(lines: Sequence[LINE]) -> Path | None:
+    """GFLOP/s of ours over flops per byte, in bf16, under both roofs."""
+    points = [line for line in best(lines) if line["dtype"] == "bfloat16" and line["pass"] == "forward"]
+    points = [line for line in points if line.get("gflops") and line["op"] != "block"]
+    if not points:
+        return None
+    figure, axes = _figure()
+    roof = {rate: max(line["roof"][rate] for line in points) for rate in ("gflops", "gbs")}
+    intensities = [line["gflops"] / line["gbs"] for line in points]
+    low, high = min(intensities) / 2, max(intensities) * 2
+    edge = roof["gflops"] / roof["gbs"]
+    axes.plot([low, edge, high], [low * roof["gbs"], roof["gflops"], roof["gflops"]], color="black")
+    for number, (x, line) in enumerate(zip(intensities, points, strict=True)):
+        label = f"{line['op']} {line['case']}".strip() + f", {line['shape']}"
+        axes.plot([x], [line["gflops"]], marker="osD^vP*X"[number % 8], linestyle="", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="GFLOP/s", title="Forward, bf16: ours")
+    axes.legend(fontsize=6)
+    return _saved(figure, "bench_roofline.png")
+
+
+def bars(lines: Sequence[LINE]) -> Path | None:
+    """How many times faster than each peer ours are, in bf16; one bar is as fast as the peer."""
+    shown = [line for line in best(lines) if line["dtype"] == "bfloat16" and line["times_faster"] and "case" in line]
+    entries = [
+        (f"{line['op']} {line['case']} {line['shape']}, {line['pass']}: {peer}", ratio)
+        for line in shown
+        for peer, ratio in line["times_faster"].items()
+        if peer != "reference"
+    ]
+    if not entries:
+        return None
+    figure, axes = _figure(height=1 + 0.2 * len(entries))
+    names, ratios = zip(*reversed(entries), strict=True)
+    axes.barh(names, ratios, color=["tab:green" if ratio >= 1 else "tab:red" for ratio in ratios])
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.tick_params(axis="y", labelsize=6)
+    axes.set(xlabel="times faster than the peer (median of the rounds' ratios)")
+    return _saved(figure, "bench_peers.png")
+
+
+def lengths(lines: Sequence[LINE]) -> Path | None:
+    """Time of self-attention over the length of a sample, in bf16, for everyone who was timed."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        mine = line["op"] == "flash_attention" and line["case"] == "self" and line["pass"] == "forward"
+        if mine and line["dtype"] == "bfloat16" and line["shape"].startswith("B=1 "):
+            length = int(line["shape"].split("L=")[1].split()[0])
+            series.setdefault(line["backend"], []).append((length, line["ms"]))
+    if not series:
+        return None
+    figure, axes = _figure()
+    for name, points in series.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set(
+        xscale="log", yscale="log", xlabel="rows of the sample", ylabel="ms", title="Self-attention, bf16, forward"
+    )
+    axes.legend()
+    return _saved(figure, "bench_lengths.png")
+
+
+def best(lines: Sequence[LINE]) -> list[LINE]:
+    """The line of ours that serves: the first of OURS that was timed, for each op, case, shape, dtype and pass."""
+    found: dict[tuple[str, ...], LINE] = {}
+    for line in sorted(
+        (line for line in lines if line["backend"] in OURS), key=lambda line: OURS.index(line["backend"])
+    ):
+        found.setdefault(tuple(str(line.get(n)) for n in ("op", "case", "shape", "dtype", "pass")), line)
+    return list(found.values())
+
+
+def _figure(height: float = 5.0) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(9, height), layout="constrained")
+
+
+def _saved(figure: Any, name: str) -> Path:
+    figure.savefig(IMAGES / name, dpi=110)
+    return IMAGES / name
+
+
+if __name__ == "__main__":
+    for made in write(Path(sys.argv[1])):
+        print(made)

@@ -1,0 +1,134 @@
+"""Samples and tokens a second end to end, and peak memory: the engine as it is against the plain reference loop.
+
+The plain loop is the same engine with every saving off, on the reference backend. Memory as in `bench.memory`. Model
+1.3b: its widths, --layers blocks of random weights in bf16, a small vocabulary, and pixels in place of the VAE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.memory import alone, extra_memory
+from bench.timing import Clock, machine
+from uvg_engine import Engine, Request, Savings, backends
+from uvg_engine.media import HashTextEncoder, PixelCodec, WordTokenizer
+from uvg_engine.model import UniViGU, named_config
+from uvg_engine.training import TrainConfig, Trainer
+
+PROMPT = "a red seven moving right , fast"
+WAYS = ("uvg", "reference")  # the second: plain
+SIDE = {"digits": (8, 32, 32), "1.3b": (8, 128, 160)}  # frames, height, width: 64 and 1,280 video tokens
+TEXT = {"digits": 28, "1.3b": 64}
+LINE = dict[str, Any]
+
+
+def main(job: str) -> int:
+    """The scripts `bench/throughput_<job>.py`: one line per way."""
+    parser = argparse.ArgumentParser(description=f"{job}: {__doc__}", formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", choices=SIDE, default="digits")
+    parser.add_argument("--layers", type=int, default=2, help="of model 1.3b (30 in full; default 2)")
+    parser.add_argument("--samples", type=int, default=8, help="in one batch (default 8)")
+    parser.add_argument("--steps", type=int, default=8, help="of the sampler, or of training (default 8)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each way (default 10)")
+    parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    for line in lines(
+        job, args.model, args.layers, args.samples, args.steps, Clock(seconds=args.seconds, min_rounds=3)
+    ):
+        print(json.dumps(line | machine()), flush=True)
+    return 0
+
+
+def lines(job: str, model: str, layers: int, samples: int, steps: int, clock: Clock) -> Iterator[LINE]:
+    """One line per way of doing a job ("generate", "caption", "joint" or "train")."""
+    given = (job, model, layers, samples, steps)
+    calls = {way: make(way, *given) for way in WAYS}
+    timings = clock.alternate(calls)
+    frames, height, width = SIDE[model]
+    tokens = samples * steps * (frames // 2 * height // 8 * width // 8 + TEXT[model])
+    shape = f"{samples} x {frames}x{height}x{width}, {steps} steps" + (f", {layers} layers" if model == "1.3b" else "")
+    for way, timing in timings.items():
+        line = {"op": f"throughput {job}", "case": model, "shape": shape, "pass": "end to end", "backend": way}
+        line |= {"dtype": "bfloat16" if model == "1.3b" else "float32", "ms": timing.median * 1e3}
+        line |= {"spread": timing.spread, "rounds": len(timing.rounds)}
+        line |= {"samples_per_second": samples * (steps if job == "train" else 1) / timing.median}
+        line |= {"tokens_per_second": tokens / timing.median}
+        line["extra_mb"] = alone("bench.throughput", "memory", torch.get_num_threads(), way, *given)
+        faster = {"reference": timing.times_faster_than(timings["reference"])} if way == "uvg" else {}
+        yield line | {"times_faster": faster}
+
+
+def memory(threads: int, way: str, *given: Any) -> float:
+    """MB of one call, in this process."""
+    torch.set_num_threads(threads)
+    return extra_memory(make(way, *given))
+
+
+def make(way: str, job: str, model: str, layers: int, samples: int, steps: int) -> Callable[[], Any]:
+    """The job as a call."""
+    plain = way == "reference"
+    inner = (
+        training(model, layers, samples, steps)
+        if job == "train"
+        else sampling(job, model, layers, samples, steps, plain)
+    )
+
+    def call() -> Any:
+        with backends.force("reference") if plain else contextlib.nullcontext():
+            return inner()
+
+    return call
+
+
+def sampling(job: str, model: str, layers: int, samples: int, steps: int, plain: bool) -> Callable[[], Any]:
+    savings = Savings.none() if plain else Savings()
+    if model == "digits":
+        engine = Engine.from_pretrained("digits", savings=savings)
+    else:
+        torch.manual_seed(0)
+        config = named_config("1.3b", layers=layers, vocab=4096, in_channels=24)
+        tokenizer, encoder = WordTokenizer(dict.fromkeys(PROMPT.split())), HashTextEncoder(config.text_dim, 512)
+        frames, height, width = SIDE[model]
+        defaults = {"frames": frames, "height": height, "width": width, "text_length": TEXT[model]}
+        network = UniViGU(config).to(torch.bfloat16).eval()
+        engine = Engine(network, PixelCodec((2, 4, 4), (2, 2, 2)), tokenizer, encoder, defaults, savings=savings)
+    requests = [_request(job, seed, steps, SIDE[model]) for seed in range(samples)]
+    return lambda: engine.run(requests)
+
+
+def _request(job: str, seed: int, steps: int, size: tuple[int, int, int]) -> Request:
+    if job != "caption":
+        return Request(job, PROMPT, seed=seed, num_steps=steps)
+    gen = torch.Generator().manual_seed(seed)
+    video: Tensor = torch.randint(256, (*size, 3), generator=gen, dtype=torch.uint8)
+    return Request(job, video=video, seed=seed, num_steps=steps)
+
+
+def training(model: str, layers: int, samples: int, steps: int) -> Callable[[], Any]:
+    """`steps` optimiser steps of the stage with captions; the data are the digits, so a sample has 64 video tokens."""
+    sizes = {"heads": 4, "head_dim": 32, "text_dim": 64, "freq_dim": 64, "ffn_dim": 512, "layers": 6}
+    if model == "1.3b":
+        sizes = {"heads": 12, "head_dim": 128, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 8960, "layers": layers}
+    config = TrainConfig.from_dict(
+        {
+            "model": sizes,
+            "data": {"type": "digits"},
+            "codec": {"type": "pixel", "block": [2, 4, 4], "keep": [2, 2, 2]},
+            "text_encoder": {"type": "hash", "text_dim": sizes["text_dim"], "max_len": 16},
+            "batch_size": samples,
+            "text_length": 28,
+            "stages": [{"name": "refine", "text": "caption", "steps": 10**6, "lr": 1e-4}],
+        }
+    )
+    trainer = Trainer(config, tempfile.mkdtemp(prefix="uvg-bench-"))
+    return lambda: [trainer.train_step() for _ in range(steps)]

@@ -1,0 +1,8 @@
+"""`python -m bench.throughput_caption`: see bench/throughput.py."""
+
+import sys
+
+from bench.throughput import main
+
+if __name__ == "__main__":
+    sys.exit(main("caption"))
