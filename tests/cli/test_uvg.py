@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("generate", "caption", "joint", "train", "export", "eval", "data", "data export", "doctor")
+COMMANDS = ("generate", "caption", "joint", "train", "export", "eval", "data", "data export", "doctor", "bench")
 UVG = (sys.executable, "-m", "uvg_engine.cli")
 
 
