@@ -1,5 +1,6 @@
 """The bench times the right thing: every op and peer agrees with the reference, and every line says what it is."""
 
+import dataclasses
 import json
 import time
 
