@@ -139,6 +139,11 @@ def _qk_norm_rope(dtype: torch.dtype) -> None:
     ops.qk_norm_rope(q, k, weight, weight, _spans((0, _T, 1, 0, 0, 0)), torch.randn(2, _T, _H // 2, 2), _N)
 
 
+def _window_attention(dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, _T, _N, _H, dtype=dtype)
+    ops.window_attention(q, k, v, _spans((0, 1, 2, 3)), _spans((6, _T - 6)))
+
+
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "flash_attention": _flash_attention,
     "flow_noise": _flow_noise,
@@ -154,4 +159,5 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "moe_mlp": _moe_mlp,
     "moe_route": _moe_route,
     "qk_norm_rope": _qk_norm_rope,
+    "window_attention": _window_attention,
 }
