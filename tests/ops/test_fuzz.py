@@ -206,5 +206,5 @@ def test_fuzzed(op, on):
 
 
 def test_every_op_is_fuzzed():
-    own = {"linear", "window_attention"}  # draw many shapes in tests of their own
+    own = {"gated_residual_norm", "linear", "window_attention"}  # draw many shapes in tests of their own
     assert set(backends.table("reference")) == set(OPS) | own
