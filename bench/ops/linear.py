@@ -19,10 +19,12 @@ def torch_peer(size: Size, x: Tensor, weight: Tensor, bias: Tensor) -> Peer:
     return Peer(functional.linear, (x, weight, bias))
 
 
-CASE = Case(
-    ops.linear,
-    shape=lambda size: f"T={size.rows} D={size.width} F={size.width}",
-    make=make,
-    work=lambda size, item: (2 * size.rows * size.width**2, item * size.width * (2 * size.rows + size.width)),
-    peers={"torch": torch_peer},
+CASES = (
+    Case(
+        ops.linear,
+        shape=lambda size: f"T={size.rows} D={size.width} F={size.width}",
+        make=make,
+        work=lambda size, item: (2 * size.rows * size.width**2, item * size.width * (2 * size.rows + size.width)),
+        peers={"torch": torch_peer},
+    ),
 )
