@@ -2,6 +2,7 @@
 // on the CPU. Every op is called as <op>_forward(stream, **fields), <op>_backward(stream, **fields) with the fields of
 // its params struct by name; uvg_engine/backends/cuda checks and calls. No torch, no CUDA header.
 #include "common/fields.h"
+#include "uvg/flash_attention.h"
 #include "uvg/flow_noise.h"
 #include "uvg/flow_step.h"
 #include "uvg/gated_residual.h"
@@ -9,6 +10,7 @@
 #include "uvg/moe_combine.h"
 #include "uvg/moe_dispatch.h"
 #include "uvg/moe_route.h"
+#include "uvg/qk_norm_rope.h"
 
 #if UVG_SIMULATE
 #include "sim/machine.h"
@@ -20,6 +22,13 @@ namespace py = pybind11;
 
 namespace uvg {
 namespace {
+
+void read(Fields& f, FlashAttentionCudaParams& p) {
+  f UVG_FIELD(q) UVG_FIELD(k) UVG_FIELD(v) UVG_FIELD(q_spans) UVG_FIELD(k_spans);
+  f UVG_FIELD(samples) UVG_FIELD(spans_q) UVG_FIELD(spans_k) UVG_FIELD(rows_q) UVG_FIELD(rows_k);
+  f UVG_FIELD(heads) UVG_FIELD(width) UVG_FIELD(scale) UVG_FIELD(dtype);
+  f UVG_FIELD(out) UVG_FIELD(lse) UVG_FIELD(dout) UVG_FIELD(delta) UVG_FIELD(dq) UVG_FIELD(dk) UVG_FIELD(dv);
+}
 
 void read(Fields& f, FlowNoiseParams& p) {
   f UVG_FIELD(data) UVG_FIELD(tokens) UVG_FIELD(sigma) UVG_FIELD(kappa) UVG_FIELD(seeds);
@@ -65,6 +74,13 @@ void read(Fields& f, MoeRouteParams& p) {
   f UVG_FIELD(weights) UVG_FIELD(chosen) UVG_FIELD(dweights) UVG_FIELD(dlogits);
 }
 
+void read(Fields& f, QkNormRopeParams& p) {
+  f UVG_FIELD(x) UVG_FIELD(weight) UVG_FIELD(spans) UVG_FIELD(table);
+  f UVG_FIELD(rows) UVG_FIELD(width) UVG_FIELD(heads) UVG_FIELD(num_spans) UVG_FIELD(positions);
+  f UVG_FIELD(eps) UVG_FIELD(dtype) UVG_FIELD(rstd);
+  f UVG_FIELD(y) UVG_FIELD(dy) UVG_FIELD(dx) UVG_FIELD(dweight) UVG_FIELD(partial);
+}
+
 // Buffers of the simulator live as long as the call.
 struct Buffers {
 #if UVG_SIMULATE
@@ -86,6 +102,8 @@ void define(py::module_& m, const char* name, void (*launcher)(const Params&, vo
 }
 
 void define_kernels(py::module_& m) {
+  define(m, "flash_attention_forward", &cuda::flash_attention_forward);
+  define(m, "flash_attention_backward", &cuda::flash_attention_backward);
   define(m, "flow_noise_forward", &cuda::flow_noise_forward);
   define(m, "flow_step_forward", &cuda::flow_step_forward);
   define(m, "gated_residual_forward", &cuda::gated_residual_forward);
@@ -98,6 +116,8 @@ void define_kernels(py::module_& m) {
   define(m, "moe_dispatch_backward", &cuda::moe_dispatch_backward);
   define(m, "moe_route_forward", &cuda::moe_route_forward);
   define(m, "moe_route_backward", &cuda::moe_route_backward);
+  define(m, "qk_norm_rope_forward", &cuda::qk_norm_rope_forward);
+  define(m, "qk_norm_rope_backward", &cuda::qk_norm_rope_backward);
 }
 
 }  // namespace

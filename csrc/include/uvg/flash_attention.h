@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "common/dtype.h"
 #include "common/row_lists.h"
@@ -25,5 +26,23 @@ struct FlashAttentionParams {
 
 UVG_KERNEL(flash_attention_forward, FlashAttentionParams)
 UVG_KERNEL(flash_attention_backward, FlashAttentionParams)
+
+// The same for csrc/cuda: bf16 or fp16, width a multiple of 8 up to 128, rows aligned to 16 bytes; spans stay on the
+// device.
+struct FlashAttentionCudaParams {
+  const void *q, *k, *v;
+  const int32_t *q_spans, *k_spans;  // [samples, spans_q, 2], [samples, spans_k, 2]
+  int64_t samples, spans_q, spans_k, rows_q, rows_k, heads, width;
+  float scale;
+  Dtype dtype;
+  void* out;   // the forward writes the rows that have keys
+  float* lse;  // the same
+  const void* dout;
+  float* delta;        // backward: [heads, rows_q] to work in
+  void *dq, *dk, *dv;  // dq: the rows that have keys; dk, dv: all
+};
+
+UVG_CUDA_KERNEL(flash_attention_forward, FlashAttentionCudaParams)
+UVG_CUDA_KERNEL(flash_attention_backward, FlashAttentionCudaParams)
 
 }  // namespace uvg

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "common/dtype.h"
 
@@ -22,9 +23,12 @@ struct QkNormRopeParams {
   const void* dy[2];  // backward
   void* dx[2];
   float* dweight[2];
+  float* partial;  // cuda backward: [rows / 64 + 1, width] to work in
 };
 
 UVG_KERNEL(qk_norm_rope_forward, QkNormRopeParams)
 UVG_KERNEL(qk_norm_rope_backward, QkNormRopeParams)
+UVG_CUDA_KERNEL(qk_norm_rope_forward, QkNormRopeParams)
+UVG_CUDA_KERNEL(qk_norm_rope_backward, QkNormRopeParams)
 
 }  // namespace uvg

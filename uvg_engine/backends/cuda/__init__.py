@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from uvg_engine.backends import Kernel
 from uvg_engine.backends.cuda import (
+    flash_attention,
     flow_noise,
     flow_step,
     gated_residual,
@@ -12,9 +13,11 @@ from uvg_engine.backends.cuda import (
     moe_combine,
     moe_dispatch,
     moe_route,
+    qk_norm_rope,
 )
 
 TABLE = {
+    "flash_attention": Kernel(flash_attention.forward, flash_attention.backward, flash_attention.refuses),
     "flow_noise": Kernel(flow_noise.forward, refuses=flow_noise.refuses),
     "flow_step": Kernel(flow_step.forward, refuses=flow_step.refuses),
     "gated_residual": Kernel(gated_residual.forward, gated_residual.backward, gated_residual.refuses),
@@ -24,4 +27,5 @@ TABLE = {
     "moe_combine": Kernel(moe_combine.forward, moe_combine.backward, moe_combine.refuses),
     "moe_dispatch": Kernel(moe_dispatch.forward, moe_dispatch.backward, moe_dispatch.refuses),
     "moe_route": Kernel(moe_route.forward, moe_route.backward, moe_route.refuses),
+    "qk_norm_rope": Kernel(qk_norm_rope.forward, qk_norm_rope.backward, qk_norm_rope.refuses),
 }

@@ -42,7 +42,7 @@ def backward(
     """Arguments and results as in reference.modulated_layer_norm.backward."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     given = {"dshift": shift, "dscale": scale, "dweight": weight, "dbias": bias}
-    grads = {name: None if value is None else floats_like(x, *value.shape) for name, value in given.items()}
+    grads = {name: floats_like(x, *value.shape) for name, value in given.items() if value is not None}
     fields = _fields(x, shift, scale, spans, weight, bias, eps)
     partial = partial_sums(x, max(1, fields["num_spans"]), 2)
     saved = {"dy": dy.contiguous(), "mean": mean, "rstd": rstd}
