@@ -14,6 +14,7 @@ RUNTIME := $(VENV)/.uvg-runtime
 DEV := $(VENV)/.uvg-dev
 DOCS := $(VENV)/.uvg-docs
 BUILD_TOOLS := setuptools pybind11 cmake ninja
+CUDA_TOOLS := $(if $(filter Linux,$(shell uname -s)),nvidia-cuda-nvcc nvidia-cuda-cccl)
 DEMO := demo_out
 
 .DEFAULT_GOAL := help
@@ -36,10 +37,10 @@ $(BIN)/python:
 	  { echo "error: $(PYTHON) has no venv module (Debian: apt-get install python3-venv); or set PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# $(call install,EXTRAS,CMAKE_ARGS): the package in place with its pinned dependencies, the native core where it builds.
+# $(call install,EXTRAS,CMAKE_ARGS,TOOLS): the package in place with its pinned dependencies, the native core where it builds.
 define install
 @echo "Installing uvg_engine$(1) into $(VENV) (the first time takes minutes)"
-@$(PIP) install -qq --disable-pip-version-check -c constraints.txt $(BUILD_TOOLS)
+@$(PIP) install -qq --disable-pip-version-check -c constraints.txt $(BUILD_TOOLS) $(3)
 @UVG_BUILD_DIR=build/native UVG_CMAKE_ARGS="$(2)" $(PIP) install -qq --disable-pip-version-check \
   --no-build-isolation -c constraints.txt -e '.$(1)'
 @$(BIN)/python -m uvg_engine.backends.native
@@ -50,11 +51,11 @@ $(RUNTIME): $(INPUTS) | $(BIN)/python
 	$(call install,,-DUVG_TESTS=OFF)
 
 $(DEV): $(INPUTS) | $(BIN)/python
-	$(call install,[dev],-DUVG_TESTS=ON)
+	$(call install,[dev],-DUVG_TESTS=ON,$(CUDA_TOOLS))
 	@touch $(RUNTIME)
 
 $(DOCS): $(DEV)
-	$(call install,[docs],-DUVG_TESTS=ON)
+	$(call install,[docs],-DUVG_TESTS=ON,$(CUDA_TOOLS))
 	@touch $(RUNTIME) $(DEV) $@
 
 demo: $(RUNTIME)

@@ -16,7 +16,7 @@ UVG_DEVICE void load_gate(float (&gate)[kVector], const Params& p, int64_t span,
 }
 
 template <typename H, typename Y, int kVector>
-__global__ void __launch_bounds__(kRowWarps* gpu::kWarp) forward_kernel(Params p) {
+__global__ void __launch_bounds__(kRowWarps* gpu::kWarp, 2) forward_kernel(Params p) {
   const int64_t row = row_of_warp();
   if (row >= p.rows) return;
   const int64_t span = p.gate == nullptr ? -1 : span_of_row(p.spans, p.num_spans, 2, row);
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kRowWarps* gpu::kWarp) forward_kernel(Params p
 }
 
 template <typename H, typename Y, int kVector>
-__global__ void __launch_bounds__(kRowWarps* gpu::kWarp) backward_kernel(Params p) {
+__global__ void __launch_bounds__(kRowWarps* gpu::kWarp, 2) backward_kernel(Params p) {
   const int64_t row = row_of_warp();
   if (row >= p.rows) return;
   const int64_t span = p.gate == nullptr ? -1 : span_of_row(p.spans, p.num_spans, 2, row);

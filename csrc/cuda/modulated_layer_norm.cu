@@ -38,7 +38,7 @@ UVG_DEVICE int64_t span_of(const Params& p, int64_t row) {
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kRowWarps* gpu::kWarp) forward_kernel(Params p) {
+__global__ void __launch_bounds__(kRowWarps* gpu::kWarp, 2) forward_kernel(Params p) {
   const int64_t row = row_of_warp();
   if (row >= p.rows) return;
   const int64_t span = span_of(p, row);
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kRowWarps* gpu::kWarp) forward_kernel(Params p
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kRowWarps* gpu::kWarp) backward_kernel(Params p) {
+__global__ void __launch_bounds__(kRowWarps* gpu::kWarp, 2) backward_kernel(Params p) {
   const int64_t row = row_of_warp();
   if (row >= p.rows) return;
   const int64_t span = span_of(p, row);

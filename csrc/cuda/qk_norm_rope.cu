@@ -8,10 +8,10 @@ namespace {
 using Params = QkNormRopeParams;
 enum Kind { kVideo = 0, kText = 1, kNone = 2 };
 
-// Where a row stands: its kind, and a position for each of three axes.
+// Where a row stands: its kind, and its position on each of three axes. No array: an index into it would need memory.
 struct Rope {
   int kind = kNone;
-  int64_t position[3] = {0, 0, 0};
+  int64_t frame = 0, y = 0, x = 0;
 
   UVG_DEVICE Rope(const Params& p, int64_t span, int64_t row) {
     if (span < 0) return;
@@ -19,18 +19,18 @@ struct Rope {
     const int64_t offset = row - gpu::load_global(s);
     kind = gpu::load_global(s + 2);
     if (kind == kText) {
-      position[0] = offset;
+      frame = offset;
       return;
     }
     const int64_t height = gpu::load_global(s + 4), width = gpu::load_global(s + 5);
-    position[0] = offset / (height * width), position[1] = offset / width % height, position[2] = offset % width;
+    frame = offset / (height * width), y = offset / width % height, x = offset % width;
   }
 
   // (cos, sin) of a pair of a head.
   UVG_DEVICE gpu::Pack<float, 2> angle(const Params& p, int64_t pair) const {
     const int64_t pairs = p.width / p.heads / 2, side = pairs / 3;
-    const int axis = kind == kText || pair < pairs - 2 * side ? 0 : pair < pairs - side ? 1 : 2;
-    const float* at = p.table + ((kind * p.positions + position[axis]) * pairs + pair) * 2;
+    const int64_t position = kind == kText || pair < pairs - 2 * side ? frame : pair < pairs - side ? y : x;
+    const float* at = p.table + ((kind * p.positions + position) * pairs + pair) * 2;
     return gpu::load_global(reinterpret_cast<const gpu::Pack<float, 2>*>(at));
   }
 
@@ -60,7 +60,7 @@ struct Rope {
 };
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kRowWarps* gpu::kWarp) forward_kernel(Params p) {
+__global__ void __launch_bounds__(kRowWarps* gpu::kWarp, 2) forward_kernel(Params p) {
   const int64_t row = row_of_warp();
   const int which = static_cast<int>(gpu::block_y());
   if (row >= p.rows) return;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kRowWarps* gpu::kWarp) forward_kernel(Params p
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kRowWarps* gpu::kWarp) backward_kernel(Params p) {
+__global__ void __launch_bounds__(kRowWarps* gpu::kWarp, 2) backward_kernel(Params p) {
   const int64_t row = row_of_warp();
   const int which = static_cast<int>(gpu::block_y());
   if (row >= p.rows) return;

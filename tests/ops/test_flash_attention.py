@@ -72,6 +72,7 @@ class TestFlashAttention(DifferentiableOpSuite):
         {("sdpa", BF16, 1): 128, ("sdpa", FP16, 1): 128, ("cpu", FP32, 1): 128, ("cpu", BF16, 1): 128}
     )
     interpreted = MappingProxyType({"several-blocks": (BF16,), "many-spans": (FP16,), "rising": (FP32,)})
+    plainest = MappingProxyType({"cuda": (2, BF16)})
     mistakes = (
         Mistake(r"q must be a floating-point \(T, N, H\)", {"q": lambda q: q[0]}),
         Mistake(r"k must be \(19, 2, 4\) torch.float32", {"k": lambda k: k.double()}),

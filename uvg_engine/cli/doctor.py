@@ -40,7 +40,6 @@ def examine() -> dict[str, Any]:
     import torch
 
     from uvg_engine import __version__, backends
-    from uvg_engine.backends import native
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
@@ -53,12 +52,19 @@ def examine() -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
-        "native": {"description": native.describe(), **native.info()},
+        "native": _native(),
         "backends": {"order": list(backends.names()), "all": list(backends.ORDER)},
         "ops": _ops(devices),
         "packages": {name: _version(name) for name in _PACKAGES},
         "models": _models(),
     }
+
+
+def _native() -> dict[str, Any]:
+    from uvg_engine.backends import native
+
+    found = {"description": native.describe(), **native.info()}
+    return found | {"cuda": {"description": native.describe_cuda(), **found["cuda"]}}
 
 
 def _machine() -> dict[str, Any]:
@@ -157,6 +163,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("torch", f"{torch['version']}, {torch['threads']} threads, {torch['cpu_capability']}"),
         ("GPU", ", ".join(torch["gpus"]) or "none that torch can use"),
         ("native core", report["native"]["description"]),
+        ("CUDA kernels", report["native"]["cuda"]["description"]),
         ("backends", f"asked in this order: {', '.join(report['backends']['order'])}"),
         ("environment", ", ".join(f"{k}={v}" for k, v in machine["environment"].items()) or "nothing set"),
     ]

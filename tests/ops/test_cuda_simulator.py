@@ -1,0 +1,138 @@
+"""The CUDA kernels in the simulator: the same bits in every order of threads, and what their accesses cost."""
+
+from __future__ import annotations
+
+import cuda_simulator
+import pytest
+import torch
+from harness import BF16, normal, spans
+
+from uvg_engine import backends, ops
+from uvg_engine.backends import native
+
+ORDERS = ("reverse", "7", "8")
+
+needs_simulator = pytest.mark.skipif(cuda_simulator.module() is None, reason="the simulator was not built")
+
+
+@pytest.mark.skipif(native.cpu() is None or not cuda_simulator.BUILD.is_dir(), reason="no native build here")
+def test_the_simulator_was_built():
+    assert cuda_simulator.module() is not None, "cmake -DUVG_TESTS=ON builds it; without it no CUDA kernel is tested"
+
+
+def rows(width):
+    """Inputs of the row ops: two spans of video and text, bf16."""
+    g = torch.Generator().manual_seed(0)
+    x, y, dx = (normal(g, 12, width).to(BF16) for _ in range(3))
+    per_span = [normal(g, 2, width).float() for _ in range(3)]
+    return x, y, dx, per_span, spans((0, 8), (8, 4))
+
+
+def norm(width):
+    x, _, dy, (shift, scale, _), table = rows(width)
+    leaves = [v.requires_grad_() for v in (x, shift, scale)]
+    return ops.modulated_layer_norm(x, shift, scale, table), leaves, dy
+
+
+def residual(width):
+    h, y, dout, (gate, *_), table = rows(width)
+    return ops.gated_residual(h, y.requires_grad_(), gate.requires_grad_(), table), [y, gate], dout
+
+
+def rope(width):
+    q, k, dq, *_ = rows(width)
+    weights = [torch.ones(width, requires_grad=True) for _ in range(2)]
+    table = torch.rand(2, 8, width // 8, 2, generator=torch.Generator().manual_seed(1))
+    kinds = torch.tensor([[0, 8, 0, 2, 2, 2], [8, 4, 1, 0, 0, 0]], dtype=torch.int32)
+    leaves = [q.requires_grad_(), k.requires_grad_(), *weights]
+    return sum(ops.qk_norm_rope(q, k, *weights, kinds, table, 4)), leaves, dq
+
+
+def attention(width):
+    g = torch.Generator().manual_seed(0)
+    q, k, v, dout = (normal(g, 140, 1, width).to(BF16) for _ in range(4))
+    table = torch.tensor([[[0, 50], [130, 10]], [[50, 80], [0, 0]]], dtype=torch.int32)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    return ops.flash_attention(*leaves, table, table)[0], leaves, dout
+
+
+CALLS = {"modulated_layer_norm": norm, "gated_residual": residual, "qk_norm_rope": rope, "flash_attention": attention}
+
+
+def results(call, width):
+    with cuda_simulator.running(), backends.force("cuda"):
+        out, leaves, dout = call(width)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+
+@needs_simulator
+@pytest.mark.parametrize("op", CALLS)
+def test_the_same_bits_in_every_order_of_threads(op):
+    simulator = cuda_simulator.module()
+    want = results(CALLS[op], 128)
+    try:
+        for order in ORDERS:
+            simulator.set_order(order)
+            assert all(torch.equal(a, b) for a, b in zip(results(CALLS[op], 128), want, strict=True)), order
+    finally:
+        simulator.set_order("forward")
+
+
+def counted(op, width):
+    simulator = cuda_simulator.module()
+    simulator.reset_counters()
+    results(CALLS[op], width)
+    return simulator.counters()
+
+
+@needs_simulator
+@pytest.mark.parametrize("op", CALLS)
+def test_shared_memory_has_no_bank_conflicts(op):
+    for width in (64, 128):
+        count = counted(op, width)
+        assert count["shared_wavefronts"] == count["shared_wavefronts_ideal"] > 0 or op == "gated_residual"
+
+
+@needs_simulator
+@pytest.mark.parametrize("op", ["modulated_layer_norm", "gated_residual"])
+def test_rows_travel_in_whole_sectors_of_16_byte_accesses(op):
+    count = counted(op, 256)
+    wide = sum(v for name, v in count.items() if name in ("global_load_bytes_16", "global_store_bytes_16"))
+    moved = sum(v for name, v in count.items() if name.startswith("global_") and "_bytes_" in name)
+    assert count["global_sectors"] == count["global_sectors_ideal"]
+    assert wide > 0.9 * moved, count
+
+
+@needs_simulator
+def test_attention_does_the_products_that_its_tiles_have_and_no_more():
+    """Two samples of 60 and 80 rows: 3 tiles of 64 queries against 1 or 2 of 64 keys; the backward's tiles likewise."""
+    simulator = cuda_simulator.module()
+    with cuda_simulator.running(), backends.force("cuda"), torch.no_grad():
+        simulator.reset_counters()
+        attention(128)
+    assert simulator.counters()["matrix_flops"] == (1 + 2 * 2) * 4 * 64 * 64 * 128
+
+
+@needs_simulator
+@pytest.mark.parametrize("order", ["", "back", "0", "-1"])
+def test_an_order_is_forward_reverse_or_a_seed(order):
+    with pytest.raises(ValueError, match=f"^order must be forward, reverse or a seed above 0, got '{order}'$"):
+        cuda_simulator.module().set_order(order)
+
+
+@needs_simulator
+def test_a_field_that_no_kernel_has_is_an_error():
+    with pytest.raises(ValueError, match=r"^no field is named 'gain'$"):
+        cuda_simulator.module().gated_residual_forward(0, gain=1.0)
+
+
+@needs_simulator
+def test_a_fault_is_told_by_file_line_block_and_thread():
+    simulator = cuda_simulator.module()
+    h = torch.zeros(3, 8)
+    with pytest.raises(simulator.SimulationError) as fault:  # a row more than the buffers have
+        given = {name: (h.data_ptr(), h.nbytes) for name in ("h", "y", "out")}
+        simulator.gated_residual_forward(0, **given, rows=4, width=8)
+    pattern = "csrc/cuda/gated_residual.cu:"
+    assert str(fault.value).startswith(pattern), fault.value
+    assert "block (0,0,0) thread (96,0,0): out of bounds: reads 16 bytes at offset 96 of" in str(fault.value)
