@@ -51,7 +51,7 @@ def _run(*command: str, **kwargs: object) -> str:
 
 def _demangled(names: list[str]) -> dict[str, str]:
     shown = _run("c++filt", input="\n".join(names)).splitlines()
-    files = (re.search(r"_\d+_(\w+)_cu_", name) for name in names)
+    files = (re.search(r"_\d+_([a-z_]+)_cu_", name) for name in names)
     short = []
     for text, file in zip(shown, files, strict=True):
         text = re.sub(r"\(anonymous namespace\)::|uvg::cuda::|uvg::gpu::|uvg::|^void |_GLOBAL__N__\w+::", "", text)
@@ -61,7 +61,7 @@ def _demangled(names: list[str]) -> dict[str, str]:
 
 
 def kernels() -> list[Kernel]:
-    """Every kernel of every architecture in the module. Raises RuntimeError where there is no module or no cuobjdump."""
+    """Every kernel of every architecture in the module. Raises RuntimeError without module or cuobjdump."""
     module, cuobjdump = native.cuda(), tool()
     if module is None or cuobjdump is None:
         raise RuntimeError(native.why_not_cuda() or "cuobjdump is not installed (extra cuda-build)")

@@ -69,7 +69,7 @@ UVG_DEVICE void corrupt_tokens(const Params& p, int64_t block) {
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kSampleThreads) noise_kernel(Params p, int64_t latent_blocks) {
+__global__ void __launch_bounds__(kSampleThreads, 2) noise_kernel(Params p, int64_t latent_blocks) {
   if (gpu::block_x() < latent_blocks) {
     corrupt_latents<T, kVector>(p, gpu::block_x());
   } else {

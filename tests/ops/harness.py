@@ -170,7 +170,7 @@ class OpSuite:
     mistakes: tuple[Mistake, ...]
     allowed: Mapping[tuple[str, torch.dtype, int], int] = MappingProxyType({})  # (backend, dtype, output): further ulps
     interpreted: Mapping[str, tuple[torch.dtype, ...]] = MappingProxyType({})  # dtypes of what takes Triton long there
-    plainest: Mapping[str, tuple[int, torch.dtype]] = MappingProxyType({})  # backend: case and dtype, not the first in fp32
+    plainest: Mapping[str, tuple[int, torch.dtype]] = MappingProxyType({})  # backend: its case and dtype
 
     @property
     def function(self) -> Callable[..., Any]:

