@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     about = machine(args.device)
     if args.record:
-        print(record(lambda given: _told(_lines(_parse(given))), about))
+        how = (["--threads", str(args.threads)] if args.threads else []) + ["--cpu-time"] * args.cpu_time
+        about["clock"] = "CPU time" if args.cpu_time else "wall"
+        print(record(lambda given: _told(_lines(_parse(given))), how, about))
         return 0
     if not args.json:
         print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-ROWS = "modulated_layer_norm gated_residual qk_norm_rope"
+ROWS = "modulated_layer_norm gated_residual gated_residual_norm qk_norm_rope"
 ROUTING = "moe_route moe_dispatch moe_combine"
 RUNS = (  # arguments of `python -m bench`
     "flash_attention --dtype bf16 --size 1.3b-2560 --size L1024 --size L2048 --size L4096",
-    "flash_attention --dtype bf16 --size L8192 --size L16384 --pass forward --only cpu --only torch --only openvino",
-    "flash_attention --dtype fp32 --size L2048 --pass forward --pass backward",
     "block --dtype bf16 --size 1.3b-2560 --memory",
-    "block --dtype bf16 --size 1.3b-8192 --pass forward --seconds 12",
-    "block --dtype fp32 --size 1.3b-2560 --pass forward --seconds 6",
-    f"{ROWS} --size 1.3b-2560",
-    f"{ROUTING} flow_step flow_noise --size 1.3b-2560 --seconds 0.5",
-    "moe_mlp --dtype bf16 --size 1.3b-2560 --size 1.3b",
+    "moe_mlp linear --dtype bf16 --size 1.3b-2560",
+    f"{ROWS} --dtype bf16 --size 1.3b-2560 --seconds 0.5",
     "linear_sample linear_cross_entropy --dtype bf16 --size 1.3b-vocab --memory",
+    f"{ROUTING} flow_step flow_noise --dtype bf16 --size 1.3b-2560 --seconds 0.5",
+    "flash_attention --dtype fp32 --size L2048 --pass forward --pass backward",
+    "block --dtype bf16 --size 1.3b-8192 --pass forward",
+    "block --dtype fp32 --size 1.3b-2560 --pass forward",
+    "flash_attention --dtype bf16 --size L8192 --size L16384 --pass forward --only cpu --only torch --only openvino",
 )
 THROUGHPUT = (  # job, model, layers, samples, steps, seconds
     *((job, "digits", 6, 8, 8, 4.0) for job in ("generate", "caption", "joint", "train")),
@@ -33,8 +33,8 @@ THROUGHPUT = (  # job, model, layers, samples, steps, seconds
 )
 
 
-def record(run: Callable[[Sequence[str]], Iterator[dict[str, Any]]], about: dict[str, Any]) -> Path:
-    """run: the lines of a command line of `python -m bench`. Returns the file of results."""
+def record(run: Callable[[Sequence[str]], Iterator[dict[str, Any]]], how: Sequence[str], about: dict[str, Any]) -> Path:
+    """run: the lines of a command line of `python -m bench`; how: options of all. Returns the file of results."""
     from bench import report, throughput
     from bench.timing import Clock
 
@@ -48,10 +48,10 @@ def record(run: Callable[[Sequence[str]], Iterator[dict[str, Any]]], about: dict
             file.flush()
 
         for arguments in RUNS:
-            for line in run(arguments.split()):
+            for line in run([*arguments.split(), *how]):
                 keep(line)
         for *given, seconds in THROUGHPUT:
-            for line in throughput.lines(*given, Clock(seconds=seconds, min_rounds=3)):
+            for line in throughput.lines(*given, Clock(seconds=seconds, min_rounds=3, cpu_time="--cpu-time" in how)):
                 keep(line)
     report.write(path)
     return path

@@ -34,7 +34,7 @@ def write(path: Path) -> list[Path]:
 
 def about(line: LINE) -> str:
     """Machine and versions of a run."""
-    names = ("device", "cores", "threads", "torch", "openvino", "diffusers", "commit", "date")
+    names = ("device", "cores", "threads", "clock", "torch", "openvino", "diffusers", "commit", "date")
     return ", ".join(f"{name} {line[name]}" for name in names if name in line)
 
 
