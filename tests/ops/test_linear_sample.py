@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from harness import BF16, FP32, FP64, Case, ConstantOpSuite, Mistake, normal
 from scipy import stats
 from torch.nn import functional
 
+from uvg_engine.backends import triton
 from uvg_engine.ops import linear_sample
 from uvg_engine.reference import philox
 
@@ -50,6 +52,7 @@ class TestLinearSample(ConstantOpSuite):
         case("cold", 11, 5, 2500, temperature=0.1),
         case("hot", 11, 5, 2500, temperature=7.0),
     )
+    interpreted = MappingProxyType(dict.fromkeys(("three-tiles", "tile", "greedy", "cold", "hot"), (BF16,)))
     mistakes = (
         Mistake(r"x must be a floating-point \(L, D\)", {"x": lambda x: x[0]}),
         Mistake(r"weight must be \(2500, 5\) torch.float32", {"weight": lambda w: w.double()}),
@@ -93,6 +96,8 @@ def test_lane_one_replaces_the_running_choice_by_its_share(backend):
 @pytest.mark.parametrize("vocab, temperature, draws", [(7, 1.0, 3000), (7, 2.5, 3000), (2500, 1.0, 8000)])
 def test_the_distribution_is_softmax(backend, vocab, temperature, draws):
     """Chi-square over 7 bins of like probability; a wrong tile weight moves the bins of other tiles."""
+    if backend == "triton" and triton.interpreting():
+        draws //= 10
     g = torch.Generator().manual_seed(7)
     made = head32(g, 1, 4, vocab, temperature)
     logits = exact_logits(made)[0] / temperature
@@ -122,7 +127,7 @@ def test_rows_do_not_see_their_neighbours(backend, dtype, temperature):
     rows = ("x", *NAMES)
     turned = torch.randperm(37, generator=g)
     assert torch.equal(linear_sample(**(made | {n: made[n][turned] for n in rows})), whole[turned])
-    for i in range(37):
+    for i in range(0, 37, 9 if backend == "triton" and triton.interpreting() else 1):
         assert torch.equal(linear_sample(**(made | {n: made[n][i : i + 1] for n in rows})), whole[i : i + 1])
     assert torch.equal(linear_sample(**(made | {n: made[n][5:18] for n in rows})), whole[5:18])
 

@@ -2,6 +2,7 @@
 
 import pytest
 import test_flash_attention
+import test_linear_sample
 import test_moe_mlp
 from harness import BF16, Case
 
@@ -27,6 +28,7 @@ def mlp(g):
 
 RUNS = {
     "flash_attention": (test_flash_attention.TestFlashAttention, Case("descriptors", attention)),
+    "linear_sample": (test_linear_sample.TestLinearSample, test_linear_sample.case("descriptors", 130, 72, 300)),
     "moe_mlp": (test_moe_mlp.TestMoeMlp, Case("descriptors", mlp)),
 }
 

@@ -137,6 +137,7 @@ TABLE = dict(
         _kernel("flow_noise", refuses_flow_noise, backward=False),
         _kernel("flow_step", refuses_flow_step, backward=False),
         _kernel("gated_residual", lambda h, y, *rest: refuses_rows(h, y)),
+        _kernel("linear_sample", lambda x, *rest: refuses(x), backward=False),
         _kernel("modulated_layer_norm", lambda x, *rest: refuses_rows(x)),
         _kernel("moe_combine", lambda rows, *rest: refuses_rows(rows)),
         _kernel("moe_dispatch", refuses_dispatch),
