@@ -6,6 +6,7 @@
 #include "uvg/flow_noise.h"
 #include "uvg/flow_step.h"
 #include "uvg/gated_residual.h"
+#include "uvg/linear_sample.h"
 #include "uvg/modulated_layer_norm.h"
 #include "uvg/moe_combine.h"
 #include "uvg/moe_dispatch.h"
@@ -49,6 +50,12 @@ void read(Fields& f, GatedResidualParams& p) {
   f UVG_FIELD(h) UVG_FIELD(y) UVG_FIELD(gate) UVG_FIELD(spans);
   f UVG_FIELD(rows) UVG_FIELD(width) UVG_FIELD(num_spans) UVG_FIELD(dtype_h) UVG_FIELD(dtype_y);
   f UVG_FIELD(out) UVG_FIELD(dout) UVG_FIELD(dy) UVG_FIELD(dgate) UVG_FIELD(partial);
+}
+
+void read(Fields& f, LinearSampleParams& p) {
+  f UVG_FIELD(x) UVG_FIELD(weight) UVG_FIELD(bias) UVG_FIELD(seeds) UVG_FIELD(steps) UVG_FIELD(tokens);
+  f UVG_FIELD(rows) UVG_FIELD(width) UVG_FIELD(vocab) UVG_FIELD(temperature) UVG_FIELD(dtype);
+  f UVG_FIELD(ids) UVG_FIELD(weighed);
 }
 
 void read(Fields& f, ModulatedLayerNormParams& p) {
@@ -108,6 +115,7 @@ void define_kernels(py::module_& m) {
   define(m, "flow_step_forward", &cuda::flow_step_forward);
   define(m, "gated_residual_forward", &cuda::gated_residual_forward);
   define(m, "gated_residual_backward", &cuda::gated_residual_backward);
+  define(m, "linear_sample_forward", &cuda::linear_sample_forward);
   define(m, "modulated_layer_norm_forward", &cuda::modulated_layer_norm_forward);
   define(m, "modulated_layer_norm_backward", &cuda::modulated_layer_norm_backward);
   define(m, "moe_combine_forward", &cuda::moe_combine_forward);

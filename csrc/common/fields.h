@@ -63,6 +63,7 @@ class Fields {
   static void set(const pybind11::handle& value, Dtype& to) { to = static_cast<Dtype>(value.cast<int>()); }
   static void set(const pybind11::handle& value, int64_t& to) { to = value.cast<int64_t>(); }
   static void set(const pybind11::handle& value, float& to) { to = value.cast<float>(); }
+  static void set(const pybind11::handle& value, double& to) { to = value.cast<double>(); }
 
   pybind11::dict given_;
   std::set<std::string> known_;

@@ -114,14 +114,9 @@ struct QueryTile {
   }
 };
 
-// acc += a tile's 16 rows times kColumns / 8 column blocks: to[n] are rows of `a` against rows 8n.. of `b`, over kHead.
+// to += 16 rows of `a` times kColumns rows of `b`, over the columns of both: to[n] are those against rows 8n..
 template <int kColumns, typename T, int kHead>
-UVG_DEVICE void scores(float (&to)[kColumns / 8][4], const Tile<T, kHead>& a, int row, const Tile<T, kHead>& b) {
-#pragma unroll
-  for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[n][i] = 0.0f;
-  }
+UVG_DEVICE void add_scores(float (&to)[kColumns / 8][4], const Tile<T, kHead>& a, int row, const Tile<T, kHead>& b) {
 #pragma unroll
   for (int k = 0; k < kHead / 16; ++k) {
     uint32_t fa[4];
@@ -134,6 +129,16 @@ UVG_DEVICE void scores(float (&to)[kColumns / 8][4], const Tile<T, kHead>& a, in
       gpu::multiply<T>(to[2 * n + 1], fa, fb[2], fb[3]);
     }
   }
+}
+
+template <int kColumns, typename T, int kHead>
+UVG_DEVICE void scores(float (&to)[kColumns / 8][4], const Tile<T, kHead>& a, int row, const Tile<T, kHead>& b) {
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[n][i] = 0.0f;
+  }
+  add_scores<kColumns>(to, a, row, b);
 }
 
 // to += p b: 16 rows of p, held as `multiply` leaves its results, times the kColumns rows of the tile b.

@@ -102,7 +102,7 @@ void run(const Params& p, gpu::Stream stream) {
 void flow_step_forward(const Params& p, gpu::Stream stream) {
   with_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    constexpr int kVector = 16 / sizeof(T);
+    constexpr int kVector = 4;  // eight 16-bit elements of six arrays are more than the registers hold on sm_80
     const bool wide = p.num_latents % kVector == 0 &&
                       aligned({p.x, p.v_cond, p.v_uncond, p.last, p.m1, p.m2, p.x_next, p.corrected, p.estimate});
     wide ? run<T, kVector>(p, stream) : run<T, 1>(p, stream);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "common/dtype.h"
 
@@ -17,9 +18,11 @@ struct LinearSampleParams {
   double temperature;  // 0: argmax
   Dtype dtype;
   int threads;
-  int64_t* ids;  // [rows]; -1 where a row has no distribution
+  int64_t* ids;    // [rows]; -1 where a row has no distribution
+  float* weighed;  // cuda: [rows, panels of 64 words, 2] to work in
 };
 
 UVG_KERNEL(linear_sample, LinearSampleParams)
+UVG_CUDA_KERNEL(linear_sample_forward, LinearSampleParams)
 
 }  // namespace uvg
