@@ -146,6 +146,29 @@ struct Largest {
   }
 };
 
+// Logit of one word, by one lane.
+template <typename T>
+UVG_DEVICE float dot(const Params& p, int64_t row, int64_t word) {
+  float total = gpu::to_float(gpu::load_global(static_cast<const T*>(p.bias) + word));
+  for (int64_t c = 0; c < p.width; c += 8) {
+    float a[8], b[8];
+    load_vector(a, static_cast<const T*>(p.x) + row * p.width + c);
+    load_vector(b, static_cast<const T*>(p.weight) + word * p.width + c);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) total += a[i] * b[i];
+  }
+  return total;
+}
+
+// The sum over the lanes up to this one.
+UVG_DEVICE float sum_of_lanes_upto(float value) {
+  for (int step = 1; step < gpu::kWarp; step *= 2) {
+    const float other = gpu::shuffle_from(value, gpu::lane() >= step ? gpu::lane() - step : gpu::lane());
+    if (gpu::lane() >= step) value += other;
+  }
+  return value;
+}
+
 // One warp a row.
 template <typename T>
 __global__ void __launch_bounds__(kRowWarps* gpu::kWarp) pick_kernel(Params p, Heat heat) {
@@ -193,39 +216,26 @@ __global__ void __launch_bounds__(kRowWarps* gpu::kWarp) pick_kernel(Params p, H
     if (gpu::lane() == 0) gpu::store_global(p.ids + row, int64_t{-1});
     return;
   }
-  // Two words a lane: word `lane` of either half of the panel.
-  float logits[2] = {-kInfinity, -kInfinity};
-  const T* x = static_cast<const T*>(p.x) + row * p.width;
-  for (int word = 0; word < kPanel; ++word) {
-    const int64_t place = panel * kPanel + word;
-    if (place >= p.vocab) break;
-    float dot = 0.0f;
-    lane_columns<8>(p.width, [&](int64_t c) {
-      float a[8], b[8];
-      load_vector(a, x + c);
-      load_vector(b, static_cast<const T*>(p.weight) + place * p.width + c);
+  // Two words a lane: number `lane` of either half of the panel.
+  float logits[2];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) dot += a[i] * b[i];
-    });
-    dot = gpu::warp_sum(dot) + gpu::to_float(gpu::load_global(static_cast<const T*>(p.bias) + place));
-    if (word == gpu::lane()) logits[0] = dot;
-    if (word == gpu::lane() + gpu::kWarp) logits[1] = dot;
+  for (int half = 0; half < 2; ++half) {
+    const int64_t place = panel * kPanel + half * gpu::kWarp + gpu::lane();
+    logits[half] = place < p.vocab ? dot<T>(p, row, place) : -kInfinity;
   }
   const float top = gpu::warp_max(gpu::max(logits[0], logits[1]));
-  float before = 0.0f;  // mass of the words up to a lane's own
-  int picked = -1;
-  const float shares[2] = {heat.share(logits[0], top), heat.share(logits[1], top)};
-  const float all = gpu::warp_sum(shares[0]) + gpu::warp_sum(shares[1]);
-  for (int word = 0; word < kPanel; ++word) {
-    const int half = word / gpu::kWarp;
-    const float logit = gpu::shuffle_from(half == 0 ? logits[0] : logits[1], word % gpu::kWarp);
-    const float share = gpu::shuffle_from(half == 0 ? shares[0] : shares[1], word % gpu::kWarp);
-    if (p.temperature == 0.0) {
-      if (picked < 0 && logit == top) picked = word;
-    } else if (share > 0.0f && before <= target * all) {
-      picked = word;
-    }
-    before += share;
+  int64_t picked = -1;
+  if (p.temperature == 0.0) {
+    const int64_t lowest = logits[0] == top ? gpu::lane() : logits[1] == top ? gpu::kWarp + gpu::lane() : kPanel;
+    picked = -gpu::warp_max(-lowest);
+  } else {
+    const float shares[2] = {heat.share(logits[0], top), heat.share(logits[1], top)};
+    const float upto[2] = {sum_of_lanes_upto(shares[0]), sum_of_lanes_upto(shares[1])};
+    const float half_mass = gpu::shuffle_from(upto[0], gpu::kWarp - 1);
+    const float pick = target * (half_mass + gpu::shuffle_from(upto[1], gpu::kWarp - 1));
+    if (shares[0] > 0.0f && upto[0] - shares[0] <= pick) picked = gpu::lane();
+    if (shares[1] > 0.0f && half_mass + (upto[1] - shares[1]) <= pick) picked = gpu::kWarp + gpu::lane();
+    picked = gpu::warp_max(picked);
   }
   if (gpu::lane() == 0) gpu::store_global(p.ids + row, panel * kPanel + picked);
 }
