@@ -13,7 +13,7 @@ from uvg_engine import ops
 
 CONDITION = 512  # keys of cross-attention, as Wan has them
 LENGTHS = ("L1024", "L2048", "L4096")
-REFERENCE_ROWS = 3000  # longer samples: the reference's scores would fill the memory, so torch's kernel tells the truth
+REFERENCE_ROWS = 1500  # longer samples: the reference would take minutes and GBs, so torch's kernel tells the truth
 
 
 class Attention(nn.Module):

@@ -1,6 +1,6 @@
 // What the compiler asks of OpenMP, on std::thread and std::mutex alone: for builds with ThreadSanitizer, which does
 // not see how libgomp makes threads wait and would call every barrier a race. Defined in the program, it goes before
-// libgomp. It holds what the kernels use; the linker names what is missing.
+// libgomp, so it must hold all that the kernels use.
 #include <condition_variable>
 #include <map>
 #include <mutex>

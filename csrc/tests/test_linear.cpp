@@ -1,0 +1,113 @@
+#include "uvg/linear.h"
+
+#include "tests/kernel_test.h"
+#include "uvg/moe_mlp.h"
+
+using namespace uvg;
+using namespace uvg::test;
+
+namespace {
+
+double gelu(double x) { return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))); }
+
+// [rows, width] = act(x w^T + b) in double; x: [rows, depth].
+std::vector<double> product(const std::vector<double>& x, const Array& w, const Array& b, int64_t first, int64_t depth,
+                            int64_t width, bool act) {
+  const auto rows = static_cast<int64_t>(x.size()) / depth;
+  std::vector<double> out(rows * width);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t n = 0; n < width; ++n) {
+      double sum = b[first * width + n];
+      for (int64_t i = 0; i < depth; ++i) sum += x[r * depth + i] * w[(first * width + n) * depth + i];
+      out[r * width + n] = act ? gelu(sum) : sum;
+    }
+  }
+  return out;
+}
+
+// `count` weights [width, depth], one after the other, as the kernels of the instruction set in use read them.
+std::vector<uint32_t> packed(Array& weight, int64_t count, int64_t depth, int64_t width, Dtype dtype, int threads) {
+  int64_t words = 0;
+  LinearParams p{};
+  p.depth = depth, p.width = width, p.dtype = dtype, p.threads = threads, p.words = &words;
+  linear_words(p);
+  std::vector<uint32_t> out(count * words);
+  const int64_t bytes = depth * width * (dtype == Dtype::kFloat32 ? 4 : 2);
+  for (int64_t i = 0; i < count; ++i) {
+    p.weight = static_cast<const uint8_t*>(weight.data()) + i * bytes, p.pack_into = out.data() + i * words;
+    linear_pack(p);
+  }
+  return out;
+}
+
+void check_linear(int64_t rows, int64_t depth, int64_t width, bool act) {
+  const auto inputs = [&](Dtype dtype) {
+    return Arrays{Array::random(dtype, rows * depth, 1), Array::random(dtype, width * depth, 2, 0.3f),
+                  Array::random(dtype, width, 3)};
+  };
+  const auto run = [&](Dtype dtype, int threads) {
+    Arrays in = inputs(dtype);
+    Arrays out = {Array(dtype, rows * width), Array(dtype, rows * width)};
+    const std::vector<uint32_t> weight = packed(in[1], 1, depth, width, dtype, threads);
+    LinearParams p{};
+    p.x = in[0].data(), p.bias = in[2].data(), p.packed = weight.data();
+    p.rows = rows, p.depth = depth, p.width = width, p.x_row = depth, p.out_row = width;
+    p.gelu = act, p.dtype = dtype, p.threads = threads, p.out = out[0].data(), p.pre = out[1].data();
+    linear_forward(p);
+    return out;
+  };
+  everywhere(run, [&](Dtype dtype) {
+    const Arrays in = inputs(dtype);
+    return Truth{product(values(in[0]), in[1], in[2], 0, depth, width, act),
+                 product(values(in[0]), in[1], in[2], 0, depth, width, false)};
+  });
+}
+
+// Three experts, the second without rows; room for fewer rows than the largest has.
+void check_experts(int64_t width, int64_t hidden) {
+  const std::vector<int64_t> offsets = {0, 37, 37, 60};
+  const int64_t rows = 60, room_rows = 20;
+  const auto inputs = [&](Dtype dtype) {
+    return Arrays{Array::random(dtype, rows * width, 1), Array::random(dtype, 3 * hidden * width, 2, 0.3f),
+                  Array::random(dtype, 3 * hidden, 3), Array::random(dtype, 3 * width * hidden, 4, 0.3f),
+                  Array::random(dtype, 3 * width, 5)};
+  };
+  const auto run = [&](Dtype dtype, int threads) {
+    Arrays in = inputs(dtype);
+    Arrays out = {Array(dtype, rows * width), Array(dtype, rows * hidden)};
+    Array room(dtype, room_rows * hidden);
+    const std::vector<uint32_t> w1 = packed(in[1], 3, width, hidden, dtype, threads);
+    const std::vector<uint32_t> w2 = packed(in[3], 3, hidden, width, dtype, threads);
+    MoeMlpParams p{};
+    p.x = in[0].data(), p.w1 = w1.data(), p.w2 = w2.data(), p.b1 = in[2].data(), p.b2 = in[4].data();
+    p.offsets = offsets.data(), p.experts = 3, p.width = width, p.hidden = hidden, p.x_row = width;
+    p.dtype = dtype, p.threads = threads, p.room = room.data(), p.room_rows = room_rows;
+    p.y = out[0].data(), p.pre = out[1].data();
+    moe_mlp_forward(p);
+    return out;
+  };
+  everywhere(run, [&](Dtype dtype) {
+    const Arrays in = inputs(dtype);
+    const std::vector<double> x = values(in[0]);
+    std::vector<double> y;
+    for (int64_t e = 0; e < 3; ++e) {
+      const std::vector<double> own(x.begin() + offsets[e] * width, x.begin() + offsets[e + 1] * width);
+      const auto part =
+          product(product(own, in[1], in[2], e, width, hidden, true), in[3], in[4], e, hidden, width, false);
+      y.insert(y.end(), part.begin(), part.end());
+    }
+    return Truth{y};
+  });
+}
+
+}  // namespace
+
+int main() {
+  check_linear(1, 1, 1, false);
+  check_linear(7, 33, 65, true);
+  check_linear(130, 64, 17, false);
+  check_linear(45, 130, 200, true);
+  check_experts(17, 40);
+  check_experts(64, 96);
+  return finish("linear");
+}
