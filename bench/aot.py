@@ -137,8 +137,8 @@ def _module(op: str) -> Any:
     return importlib.import_module(f"uvg_engine.kernels.{op}")
 
 
-def compile_op(op: str, capability: tuple[int, int]) -> list[Compiled]:
-    """Every kernel of every case of `op` for one architecture, each specialisation once."""
+def compile_op(op: str, capability: tuple[int, int], every: bool = True) -> list[Compiled]:
+    """Every kernel of every case of `op` (or of the tested ones) for one architecture, each specialisation once."""
     from triton.runtime import driver
 
     from uvg_engine.kernels import _launch
@@ -146,7 +146,7 @@ def compile_op(op: str, capability: tuple[int, int]) -> list[Compiled]:
     driver.set_active(_Driver(capability))
     found: dict[Any, Compiled] = {}
     for case in cases(op):
-        if capability not in case.capabilities:
+        if capability not in case.capabilities or not (every or case.tested):
             continue
         with _launch.recording(capability) as launches:
             case.call()

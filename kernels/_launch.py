@@ -53,7 +53,8 @@ class AotCase:
     "dot" (tensor-core instructions), "tma" (descriptor loads, from sm_90 on), "wide" (128-bit global accesses move
     three quarters of the bytes at least), "vector" (the same of the stores alone, and no single 16-bit access).
     flops: kernel name to floating-point operations of one launch, where the arithmetic counts for the time.
-    No spills, and shared memory within the chip's limit, are asked of every kernel.
+    No spills, and shared memory within the chip's limit, are asked of every kernel. tested: the tests compile it too,
+    not `python -m bench.aot` alone.
     """
 
     name: str
@@ -61,6 +62,7 @@ class AotCase:
     expects: Mapping[str, tuple[str, ...]]
     flops: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     capabilities: tuple[Capability, ...] = ALL
+    tested: bool = True
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, without spills, with the instructions meant.
 
-`bench/aot.py` compiles; what each kernel must show stands in the `AOT_CASES` of its module.
+`bench/aot.py` compiles; what each kernel must show stands in the `AOT_CASES` of its module, of which those marked
+`tested` are compiled here.
 """
 
 import ast
@@ -31,7 +32,7 @@ def pool():
 
 @pytest.mark.parametrize("op", aot.ops())
 def test_kernels_compile_well(pool, op):
-    done = [pool.submit(aot.compile_op, op, capability) for capability in CAPABILITIES]
+    done = [pool.submit(aot.compile_op, op, capability, every=False) for capability in CAPABILITIES]
     compiled = [one for job in done for one in job.result()]
     assert [fault for one in compiled for fault in one.faults()] == []
     tree = ast.parse((aot.KERNELS / f"{op}.py").read_text())

@@ -14,7 +14,10 @@ from uvg_engine.backends import triton as backend
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the shared suite asks of every backend, but no kernel has a part in: errors of arguments, threads, autograd.
-WHICH = "triton and not mistake and not threads and not second_derivative and not default_dtype"
+WHICH = (
+    "triton and not mistake and not threads and not second_derivative and not default_dtype and not inference_mode "
+    "and not may_ask"
+)
 
 
 @pytest.mark.slow
