@@ -15,17 +15,19 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 ROWS = "modulated_layer_norm gated_residual gated_residual_norm qk_norm_rope"
 ROUTING = "moe_route moe_dispatch moe_combine"
+ATTENTION = "flash_attention --only cpu --only torch --only openvino"  # the reference would take most of the time
+BLOCK = "block --only uvg --only torch --only inductor --only openvino --only diffusers"
 RUNS = (  # arguments of `python -m bench`
-    "flash_attention --dtype bf16 --size 1.3b-2560 --size L1024 --size L2048 --size L4096",
-    "block --dtype bf16 --size 1.3b-2560 --memory",
+    f"{ATTENTION} --dtype bf16 --size 1.3b-2560 --size L1024 --size L2048 --size L4096",
+    f"{BLOCK} --dtype bf16 --size 1.3b-2560 --memory",
     "moe_mlp linear --dtype bf16 --size 1.3b-2560",
     f"{ROWS} --dtype bf16 --size 1.3b-2560 --seconds 0.5",
-    "linear_sample linear_cross_entropy --dtype bf16 --size 1.3b-vocab --memory",
+    "linear_sample linear_cross_entropy --dtype bf16 --size 1.3b-vocab --memory --only cpu --only torch",
     f"{ROUTING} flow_step flow_noise --dtype bf16 --size 1.3b-2560 --seconds 0.5",
-    "flash_attention --dtype fp32 --size L2048 --pass forward --pass backward",
-    "block --dtype bf16 --size 1.3b-8192 --pass forward",
-    "block --dtype fp32 --size 1.3b-2560 --pass forward",
-    "flash_attention --dtype bf16 --size L8192 --size L16384 --pass forward --only cpu --only torch --only openvino",
+    f"{ATTENTION} --dtype fp32 --size L2048 --pass forward --pass backward",
+    f"{BLOCK} --dtype bf16 --size 1.3b-8192 --pass forward",
+    f"{BLOCK} --dtype fp32 --size 1.3b-2560 --pass forward",
+    f"{ATTENTION} --dtype bf16 --size L8192 --size L16384 --pass forward",
 )
 THROUGHPUT = (  # job, model, layers, samples, steps, seconds
     *((job, "digits", 6, 8, 8, 4.0) for job in ("generate", "caption", "joint", "train")),

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from bench import gpu_check
+from bench import gpu_check, report
 from bench.__main__ import main
 from bench.one_case import OPS, Options, bench_case, cases
 from bench.peers import PEERS
@@ -148,3 +148,21 @@ def test_a_peer_that_cannot_is_a_line_without_a_time(monkeypatch):
     monkeypatch.setitem(PEERS, "torch", dataclasses.replace(PEERS["torch"], adapt=broken))
     (line,) = [line for line in lines_of("moe_combine") if line["backend"] == "torch" and line["pass"] == "forward"]
     assert "not this dtype" in line["missing"] and "ms" not in line
+
+
+def test_a_record_becomes_a_page_and_pictures(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(report, "IMAGES", tmp_path)
+    report.PAGE.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    line = {"op": "flash_attention", "case": "self", "shape": "B=1 L=1024 N=1 H=64", "dtype": "bfloat16"}
+    line |= {"pass": "forward", "backend": "cpu", "ms": 2.0, "spread": 0.01, "gflops": 90.0, "gbs": 1.0}
+    line |= {"of_roof": 0.9, "roof": {"gflops": 100.0, "gbs": 10.0}, "times_faster": {"torch": 1.5}, "threads": 1}
+    missing = {**{n: line[n] for n in ("op", "case", "shape", "dtype", "pass")}, "backend": "openvino", "missing": "no"}
+    record = tmp_path / "run.jsonl"
+    record.write_text("\n".join(json.dumps(each) for each in (line, missing)))
+    made = {path.name for path in report.write(record)}
+    assert made == {"page.md", "bench_roofline.png", "bench_peers.png", "bench_lengths.png"}
+    page = report.PAGE.read_text()
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    assert "90 GFLOP/s | 90% | torch 1.50" in page and "missing: no" in page and "threads 1" in page
