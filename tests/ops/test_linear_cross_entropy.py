@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import pytest
 import torch
-from harness import FP32, FP64, Case, DifferentiableOpSuite, Mistake, normal, run
+from harness import BF16, FP16, FP32, FP64, Case, DifferentiableOpSuite, Mistake, normal, run
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uvg_engine import backends
+from uvg_engine.backends import triton
 from uvg_engine.ops import linear_cross_entropy
 from uvg_engine.reference import linear_cross_entropy as reference
 
@@ -49,6 +52,7 @@ class TestLinearCrossEntropy(DifferentiableOpSuite):
         case("sharp", gkl, 9, 16, 129, gain=50.0),
         case("block-and-one", head, 65, 33, 257),
     )
+    interpreted = MappingProxyType(dict.fromkeys(("gkl-prime", "tile-and-one"), (BF16,)))
     mistakes = (
         Mistake(r"x must be a floating-point \(L, D\)", {"x": lambda x: x[0]}),
         Mistake(r"weight must be a floating-point \(V, D\)", {"weight": lambda w: w[0]}),
@@ -188,3 +192,22 @@ def test_never_all_logits_at_once(monkeypatch):
         loss, lse, p_current = reference.forward(*args)
         reference.backward(torch.ones_like(loss), lse, p_current, *args)
     assert largest.elements <= 4096
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_steps_of_tritons_backward_do_not_show(dtype, monkeypatch):
+    """Three steps of 1024 words give the bits of one: the sums go on where the last step left them."""
+    if not triton.interpreting():
+        pytest.skip("Triton runs kernels without a GPU only where TRITON_INTERPRET=1")
+    kernels = pytest.importorskip("uvg_engine.kernels.linear_cross_entropy")
+    made = case("steps", gkl, 5, 17, 2100).inputs(dtype)
+    results = []
+    for elements in (1, 1 << 25):
+        monkeypatch.setattr(kernels, "STEP_ELEMENTS", elements)
+        with backends.force("triton"):
+            results.append(
+                TestLinearCrossEntropy().assert_right(case("steps", gkl, 5, 17, 2100), made, dtype, "triton")
+            )
+    assert kernels.step_words(5, 2100) == 3072
+    (_, one, _), (_, other, _) = results
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -2,6 +2,7 @@
 
 import pytest
 import test_flash_attention
+import test_linear_cross_entropy
 import test_linear_sample
 import test_moe_mlp
 from harness import BF16, Case
@@ -28,6 +29,10 @@ def mlp(g):
 
 RUNS = {
     "flash_attention": (test_flash_attention.TestFlashAttention, Case("descriptors", attention)),
+    "linear_cross_entropy": (
+        test_linear_cross_entropy.TestLinearCrossEntropy,
+        test_linear_cross_entropy.case("descriptors", test_linear_cross_entropy.gkl, 130, 72, 300),
+    ),
     "linear_sample": (test_linear_sample.TestLinearSample, test_linear_sample.case("descriptors", 130, 72, 300)),
     "moe_mlp": (test_moe_mlp.TestMoeMlp, Case("descriptors", mlp)),
 }

@@ -91,6 +91,13 @@ def refuses_flow_step(
     return refuses_numbers(guidance=guidance, coefs=coefs, jump_prob=rest[6]) or refuses(x)
 
 
+def refuses_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, current: Any, rate: Tensor | None, loss: str
+) -> str | None:
+    """Any sizes; rates are read as fp32."""
+    return (refuses_numbers(rate=rate) if rate is not None else None) or refuses(x)
+
+
 def refuses_numbers(**values: Tensor) -> str | None:
     """Numbers of a sample are read as fp32."""
     for name, value in values.items():
@@ -137,6 +144,7 @@ TABLE = dict(
         _kernel("flow_noise", refuses_flow_noise, backward=False),
         _kernel("flow_step", refuses_flow_step, backward=False),
         _kernel("gated_residual", lambda h, y, *rest: refuses_rows(h, y)),
+        _kernel("linear_cross_entropy", refuses_cross_entropy),
         _kernel("linear_sample", lambda x, *rest: refuses(x), backward=False),
         _kernel("modulated_layer_norm", lambda x, *rest: refuses_rows(x)),
         _kernel("moe_combine", lambda rows, *rest: refuses_rows(rows)),

@@ -1,0 +1,171 @@
+"""Token losses of a linear head. Letters: L rows, D width, V words, P panels of BLOCK_N words, C words of a step.
+
+Forward: `_head` gives each panel's mass and the logits that the loss asks for; one kernel makes the losses of them.
+Backward: for some thousand words at a time the gradient of the logits is computed again, once, into a buffer that the
+next words take over, and two products follow from it. The sums have one order, whatever the size of a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uvg_engine.kernels._head import HeadConfig, as_matrix, head_config, masses, uses_descriptors
+from uvg_engine.kernels._launch import AotCase, blocks, capability_of, launch, packed
+from uvg_engine.kernels.linear_cross_entropy_kernels import (
+    linear_cross_entropy_bwd_logits_kernel,
+    linear_cross_entropy_bwd_rows_kernel,
+    linear_cross_entropy_bwd_words_kernel,
+    linear_cross_entropy_fwd_kernel,
+)
+
+STEP_ELEMENTS = 1 << 25  # of the gradient of the logits, held at once; untuned
+_STEP_WORDS = 1024  # whole blocks of every configuration: a step is a multiple, at least one
+_LOSS_ROWS, _LOSS_PANELS = 4, 128  # of a program, and at a time; untuned
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """A program's BLOCK_M by BLOCK_N of a gradient, BLOCK_K summed at a time. Untuned."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+def product_config(dtype: torch.dtype) -> ProductConfig:
+    """fp32 by the FMA units; fp16 as TF32, see `_held_as`. With two stages, TF32 spilled 8 bytes on sm_100."""
+    if dtype == torch.float32:
+        return ProductConfig(64, 64, 16, 8, 2)
+    return ProductConfig(128, 128, 32, 8, 3) if dtype == torch.float16 else ProductConfig(128, 128, 64, 8, 3)
+
+
+def _held_as(dtype: torch.dtype) -> torch.dtype:
+    """dtype of the gradient of the logits. For fp16 it is fp32: a probability of 1e-6 times a loss's 1e-4 is no fp16
+    number. TF32 products then round it to 11 digits, and take x and the weight, which have no more, as they are."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def step_words(num_rows: int, vocab: int) -> int:
+    """Words of a step of the backward."""
+    most = blocks(vocab, _STEP_WORDS) * _STEP_WORDS
+    return min(most, max(1, STEP_ELEMENTS // (_STEP_WORDS * max(num_rows, 1))) * _STEP_WORDS)
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, current: Tensor | None, rate: Tensor | None, loss: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as in reference.linear_cross_entropy.forward."""
+    x, weight, bias, target, current, rate = map(packed, (x, weight, bias, target, current, rate))
+    tops, sums, at_target, at_current = masses(x, weight, bias, target, current, 1.0)
+    losses, lse = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
+    p_current = torch.empty_like(at_current)
+    launch(
+        *(linear_cross_entropy_fwd_kernel, (blocks(len(x), _LOSS_ROWS),), tops, sums, at_target, at_current),
+        *(target, current, rate, losses, lse, p_current, *tops.shape),
+        ROWS=_LOSS_ROWS,
+        PANELS=_LOSS_PANELS,
+        num_warps=4,
+    )
+    return losses, lse, p_current
+
+
+def backward(
+    dloss: Tensor,
+    lse: Tensor,
+    p_current: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    current: Tensor | None,
+    rate: Tensor | None,
+    loss: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as in reference.linear_cross_entropy.backward."""
+    x, weight, bias, target, current, rate = map(packed, (x, weight, bias, target, current, rate))
+    dloss, lse, p_current = map(packed, (dloss, lse, p_current))
+    num_rows, width, vocab = *x.shape, len(weight)
+    head, product = head_config(x.itemsize), product_config(x.dtype)
+    tma = uses_descriptors(capability_of(x.device), x, weight)
+    step, tiles = step_words(num_rows, vocab), blocks(num_rows, head.BLOCK_M)
+    dlogits = x.new_empty(num_rows, step, dtype=_held_as(x.dtype))
+    sums = x.new_empty(tiles, step, dtype=torch.float32)
+    dx_sums = x.new_empty(num_rows, width, dtype=torch.float32)
+    dx, dweight, dbias = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, weight, bias))
+    head_matrices = as_matrix(x, tma, head.BLOCK_M, head.BLOCK_K), as_matrix(weight, tma, head.BLOCK_N, head.BLOCK_K)
+    by_rows = (
+        as_matrix(dlogits, tma, product.BLOCK_M, product.BLOCK_K),
+        as_matrix(weight, tma, product.BLOCK_K, product.BLOCK_N),
+    )
+    by_words = (
+        as_matrix(dlogits, tma, product.BLOCK_K, product.BLOCK_M),
+        as_matrix(x, tma, product.BLOCK_K, product.BLOCK_N),
+    )
+    precision = "tf32" if x.dtype == torch.float16 else "ieee"
+    for first in range(0, vocab, step):
+        words = min(step, vocab - first)
+        launch(
+            *(linear_cross_entropy_bwd_logits_kernel, (tiles * blocks(words, head.BLOCK_N),), *head_matrices),
+            *(bias, dloss, lse, p_current, target, current, rate, dlogits, sums, num_rows, width, vocab, first, step),
+            **_options(head, tma),
+        )
+        launch(
+            *(linear_cross_entropy_bwd_rows_kernel,),
+            (blocks(num_rows, product.BLOCK_M) * blocks(width, product.BLOCK_N),),
+            *(*by_rows, dx_sums, dx, num_rows, width, vocab, first, words, step),
+            FIRST=first == 0,
+            LAST=first + words == vocab,
+            PRECISION=precision,
+            **_options(product, tma),
+        )
+        launch(
+            *(linear_cross_entropy_bwd_words_kernel,),
+            (blocks(words, product.BLOCK_M) * blocks(width, product.BLOCK_N),),
+            *(*by_words, sums, dweight, dbias, num_rows, width, vocab, first, step, tiles),
+            PRECISION=precision,
+            **_options(product, tma),
+        )
+    return dx, dweight, dbias
+
+
+def _options(config: HeadConfig | ProductConfig, tma: bool) -> dict[str, Any]:
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    return {name: getattr(config, name) for name in names} | {"TMA": tma}
+
+
+def _aot_call(rows: int, width: int, vocab: int, dtype: torch.dtype, loss: str) -> None:
+    x, weight, bias = (
+        torch.empty(*shape, dtype=dtype, device="meta") for shape in ((rows, width), (vocab, width), (vocab,))
+    )
+    words, numbers = (torch.empty(rows, dtype=kind, device="meta") for kind in (torch.int64, torch.float32))
+    more = (words, numbers, loss) if loss == "gkl" else (None, None, loss)
+    losses, lse, p_current = forward(x, weight, bias, words, *more)
+    backward(losses, lse, p_current, x, weight, bias, words, *more)
+
+
+def _aot_case(
+    shape: tuple[int, int, int], dtype: torch.dtype, loss: str, shows: tuple[str, ...], **changes: Any
+) -> AotCase:
+    rows, width, vocab = shape
+    step = min(vocab, step_words(rows, vocab))
+    flops = {"head_masses_kernel": 2.0 * rows * width * vocab}
+    products = ("bwd_logits", "bwd_rows", "bwd_words")
+    flops |= {f"linear_cross_entropy_{name}_kernel": 2.0 * rows * width * step for name in products}
+    expects = {**dict.fromkeys(flops, shows), "linear_cross_entropy_fwd_kernel": ()}
+    label = f"{loss} L={rows} D={width} V={vocab} {str(dtype)[6:]}"
+    return AotCase(label, lambda: _aot_call(*shape, dtype, loss), expects, flops, **changes)
+
+
+_SHAPE = (512, 1536, 256300)  # four steps
+AOT_CASES = (
+    _aot_case(_SHAPE, torch.bfloat16, "gkl", ("dot", "tma")),
+    _aot_case(_SHAPE, torch.bfloat16, "ce", ("dot", "tma")),
+    _aot_case(_SHAPE, torch.float16, "gkl", ("dot",), tested=False),
+    _aot_case((28, 128, 160), torch.float32, "gkl", ()),
+)
