@@ -1,5 +1,5 @@
-"""torch and the native core share one pool of threads: none is started beside torch's, so they cannot be in each other's
-way. What that costs in time stands in AGENTS.md."""
+"""torch and the native core share one pool of threads: none is started beside torch's, so they cannot be in each
+other's way. What that costs in time stands in AGENTS.md."""
 
 import subprocess
 import sys
