@@ -234,9 +234,12 @@ def test_rows_without_keys_and_rows_of_no_span_give_zero(backend):
 def test_one_backend_may_follow_another():
     """lse and out mean the same on every backend, so a forward of one serves the backward of the other."""
     inputs = two_streams()
+    said = backends.explain("flash_attention", *inputs.values(), 0.5)
+    served = [name for name in BACKENDS if said[name] is None]
+    assert {"reference", "sdpa"} <= set(served)
     grads = {}
-    for first in BACKENDS:
-        for second in BACKENDS:
+    for first in served:
+        for second in served:
             q = inputs["q"].clone().requires_grad_()
             with backends.force(first):
                 out, _ = flash_attention(**(inputs | {"q": q}))
