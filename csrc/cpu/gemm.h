@@ -123,7 +123,7 @@ UVG_NOINLINE void gemm_tile(const Step<typename F::Value>& s) {
 }
 
 template <typename F, int R>
-void gemm_tile_of(int64_t vecs, const Step<typename F::Value>& s) {
+void gemm_tile_of([[maybe_unused]] int64_t vecs, const Step<typename F::Value>& s) {
 #if defined(__AVX512F__)
   if (vecs >= 4) return gemm_tile<F, R, 4>(s);
   if (vecs == 3) return gemm_tile<F, R, 3>(s);
