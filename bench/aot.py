@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from bench import roofline
+from bench.pages import with_part
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 SHARED_LIMIT = {(8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448}  # bytes of a block, the most a launch may ask for
@@ -192,15 +193,6 @@ def compile_all(names: Sequence[str], capabilities: Sequence[tuple[int, int]], w
         return [compiled for job in done for compiled in job.result()]
 
 
-def with_table(page: str, table: str) -> str:
-    """The page with what stands between its marks replaced. Raises ValueError where it has no marks."""
-    before, begin, rest = page.partition("<!-- triton: begin -->\n")
-    _, end, after = rest.partition("<!-- triton: end -->")
-    if not begin or not end:
-        raise ValueError(f"page must have the marks <!-- triton: begin --> and end, got {page[:80]!r}")
-    return f"{before}{begin}{table}\n{end}{after}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; returns 1 where a kernel has a fault."""
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
@@ -212,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compiled = compile_all(args.op or ops(), sorted(SHARED_LIMIT))
     text = "\n".join(roofline.table(compiled))
     if args.write:
-        args.write.write_text(with_table(args.write.read_text(), text))
+        args.write.write_text(with_part(args.write.read_text(), "triton", text))
     else:
         print(text)
     faults = [fault for one in compiled for fault in one.faults()]

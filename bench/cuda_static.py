@@ -1,10 +1,11 @@
 """What nvcc made of the CUDA kernels, read from `uvg_engine._cuda` with cuobjdump: no GPU and no driver.
 
-`python -m bench.cuda_static` prints the table of docs/cuda_static_report.md.
+`python -m bench.cuda_static` prints the table, `--write docs/gpu_static_report.md` puts it into the report.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.pages import with_part
 from uvg_engine.backends import native
 
 COUNTED = ("HMMA", "LDSM", "LDGSTS", "LDG.128", "STG.128", "LDL", "STL")
@@ -101,5 +103,17 @@ def table(all_kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
+def main() -> None:
+    """Print the table, or put it into the report."""
+    parser = argparse.ArgumentParser(prog="python -m bench.cuda_static", description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page, between its marks")
+    args = parser.parse_args()
+    text = table(kernels())
+    if args.write:
+        args.write.write_text(with_part(args.write.read_text(), "cuda", text))
+    else:
+        print(text)
+
+
 if __name__ == "__main__":
-    print(table(kernels()))
+    main()

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.pages import with_part
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, IMAGES = DOCS / "benchmarks.md", DOCS / "images"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 OURS = ("uvg", "cpu", "triton", "cuda", "sdpa", "reference")
 LINE = dict[str, Any]
 
@@ -25,10 +26,8 @@ def write(path: Path) -> list[Path]:
         "Time of self-attention over the length": lengths(timed),
     }
     shown = "\n\n".join(f"![{what}](images/{path.name})" for what, path in pictures.items() if path)
-    page = PAGE.read_text()
-    head, tail = page[: page.index(BEGIN)], page[page.index(END) :]
     told = f"From `bench/results/{path.name}`: {about(lines[0])}.\n\n{shown}\n\n{table(lines)}"
-    PAGE.write_text(f"{head}{BEGIN}\n\n{told}\n{tail}")
+    PAGE.write_text(with_part(PAGE.read_text(), "measured", f"\n{told}"))
     return [PAGE, *(picture for picture in pictures.values() if picture)]
 
 

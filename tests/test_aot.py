@@ -52,13 +52,6 @@ def test_the_page_names_kernels_that_are_there():
     assert named and [name for name in sorted(named) if f"def {name}(" not in sources] == []
 
 
-def test_only_the_table_of_the_page_is_written_anew():
-    page = "one\n<!-- triton: begin -->\nold\n<!-- triton: end -->\ntwo\n"
-    assert aot.with_table(page, "new") == page.replace("old", "new")
-    with pytest.raises(ValueError, match="page must have the marks"):
-        aot.with_table("one", "new")
-
-
 def made(**changes):
     given = {
         **dict(op="op", case="case", kernel="some_kernel", capability=(8, 0), grid=(4, 2), options={"num_warps": 8}),

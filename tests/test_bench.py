@@ -154,7 +154,7 @@ def test_a_record_becomes_a_page_and_pictures(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(report, "IMAGES", tmp_path)
-    report.PAGE.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.PAGE.write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
     line = {"op": "flash_attention", "case": "self", "shape": "B=1 L=1024 N=1 H=64", "dtype": "bfloat16"}
     line |= {"pass": "forward", "backend": "cpu", "ms": 2.0, "spread": 0.01, "gflops": 90.0, "gbs": 1.0}
     line |= {"of_roof": 0.9, "roof": {"gflops": 100.0, "gbs": 10.0}, "times_faster": {"torch": 1.5}, "threads": 1}
