@@ -46,15 +46,16 @@ def row_config(num_rows: int, width: int, backward: bool = False) -> RowConfig:
 
 @triton.jit
 def owner_of_rows(o_T, p_spans, num_spans, SPAN: tl.constexpr, BLOCK_S: tl.constexpr):
-    """The span that covers each row, -1 where none does. SPAN: int32 words of a span."""
+    """The span that covers each row, -1 where none does; p_spans may be None. SPAN: int32 words of a span."""
     owner = tl.full(o_T.shape, -1, tl.int32)
-    for first in range(0, num_spans, BLOCK_S):
-        o_S = first + tl.arange(0, BLOCK_S)
-        m_S = o_S < num_spans
-        start = tl.load(p_spans + o_S * SPAN, mask=m_S, other=0)
-        length = tl.load(p_spans + o_S * SPAN + 1, mask=m_S, other=0)
-        inside = (o_T[:, None] >= start[None, :]) & (o_T[:, None] < (start + length)[None, :])
-        owner = tl.maximum(owner, tl.max(tl.where(inside, o_S[None, :], -1), axis=1))
+    if p_spans is not None:
+        for first in range(0, num_spans, BLOCK_S):
+            o_S = first + tl.arange(0, BLOCK_S)
+            m_S = o_S < num_spans
+            start = tl.load(p_spans + o_S * SPAN, mask=m_S, other=0)
+            length = tl.load(p_spans + o_S * SPAN + 1, mask=m_S, other=0)
+            inside = (o_T[:, None] >= start[None, :]) & (o_T[:, None] < (start + length)[None, :])
+            owner = tl.maximum(owner, tl.max(tl.where(inside, o_S[None, :], -1), axis=1))
     return owner
 
 

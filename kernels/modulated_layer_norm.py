@@ -20,6 +20,26 @@ from uvg_engine.kernels._rows import (
 
 
 @triton.jit
+def norm_rows(b_x, owner, o_D, width, p_shift, p_scale, p_weight, p_bias, eps):
+    """(norm of the rows b_x, zero past the width; their means; their 1 / standard deviations), all fp32."""
+    m_D = o_D < width
+    mean = tl.sum(b_x, axis=1) / width
+    b_x = tl.where(m_D[None, :], b_x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(b_x * b_x, axis=1) / width + eps)
+    b_y = b_x * rstd[:, None]
+    if p_weight is not None:
+        b_y *= tl.load(p_weight + o_D, mask=m_D, other=0.0).to(tl.float32)[None, :]
+    if p_bias is not None:
+        b_y += tl.load(p_bias + o_D, mask=m_D, other=0.0).to(tl.float32)[None, :]
+    if p_scale is not None:
+        m_SD = (owner >= 0)[:, None] & m_D[None, :]
+        o_SD = owner.to(tl.int64)[:, None] * width + o_D[None, :]
+        b_scale = tl.load(p_scale + o_SD, mask=m_SD, other=0.0).to(tl.float32)
+        b_y = b_y * (1.0 + b_scale) + tl.load(p_shift + o_SD, mask=m_SD, other=0.0).to(tl.float32)
+    return b_y, mean, rstd
+
+
+@triton.jit
 def modulated_layer_norm_fwd_kernel(
     p_x,  # [T, D]
     p_shift,  # [S, D] or None
@@ -34,9 +54,6 @@ def modulated_layer_norm_fwd_kernel(
     num_rows,
     width,
     num_spans,
-    MODULATED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -44,24 +61,12 @@ def modulated_layer_norm_fwd_kernel(
     """Program t: ROWS rows."""
     o_T = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_D = tl.arange(0, BLOCK_D)
-    m_T, m_D = o_T < num_rows, o_D < width
-    m_TD = m_T[:, None] & m_D[None, :]
+    m_T = o_T < num_rows
+    m_TD = m_T[:, None] & (o_D < width)[None, :]
     o_TD = o_T[:, None] * width + o_D[None, :]
+    owner = owner_of_rows(o_T, p_spans, num_spans, 2, BLOCK_S)
     b_x = tl.load(p_x + o_TD, mask=m_TD, other=0.0).to(tl.float32)
-    mean = tl.sum(b_x, axis=1) / width
-    b_x = tl.where(m_D[None, :], b_x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(b_x * b_x, axis=1) / width + eps)
-    b_y = b_x * rstd[:, None]
-    if HAS_WEIGHT:
-        b_y *= tl.load(p_weight + o_D, mask=m_D, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        b_y += tl.load(p_bias + o_D, mask=m_D, other=0.0).to(tl.float32)[None, :]
-    if MODULATED:
-        owner = owner_of_rows(o_T, p_spans, num_spans, 2, BLOCK_S)
-        m_SD = (owner >= 0)[:, None] & m_D[None, :]
-        o_SD = owner.to(tl.int64)[:, None] * width + o_D[None, :]
-        b_scale = tl.load(p_scale + o_SD, mask=m_SD, other=0.0).to(tl.float32)
-        b_y = b_y * (1.0 + b_scale) + tl.load(p_shift + o_SD, mask=m_SD, other=0.0).to(tl.float32)
+    b_y, mean, rstd = norm_rows(b_x, owner, o_D, width, p_shift, p_scale, p_weight, p_bias, eps)
     tl.store(p_y + o_TD, b_y, mask=m_TD)
     tl.store(p_mean + o_T, mean, mask=m_T)
     tl.store(p_rstd + o_T, rstd, mask=m_T)
@@ -79,13 +84,10 @@ def modulated_layer_norm_bwd_kernel(
     p_bias,  # [D] or None
     p_dx,  # [T, D]
     p_span_sums,  # [P, 2, D] fp32: of shift, of scale; or None
-    p_affine_sums,  # [blocks, HAS_WEIGHT + HAS_BIAS, D] fp32: of weight, of bias; or None
+    p_affine_sums,  # [blocks, 1 or 2, D] fp32: of weight, of bias; or None
     num_rows,
     width,
     num_spans,
-    MODULATED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -96,7 +98,7 @@ def modulated_layer_norm_bwd_kernel(
     o_D = tl.arange(0, BLOCK_D)
     m_D = o_D < width
     b_weight = tl.full([BLOCK_D], 1.0, tl.float32)
-    if HAS_WEIGHT:
+    if p_weight is not None:
         b_weight = tl.load(p_weight + o_D, mask=m_D, other=0.0).to(tl.float32)
     b_dweight = tl.zeros([ROWS, BLOCK_D], tl.float32)
     b_dbias = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -105,7 +107,7 @@ def modulated_layer_norm_bwd_kernel(
     while row < end:
         stop = end
         b_factor = tl.full([BLOCK_D], 1.0, tl.float32)
-        if MODULATED:
+        if p_scale is not None:
             owner, rank, stop = run_of_row(row, end, p_spans, num_spans, 2, BLOCK_S)
             m_SD = m_D & (owner >= 0)
             b_factor += tl.load(p_scale + owner.to(tl.int64) * width + o_D, mask=m_SD, other=0.0).to(tl.float32)
@@ -121,41 +123,46 @@ def modulated_layer_norm_bwd_kernel(
             b_dy = tl.load(p_dy + o_TD, mask=m_TD, other=0.0).to(tl.float32)
             b_x = tl.load(p_x + o_TD, mask=m_TD, other=0.0).to(tl.float32)
             b_xhat = (b_x - mean[:, None]) * rstd[:, None]
-            if MODULATED:
+            if p_scale is not None:
                 b_dshift += b_dy
                 b_dscale += b_dy * b_xhat  # weight and bias are the same for all rows: see below
             b_dy *= b_factor[None, :]
-            if HAS_BIAS:
+            if p_bias is not None:
                 b_dbias += b_dy
-            if HAS_WEIGHT:
+            if p_weight is not None:
                 b_dweight += b_dy * b_xhat
             b_dy *= b_weight[None, :]
             mean_dy = tl.sum(b_dy, axis=1) / width
             mean_dy_xhat = tl.sum(b_dy * b_xhat, axis=1) / width
             b_dx = rstd[:, None] * (b_dy - mean_dy[:, None] - b_xhat * mean_dy_xhat[:, None])
             tl.store(p_dx + o_TD, b_dx, mask=m_TD)
-        if MODULATED:
+        if p_scale is not None:
             o_sums = (i_B + rank).to(tl.int64) * (2 * width) + o_D
             b_shift_sum, b_scale_sum = tl.sum(b_dshift, axis=0), tl.sum(b_dscale, axis=0)
-            if HAS_WEIGHT:
+            if p_weight is not None:
                 b_scale_sum *= b_weight
-            if HAS_BIAS:
+            if p_bias is not None:
                 b_scale_sum += b_shift_sum * tl.load(p_bias + o_D, mask=m_D, other=0.0).to(tl.float32)
             tl.store(p_span_sums + o_sums, b_shift_sum, mask=m_SD)
             tl.store(p_span_sums + o_sums + width, b_scale_sum, mask=m_SD)
         row = stop
-    o_sums = i_B.to(tl.int64) * ((HAS_WEIGHT + HAS_BIAS) * width) + o_D
-    if HAS_WEIGHT:
-        tl.store(p_affine_sums + o_sums, tl.sum(b_dweight, axis=0), mask=m_D)
-    if HAS_BIAS:
-        tl.store(p_affine_sums + o_sums + HAS_WEIGHT * width, tl.sum(b_dbias, axis=0), mask=m_D)
+    store_affine_sums(p_affine_sums, b_dweight, b_dbias, p_weight, p_bias, i_B, o_D, width)
 
 
-def _options(config: RowConfig, spans: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> dict[str, int]:
+@triton.jit
+def store_affine_sums(p_sums, b_dweight, b_dbias, p_weight, p_bias, i_B, o_D, width):
+    """The sums over the rows of block i_B for weight and bias, where they are given, to p_sums [blocks, 1 or 2, D]."""
+    PARTS: tl.constexpr = (p_weight is not None) + (p_bias is not None)
+    if PARTS > 0:
+        at, m_D = p_sums + i_B.to(tl.int64) * (PARTS * width) + o_D, o_D < width
+        if p_weight is not None:
+            tl.store(at, tl.sum(b_dweight, axis=0), mask=m_D)
+        if p_bias is not None:
+            tl.store(at + (PARTS - 1) * width, tl.sum(b_dbias, axis=0), mask=m_D)
+
+
+def _options(config: RowConfig, spans: Tensor | None) -> dict[str, int]:
     return {
-        "MODULATED": spans is not None,
-        "HAS_WEIGHT": int(weight is not None),
-        "HAS_BIAS": int(bias is not None),
         "ROWS": config.ROWS,
         "BLOCK_D": config.BLOCK_D,
         "BLOCK_S": span_block(0 if spans is None else len(spans)),
@@ -172,7 +179,7 @@ def forward(x: Tensor, shift, scale, spans, weight, bias, eps: float) -> tuple[T
     launch(
         *(modulated_layer_norm_fwd_kernel, (blocks(len(x), config.ROWS),), x, *given, y, mean, rstd),
         *(eps, *x.shape, num_spans),
-        **_options(config, *given[2:]),
+        **_options(config, spans),
     )
     return y, mean, rstd
 
@@ -192,7 +199,7 @@ def backward(
         *(modulated_layer_norm_bwd_kernel, (blocks(len(x), config.BLOCK_T),), dy, mean, rstd, x),
         *(scale, spans, weight, bias, dx, span_sums, affine_sums, *x.shape, num_spans),
         BLOCK_T=config.BLOCK_T,
-        **_options(config, spans, weight, bias),
+        **_options(config, spans),
     )
     if span_sums is not None:
         sum_partials(span_sums, spans, len(x), config, *grads[:2])

@@ -95,6 +95,9 @@ def test_ops_trace_on_fake_cuda_tensors():
         assert out.device.type == "cuda" and out.shape == x.shape
         dy, dgate = torch.ops.uvg.gated_residual_bwd(out, x, x, gate, spans)
         assert dy.device.type == dgate.device.type == "cuda" and dgate.shape == gate.shape
+        with Calls() as calls:
+            out, normed = ops.gated_residual_norm(x, x, gate, spans, gate, gate, spans)
+        assert out.shape == normed.shape == x.shape and "gated_residual_norm" in calls.names
 
 
 @pytest.mark.skipif(backend.interpreting(), reason="the interpreter serves CPU tensors")

@@ -18,12 +18,14 @@ from uvg_engine.kernels import (
     _launch,
     flash_attention,
     gated_residual,
+    gated_residual_norm,
     modulated_layer_norm,
     moe_combine,
     qk_norm_rope,
 )
 from uvg_engine.reference import flash_attention as attention_truth
 from uvg_engine.reference import gated_residual as gated_residual_truth
+from uvg_engine.reference import gated_residual_norm as residual_norm_truth
 from uvg_engine.reference import modulated_layer_norm as norm_truth
 from uvg_engine.reference import qk_norm_rope as rope_truth
 
@@ -92,6 +94,22 @@ def test_modulated_layer_norm(run_last):
     close(y, want[0])
     dx = run_last(modulated_layer_norm.backward, x, mean, rstd, x, shift, scale, SPANS, None, None, 1e-6)[0]
     close(dx, norm_truth.backward(x[-END:], *want[1:], *ends)[0])
+
+
+def test_gated_residual_norm(run_last):
+    g = torch.Generator().manual_seed(0)
+    h, y = huge(g), huge(g)
+    parts = [torch.randn(2, WIDTH, generator=g) for _ in range(3)]
+    out, normed, mean, rstd = run_last(gated_residual_norm.forward, h, y, *parts, SPANS, None, None, 1e-6, BF16)
+    ends = (y[-END:], *parts, ENDS, None, None, 1e-6, BF16)
+    want = residual_norm_truth.forward(h[-END:], *ends)
+    close(out, want[0])
+    close(normed, want[1])
+    args = (y, *parts, SPANS, None, None, 1e-6, BF16)
+    dh, dy, *_ = run_last(gated_residual_norm.backward, y, h, mean, rstd, out, *args)
+    want_dh, want_dy, *_ = residual_norm_truth.backward(y[-END:], h[-END:], *want[2:], want[0], *ends)
+    close(dh, want_dh)
+    close(dy, want_dy)
 
 
 @pytest.mark.parametrize("kind", [0, 1])

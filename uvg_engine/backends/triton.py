@@ -144,6 +144,7 @@ TABLE = dict(
         _kernel("flow_noise", refuses_flow_noise, backward=False),
         _kernel("flow_step", refuses_flow_step, backward=False),
         _kernel("gated_residual", lambda h, y, *rest: refuses_rows(h, y)),
+        _kernel("gated_residual_norm", lambda h, y, *rest: refuses_rows(h, y)),
         _kernel("linear_cross_entropy", refuses_cross_entropy),
         _kernel("linear_sample", lambda x, *rest: refuses(x), backward=False),
         _kernel("modulated_layer_norm", lambda x, *rest: refuses_rows(x)),

@@ -31,14 +31,14 @@ def gated_residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """(h', norm(h')) with h' = gated_residual(h, y, gate, spans) and the norm of `modulated_layer_norm`.
 
-    norm_dtype: dtype of the second result (None: h's). One pass over the rows on the CPU, where spans and norm_spans
-    are one tensor or one of them is not given; else the two ops, one after the other. Arguments, errors and source as
-    in the two functions.
+    norm_dtype: dtype of the second result (None: h's). One pass over the rows where spans and norm_spans are one tensor
+    or one of them is not given; else the two ops, one after the other. Arguments, errors and source as in the two
+    functions.
     """
     check_residual(h, y, gate, spans)
     check_norm(h, shift, scale, norm_spans, weight, bias)
     dtype = h.dtype if norm_dtype is None else norm_dtype
-    if h.is_cpu and (spans is None or norm_spans is None or spans is norm_spans):
+    if spans is None or norm_spans is None or spans is norm_spans:
         table = norm_spans if spans is None else spans
         return _fwd(h, y, gate, shift, scale, table, weight, bias, eps, dtype)[:2]
     out = gated_residual(h, y, gate, spans)

@@ -1,0 +1,275 @@
+"""The residual update and the norm that reads it, in one pass, and its backward. Letters: T rows, D width, S spans.
+
+The backward adds up to five sums over rows (gate, shift, scale, weight, bias) to what a row needs, too much for the
+registers of a wide row: it goes over the columns of its rows twice, the second time out of the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from uvg_engine.kernels._launch import (
+    SM90,
+    AotCase,
+    Capability,
+    blocks,
+    capability_of,
+    launch,
+    packed,
+    power_of_two,
+)
+from uvg_engine.kernels._rows import (
+    RowConfig,
+    new_partials,
+    owner_of_rows,
+    row_config,
+    run_of_row,
+    span_block,
+    sum_partials,
+)
+from uvg_engine.kernels.modulated_layer_norm import norm_rows, store_affine_sums
+
+_TILE = 4096  # elements of a tile of the backward; untuned
+
+
+@triton.jit
+def gated_residual_norm_fwd_kernel(
+    p_h,  # [T, D]
+    p_y,  # [T, D]
+    p_gate,  # [S, D] or None
+    p_shift,  # [S, D] or None
+    p_scale,  # [S, D] or None
+    p_spans,  # [S, 2] or None
+    p_weight,  # [D] or None
+    p_bias,  # [D] or None
+    p_out,  # [T, D]
+    p_normed,  # [T, D]
+    p_mean,  # [T] fp32
+    p_rstd,  # [T] fp32
+    eps,
+    num_rows,
+    width,
+    num_spans,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program t: ROWS rows. The norm reads the sum as it is stored."""
+    o_T = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_D = tl.arange(0, BLOCK_D)
+    m_T, m_D = o_T < num_rows, o_D < width
+    m_TD = m_T[:, None] & m_D[None, :]
+    o_TD = o_T[:, None] * width + o_D[None, :]
+    b_h = tl.load(p_h + o_TD, mask=m_TD, other=0.0).to(tl.float32)
+    b_y = tl.load(p_y + o_TD, mask=m_TD, other=0.0).to(tl.float32)
+    owner = owner_of_rows(o_T, p_spans, num_spans, 2, BLOCK_S)
+    if p_gate is not None:
+        o_SD = owner.to(tl.int64)[:, None] * width + o_D[None, :]
+        b_y *= tl.load(p_gate + o_SD, mask=(owner >= 0)[:, None] & m_D[None, :], other=0.0).to(tl.float32)
+    b_out = (b_h + b_y).to(p_out.dtype.element_ty)
+    tl.store(p_out + o_TD, b_out, mask=m_TD)
+    b_normed, mean, rstd = norm_rows(b_out.to(tl.float32), owner, o_D, width, p_shift, p_scale, p_weight, p_bias, eps)
+    tl.store(p_normed + o_TD, b_normed, mask=m_TD)
+    tl.store(p_mean + o_T, mean, mask=m_T)
+    tl.store(p_rstd + o_T, rstd, mask=m_T)
+
+
+@triton.jit
+def load_gradient(
+    p_dnormed, p_out, p_scale, p_weight, mean, rstd, owner, o_T, o_D, m_T, width
+):  # fmt: skip
+    """Columns o_D of the rows o_T: gradient of the result, that of the affine norm, that of the normalised row, and the
+    normalised row itself."""
+    m_D = o_D < width
+    m_TD = m_T[:, None] & m_D[None, :]
+    o_TD = o_T[:, None] * width + o_D[None, :]
+    b_dnormed = tl.load(p_dnormed + o_TD, mask=m_TD, other=0.0).to(tl.float32)
+    b_xhat = (tl.load(p_out + o_TD, mask=m_TD, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
+    b_inner = b_dnormed
+    if p_scale is not None:
+        o_SD = owner.to(tl.int64)[:, None] * width + o_D[None, :]
+        m_SD = (owner >= 0)[:, None] & m_D[None, :]
+        b_inner *= 1.0 + tl.load(p_scale + o_SD, mask=m_SD, other=0.0).to(tl.float32)
+    b_dxhat = b_inner
+    if p_weight is not None:
+        b_dxhat *= tl.load(p_weight + o_D, mask=m_D, other=0.0).to(tl.float32)[None, :]
+    return b_dnormed, b_inner, b_dxhat, b_xhat
+
+
+@triton.jit
+def gated_residual_norm_bwd_kernel(
+    p_dout,  # [T, D]
+    p_dnormed,  # [T, D]
+    p_mean,  # [T] fp32
+    p_rstd,  # [T] fp32
+    p_out,  # [T, D]
+    p_y,  # [T, D]
+    p_gate,  # [S, D] or None
+    p_scale,  # [S, D] or None
+    p_spans,  # [S, 2] or None
+    p_weight,  # [D] or None
+    p_bias,  # [D] or None
+    p_dh,  # [T, D]
+    p_dy,  # [T, D]
+    p_gate_sums,  # [P, 1, D] fp32, or None
+    p_norm_sums,  # [P, 2, D] fp32: of shift, of scale; or None
+    p_affine_sums,  # [blocks, 1 or 2, D] fp32: of weight, of bias; or None
+    num_rows,
+    width,
+    num_spans,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program b: BLOCK_T rows, BLOCK_D columns at a time: the means over a row first, then everything else."""
+    i_B = tl.program_id(0)
+    first = i_B * BLOCK_T
+    end = tl.minimum(first + BLOCK_T, num_rows)
+    o_T = first.to(tl.int64) + tl.arange(0, BLOCK_T)
+    m_T = o_T < num_rows
+    owner = owner_of_rows(o_T, p_spans, num_spans, 2, BLOCK_S)
+    mean = tl.load(p_mean + o_T, mask=m_T, other=0.0)
+    rstd = tl.load(p_rstd + o_T, mask=m_T, other=0.0)
+    mean_dxhat = tl.zeros([BLOCK_T], tl.float32)
+    mean_both = tl.zeros([BLOCK_T], tl.float32)
+    for column in range(0, width, BLOCK_D):
+        o_D = column + tl.arange(0, BLOCK_D)
+        _, _, b_dxhat, b_xhat = load_gradient(
+            p_dnormed, p_out, p_scale, p_weight, mean, rstd, owner, o_T, o_D, m_T, width
+        )
+        mean_dxhat += tl.sum(b_dxhat, axis=1)
+        mean_both += tl.sum(b_dxhat * b_xhat, axis=1)
+    mean_dxhat, mean_both = mean_dxhat / width, mean_both / width
+
+    for column in range(0, width, BLOCK_D):
+        o_D = column + tl.arange(0, BLOCK_D)
+        m_D = o_D < width
+        m_TD = m_T[:, None] & m_D[None, :]
+        o_TD = o_T[:, None] * width + o_D[None, :]
+        b_dnormed, b_inner, b_dxhat, b_xhat = load_gradient(
+            p_dnormed, p_out, p_scale, p_weight, mean, rstd, owner, o_T, o_D, m_T, width
+        )
+        b_dh = tl.load(p_dout + o_TD, mask=m_TD, other=0.0).to(tl.float32)
+        b_dh += rstd[:, None] * (b_dxhat - mean_dxhat[:, None] - b_xhat * mean_both[:, None])
+        tl.store(p_dh + o_TD, b_dh, mask=m_TD)
+        b_dy = b_dh
+        if p_gate is not None:
+            m_SD = (owner >= 0)[:, None] & m_D[None, :]
+            o_SD = owner.to(tl.int64)[:, None] * width + o_D[None, :]
+            b_dy *= tl.load(p_gate + o_SD, mask=m_SD, other=0.0).to(tl.float32)
+        tl.store(p_dy + o_TD, b_dy, mask=m_TD)
+        store_affine_sums(p_affine_sums, b_inner * b_xhat, b_inner, p_weight, p_bias, i_B, o_D, width)
+        if p_spans is not None:
+            b_dgate, b_dscale = b_dh, b_dnormed * b_xhat
+            if p_gate is not None:
+                b_dgate *= tl.load(p_y + o_TD, mask=m_TD, other=0.0).to(tl.float32)
+            row = first
+            while row < end:
+                of_run, rank, stop = run_of_row(row, end, p_spans, num_spans, 2, BLOCK_S)
+                m_run = ((o_T >= row) & (o_T < stop))[:, None]
+                m_sum = m_D & (of_run >= 0)
+                o_sum = (i_B + rank).to(tl.int64) * width + o_D
+                if p_gate is not None:
+                    tl.store(p_gate_sums + o_sum, tl.sum(tl.where(m_run, b_dgate, 0.0), axis=0), mask=m_sum)
+                if p_scale is not None:
+                    o_sum += (i_B + rank).to(tl.int64) * width
+                    b_shift = tl.sum(tl.where(m_run, b_dnormed, 0.0), axis=0)
+                    b_scale = tl.sum(tl.where(m_run, b_dscale, 0.0), axis=0)
+                    if p_weight is not None:
+                        b_scale *= tl.load(p_weight + o_D, mask=m_D, other=0.0).to(tl.float32)
+                    if p_bias is not None:
+                        b_scale += b_shift * tl.load(p_bias + o_D, mask=m_D, other=0.0).to(tl.float32)
+                    tl.store(p_norm_sums + o_sum, b_shift, mask=m_sum)
+                    tl.store(p_norm_sums + o_sum + width, b_scale, mask=m_sum)
+                row = stop
+
+
+def forward(
+    h: Tensor, y: Tensor, gate, shift, scale, spans, weight, bias, eps: float, norm_dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Arguments and results as in reference.gated_residual_norm.forward."""
+    h, y, *given = (packed(value) for value in (h, y, gate, shift, scale, spans, weight, bias))
+    out, normed = torch.empty_like(h), torch.empty_like(h, dtype=norm_dtype)
+    mean, rstd = (torch.empty(len(h), dtype=torch.float32, device=h.device) for _ in range(2))
+    config, num_spans = row_config(*h.shape), 0 if spans is None else len(spans)
+    launch(
+        *(gated_residual_norm_fwd_kernel, (blocks(len(h), config.ROWS),), h, y, *given, out, normed, mean, rstd),
+        *(eps, *h.shape, num_spans),
+        ROWS=config.ROWS,
+        BLOCK_D=config.BLOCK_D,
+        BLOCK_S=span_block(num_spans),
+        num_warps=config.num_warps,
+    )
+    return out, normed, mean, rstd
+
+
+def backward(
+    dout: Tensor, dnormed: Tensor, mean, rstd, out, y, gate, shift, scale, spans, weight, bias, eps: float, norm_dtype
+) -> tuple[Tensor, ...]:
+    """Arguments and results as in reference.gated_residual_norm.backward."""
+    tensors = (dout, dnormed, mean, rstd, out, y, gate, scale, spans, weight, bias)
+    dout, dnormed, mean, rstd, out, y, gate, scale, spans, weight, bias = (packed(value) for value in tensors)
+    config, num_spans = backward_config(capability_of(out.device), *out.shape), 0 if spans is None else len(spans)
+    dh, dy = torch.empty_like(out), torch.empty_like(y)
+    grads = [mean.new_empty(0) if p is None else torch.empty_like(p) for p in (gate, shift, scale, weight, bias)]
+    affine = [grad for grad, p in zip(grads[3:], (weight, bias), strict=True) if p is not None]
+    gate_sums = None if gate is None else new_partials(out, len(out), num_spans, 1, config)
+    norm_sums = None if scale is None else new_partials(out, len(out), num_spans, 2, config)
+    affine_sums = new_partials(out, len(out), 0, len(affine), config) if affine else None
+    launch(
+        *(gated_residual_norm_bwd_kernel, (blocks(len(out), config.BLOCK_T),), dout, dnormed, mean, rstd, out, y),
+        *(gate, scale, spans, weight, bias, dh, dy, gate_sums, norm_sums, affine_sums, *out.shape, num_spans),
+        BLOCK_T=config.BLOCK_T,
+        BLOCK_D=config.BLOCK_D,
+        BLOCK_S=span_block(num_spans),
+        num_warps=config.num_warps,
+    )
+    if gate_sums is not None:
+        sum_partials(gate_sums, spans, len(out), config, grads[0])
+    if norm_sums is not None:
+        sum_partials(norm_sums, spans, len(out), config, *grads[1:3])
+    if affine_sums is not None:
+        sum_partials(affine_sums, None, len(out), config, *affine)
+    return dh, dy, *grads
+
+
+def backward_config(capability: Capability, num_rows: int, width: int) -> RowConfig:
+    """A tile of BLOCK_T rows, as many as there are rows enough for, by BLOCK_D columns; elements a thread: 16 spilled
+    on sm_100, 8 on sm_80."""
+    block_t = row_config(num_rows, width, backward=True).BLOCK_T
+    block_d = min(_TILE // block_t, power_of_two(max(width, 16)))
+    per_thread = 16 if capability < SM90 else 8
+    return RowConfig(block_t, block_d, block_t, max(1, block_t * block_d // (32 * per_thread)))
+
+
+def _aot_call(rows: int, width: int, stream: torch.dtype, num_spans: int, affine: bool) -> None:
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    h, y = new(rows, width, dtype=stream), new(rows, width, dtype=torch.bfloat16)
+    gate, shift, scale = (new(num_spans, width) for _ in range(3))
+    weight, bias, spans = new(width), new(width), new(num_spans, 2, dtype=torch.int32)
+    parts = (gate, None, None, spans, weight, bias) if affine else (gate, shift, scale, spans, None, None)
+    given = (y, *parts, 1e-6, torch.bfloat16)
+    out, normed, mean, rstd = forward(h, *given)
+    backward(out, normed, mean, rstd, out, *given)
+
+
+_KERNELS = ("gated_residual_norm_fwd_kernel", "gated_residual_norm_bwd_kernel", "sum_partials_kernel")
+_EXPECTS = dict.fromkeys(_KERNELS, ("wide",))
+AOT_CASES = tuple(
+    AotCase(
+        f"T={rows} D={width} {str(stream)[6:]} stream {'affine' if affine else 'modulated'}",
+        lambda a=(rows, width, stream, 4, affine): _aot_call(*a),
+        _EXPECTS,
+    )
+    for rows, width, stream, affine in (
+        (32768, 1536, torch.float32, False),
+        (32768, 1536, torch.float32, True),
+        (32768, 5120, torch.bfloat16, False),
+        (1024, 128, torch.float32, False),
+    )
+)
