@@ -117,8 +117,8 @@ PEERS = {
     "inductor": Library(adapt=_inductor),
     "openvino": Library(_needs("openvino", "cpu"), (FORWARD,), _openvino),
     "diffusers": Library(_needs("diffusers")),
-    "flash_attn": Library(gpu_peers.package_on_cuda("flash_attn")),
-    "cudnn": Library(gpu_peers.on_cuda),
+    "flash_attn.flash_attn_func": Library(gpu_peers.package_on_cuda("flash_attn")),
+    "torch.cudnn": Library(gpu_peers.on_cuda),
     "grouped_mm": Library(gpu_peers.grouped_mm_missing),
     "liger": Library(gpu_peers.package_on_cuda("liger_kernel"), (FORWARD,)),
 }

@@ -12,7 +12,7 @@ from bench.pages import with_part
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, IMAGES = DOCS / "benchmarks.md", DOCS / "images"
-OURS = ("uvg", "cpu", "triton", "cuda", "sdpa", "reference")
+OURS = ("uvg", "cpu", "triton", "cuda", "flash_attn_3", "flash_attn", "cudnn", "sdpa", "reference")
 LINE = dict[str, Any]
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from uvg_engine import ops
+from uvg_engine.backends import devices
 from uvg_engine.backends import triton as backend
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -124,8 +125,8 @@ def test_triton_is_a_reason_where_it_is_missing(monkeypatch):
 
 def test_an_old_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    backend._too_old.cache_clear()
+    devices.capability.cache_clear()
     with FakeTensorMode():
         said = backend.refuses(torch.empty(3, 8, device="cuda"))
-    backend._too_old.cache_clear()
+    devices.capability.cache_clear()
     assert said == "compute capability 7.5; from 8.0 on"

@@ -65,8 +65,8 @@ def case(name: str, head: int, cross: bool, sizes: tuple[str, ...]) -> Case:
         work=partial(work, CONDITION if cross else None),
         peers={
             "torch": torch_peer,
-            "flash_attn": lambda *args: flash_attn_peer(torch_peer(*args)),
-            "cudnn": lambda *args: cudnn_peer(torch_peer(*args)),
+            "flash_attn.flash_attn_func": lambda *args: flash_attn_peer(torch_peer(*args)),
+            "torch.cudnn": lambda *args: cudnn_peer(torch_peer(*args)),
         },
         compiled_by=("openvino",),
         name=name,

@@ -33,6 +33,7 @@ def test_doctor_tells_what_serves_every_op_and_why_not_the_others(uvg):
             assert call["error"] is None, (op, call)
             assert call["served_by"] == next(n for n in backends.names() if n not in call["refused"])
             assert all(reason and reason.strip() for reason in call["refused"].values())
+            assert call["why"].endswith(f"served by {call['served_by']}")
     assert report["machine"]["cores"] >= 1 and report["torch"]["threads"] >= 1
     assert report["native"]["description"] and report["packages"]["av"]
 
@@ -149,3 +150,13 @@ def test_train_and_export_mistakes(uvg, line, told):
     ran = uvg(*line.split())
     assert ran.code == 2 and ran.err.startswith("error: ") and ran.err.count("\n") == 1 and told in ran.err
     assert os.listdir() == ["bad.yaml"]
+
+
+def test_doctor_tells_of_another_order_on_a_gpu():
+    from uvg_engine.cli.doctor import _orders
+
+    usual = {"device": "cpu", "dtype": "bfloat16", "why": "asked: cuda, reference\nbecause: usual\nserved by reference"}
+    swapped = usual | {"device": "cuda", "why": "asked: reference, cuda\nbecause: short\nserved by reference"}
+    failed = usual | {"why": ""}
+    report = {"backends": {"order": ["cuda", "reference"]}, "ops": {"flash_attention": [usual, swapped, failed]}}
+    assert _orders(report) == ["flash_attention (bfloat16 on cuda): asked: reference, cuda; because: short"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cuda_simulator
 import pytest
+from harness import backends_of
 
 from uvg_engine import backends
 
@@ -21,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         op = Path(metafunc.module.__file__).stem.removeprefix("test_")
-        metafunc.parametrize("backend", [b for b in backends.ORDER if op in backends.table(b)], indirect=True)
+        metafunc.parametrize("backend", backends_of(op), indirect=True)
 
 
 @pytest.fixture

@@ -27,10 +27,16 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 GRADCHECK_ELEMENTS = 100  # numerical differentiation takes two calls per element; larger cases: in random directions
 # Backends whose hardware every machine has: they must serve the plainest case, not only explain why not.
 EVERYWHERE = {"sdpa", "reference"} | ({"cpu"} if native.cpu() else set())
+ON_GPU_ALONE = {"flash_attn_3", "flash_attn", "cudnn"}  # libraries: test_on_gpu.py, tests/test_gpu_libraries.py
 if triton.interpreting():
     EVERYWHERE.add("triton")
 if cuda_simulator.module():
     EVERYWHERE.add("cuda")
+
+
+def backends_of(op: str) -> list[str]:
+    """The backends that have the op and may serve tensors of the CPU."""
+    return [name for name in backends.ORDER if op in backends.table(name) and name not in ON_GPU_ALONE]
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from harness import BF16, FP16, FP32, FP64, Case, DifferentiableOpSuite, Mistake, normal
+from harness import BF16, FP16, FP32, FP64, Case, DifferentiableOpSuite, Mistake, backends_of, normal
 from torch.nn import functional
 
 from uvg_engine import backends
 from uvg_engine.ops import flash_attention
 
-BACKENDS = [b for b in backends.ORDER if "flash_attention" in backends.table(b)]
+BACKENDS = backends_of("flash_attention")
 
 
 def table(*samples):

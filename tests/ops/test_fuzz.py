@@ -23,7 +23,7 @@ import test_moe_mlp
 import test_moe_route
 import test_qk_norm_rope
 import torch
-from harness import BF16, FP32, as_tuple, poisoned, run
+from harness import BF16, FP32, as_tuple, backends_of, poisoned, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -140,7 +140,7 @@ REPEATED = {
     "moe_route": (("logits",), {}),
     "qk_norm_rope": (("q", "k"), {"rope_spans": "q"}),
 }
-RUNS = [(op, backend) for op in sorted(OPS) for backend in backends.ORDER if op in backends.table(backend)]
+RUNS = [(op, backend) for op in sorted(OPS) for backend in backends_of(op)]
 
 
 def suite_of(op):

@@ -1,7 +1,8 @@
 """Which code serves an op: one table per backend, a reason for every refusal.
 
-An op is served by the first backend of the order that accepts the arguments. `force` pins one backend (an
-argument it refuses is then an error that names the reason), `explain` tells what each backend says.
+An op is served by the first backend of the order that accepts the arguments. On an NVIDIA GPU the order depends on the
+op, the GPU and the shape (`uvg_engine.backends.choice`). `force` pins one backend (an argument it refuses is then an
+error that names the reason), `explain` tells what each backend says, `why` who serves a call and why.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-ORDER = ("cuda", "triton", "cpu", "sdpa", "reference")  # most specialised first; the reference accepts everything
+# Most specialised first; the reference accepts everything.
+ORDER = ("cuda", "triton", "flash_attn_3", "flash_attn", "cudnn", "cpu", "sdpa", "reference")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ _tables: dict[str, dict[str, Kernel]] = {}
 
 
 def names() -> tuple[str, ...]:
-    """Backends in the order in which they are asked. `UVG_BACKENDS` (comma-separated) narrows or reorders it."""
+    """Backends in the order in which they are asked, but for what the GPU and the shape change in it (`asked`).
+    `UVG_BACKENDS` (comma-separated) narrows or reorders it."""
     chosen = os.environ.get("UVG_BACKENDS")
     return _names(chosen) if chosen else ORDER
 
@@ -84,15 +87,28 @@ def _reason(backend: str, op: str, args: tuple[Any, ...]) -> str | None:
     return kernel.refuses(*args)
 
 
+def asked(op: str, args: tuple[Any, ...]) -> tuple[str, ...]:
+    """The backends that are asked to serve `op` on the forward arguments `args`, in this order."""
+    pinned = _forced.get()
+    if pinned:
+        return (pinned,)
+    if not args[0].is_cuda or os.environ.get("UVG_BACKENDS"):
+        return names()
+    return _choice().order(op, args, ORDER).names
+
+
+def _choice() -> Any:
+    return importlib.import_module("uvg_engine.backends.choice")
+
+
 def select(op: str, args: tuple[Any, ...]) -> tuple[str, Kernel]:
     """The backend that serves `op` on the forward arguments `args`, and its kernel. BackendRefused when none does."""
-    pinned = _forced.get()
-    asked = (pinned,) if pinned else names()
-    for backend in asked:
+    candidates = asked(op, args)
+    for backend in candidates:
         kernel = (_tables.get(backend) or table(backend)).get(op)
         if kernel is not None and kernel.refuses(*args) is None:
             return backend, kernel
-    reasons = [f"{backend}: {_reason(backend, op, args)}" for backend in asked]
+    reasons = [f"{backend}: {_reason(backend, op, args)}" for backend in candidates]
     raise BackendRefused(f"{op} is not served here: {'; '.join(reasons)}")
 
 
@@ -102,6 +118,32 @@ def explain(op: str, *args: Any) -> dict[str, str | None]:
     args: the tensors and numbers of the registered op, in the order of its schema; trailing ones may be left out
     only where `refuses` does not read them. Raises ValueError on an unknown op.
     """
+    _require_op(op)
+    return {backend: _reason(backend, op, args) for backend in ORDER}
+
+
+def why(op: str, *args: Any) -> str:
+    """For people: in which order the backends are asked to serve `op(*args)` and why, who serves it, and what those
+    before it said. Arguments and errors as in `explain`."""
+    _require_op(op)
+    candidates = asked(op, args)
+    if forced():
+        reason = "forced"
+    elif os.environ.get("UVG_BACKENDS"):
+        reason = "UVG_BACKENDS"
+    elif args[0].is_cuda:
+        reason = _choice().order(op, args, ORDER).reason
+    else:
+        reason = f"{op} on {args[0].device.type}: the most specialised first"
+    lines = [f"asked: {', '.join(candidates)}", f"because: {reason}"]
+    for backend in candidates:
+        refusal = _reason(backend, op, args)
+        if refusal is None:
+            return "\n".join([*lines, f"served by {backend}"])
+        lines.append(f"{backend}: {refusal}")
+    return "\n".join([*lines, "served by none of them"])
+
+
+def _require_op(op: str) -> None:
     if op not in table("reference"):
         raise ValueError(f"op must be one of {', '.join(sorted(table('reference')))}, got {op!r}")
-    return {backend: _reason(backend, op, args) for backend in ORDER}

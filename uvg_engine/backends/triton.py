@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.backends import Kernel
+from uvg_engine.backends import Kernel, devices
 
 MAX_WIDTH = 16384  # of a row that a program holds in registers
 MAX_EXPERTS = 4096  # whose counts or logits a program holds in registers
-OLDEST = (8, 0)  # compute capability of bf16 tensor cores and asynchronous copies
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,14 +34,6 @@ def _missing() -> str | None:
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-@functools.cache
-def _too_old(device: torch.device) -> str | None:
-    if torch.version.hip:
-        return None
-    found = torch.cuda.get_device_capability(device)
-    return None if found >= OLDEST else f"compute capability {found[0]}.{found[1]}; from {OLDEST[0]}.{OLDEST[1]} on"
-
-
 def refuses(*tensors: Tensor) -> str | None:
     """Rules of every op: device, dtype, Triton itself."""
     for x in tensors:
@@ -52,7 +43,7 @@ def refuses(*tensors: Tensor) -> str | None:
             return f"dtype {x.dtype}; have float32, bfloat16, float16"
     if _missing():
         return _missing()
-    return None if tensors[0].device.type == "cpu" else _too_old(tensors[0].device)
+    return None if torch.version.hip or tensors[0].is_cpu else devices.too_old(tensors[0].device)
 
 
 def refuses_rows(x: Tensor, *more: Tensor) -> str | None:

@@ -32,10 +32,10 @@ class _Recorder(TorchDispatchMode):
 
 
 def ask(op: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Call `op` once: {"served_by": backend or None, "refused": {backend: reason}, "error": message or None}.
+    """Call `op` once: {"served_by": backend or None, "refused": {backend: reason}, "why": text, "error": text or None}.
 
-    served_by heeds UVG_BACKENDS; refused holds the reasons of all that do not serve the call. Raises ValueError on an
-    op without a call here.
+    served_by heeds UVG_BACKENDS; refused holds the reasons of all that do not serve the call; why is what
+    `backends.why` says. Raises ValueError on an op without a call here.
     """
     if op not in CALLS:
         raise ValueError(f"op must be one of {', '.join(CALLS)}, got {op!r}")
@@ -47,10 +47,11 @@ def ask(op: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
     except Exception as problem:  # a doctor tells what is broken instead of breaking
         error = f"{type(problem).__name__}: {problem}"
     if recorder.args is None:
-        return {"served_by": None, "refused": {}, "error": error}
+        return {"served_by": None, "refused": {}, "why": "", "error": error}
     said = backends.explain(op, *recorder.args)
-    served_by = next((name for name in backends.names() if said[name] is None), None)
-    return {"served_by": served_by, "refused": {n: why for n, why in said.items() if why is not None}, "error": error}
+    served_by = next((name for name in backends.asked(op, recorder.args) if said[name] is None), None)
+    refused = {name: reason for name, reason in said.items() if reason is not None}
+    return {"served_by": served_by, "refused": refused, "why": backends.why(op, *recorder.args), "error": error}
 
 
 def _spans(*rows: tuple[int, ...]) -> Tensor:

@@ -146,7 +146,7 @@ def _print(report: dict[str, Any]) -> None:
         console.print(f"{name:<12} {value}", soft_wrap=True)
     console.print()
     console.print(_table(report["ops"]))
-    for line in _refusals(report):
+    for line in (*_refusals(report), *_orders(report)):
         console.print(line, soft_wrap=True)
 
 
@@ -188,6 +188,18 @@ def _table(ops: dict[str, list[dict[str, Any]]]) -> Any:
     for op, calls in ops.items():
         table.add_row(op, *(call["served_by"] if not call["error"] else f"fails: {call['error']}" for call in calls))
     return table
+
+
+def _orders(report: dict[str, Any]) -> list[str]:
+    """Why the backends are asked in another order than the usual one: on a GPU, by op and shape."""
+    usual = ", ".join(report["backends"]["order"])
+    lines = []
+    for op, answers in report["ops"].items():
+        for call in answers:
+            order, reason = (call["why"].splitlines() + ["", ""])[:2]
+            if order not in ("", f"asked: {usual}"):
+                lines.append(f"{op} ({call['dtype']} on {call['device']}): {order}; {reason}")
+    return lines
 
 
 def _refusals(report: dict[str, Any]) -> list[str]:

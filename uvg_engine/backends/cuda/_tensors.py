@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -11,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.backends import native
+from uvg_engine.backends import devices, native
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-OLDEST = (8, 0)  # compute capability of bf16 tensor cores and asynchronous copies
 CHUNK_ROWS = 64  # kChunkRows of csrc/cuda/column_sums.h
 MAX_ROW_BYTES = 64 << 10  # of a row that a warp keeps in shared memory
 
@@ -32,12 +30,6 @@ def simulated(module: ModuleType) -> Iterator[None]:
         _simulator = before
 
 
-@functools.cache
-def _too_old(device: torch.device) -> str | None:
-    found = torch.cuda.get_device_capability(device)
-    return None if found >= OLDEST else f"compute capability {found[0]}.{found[1]}; from {OLDEST[0]}.{OLDEST[1]} on"
-
-
 def refuses_tensors(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)) -> str | None:
     """Rules of every op: device, dtype, that the kernels were built, and what they run on."""
     for x in tensors:
@@ -49,7 +41,7 @@ def refuses_tensors(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = tuple(DT
         return None
     if torch.version.hip:
         return "the kernels are for NVIDIA GPUs"
-    return native.why_not_cuda() or _too_old(tensors[0].device)
+    return native.why_not_cuda() or devices.too_old(tensors[0].device)
 
 
 def refuses_rows(x: Tensor, *more: Tensor) -> str | None:
