@@ -44,6 +44,7 @@ def results(width, dtype, *, products=True):
         ops.gated_residual(x, y, gate, SPANS),
         *ops.gated_residual_norm(x, y, gate, SPANS, shift, scale, SPANS, weight=weight, bias=bias),
         *ops.qk_norm_rope(x, y, weight, bias, ROPE_SPANS, table, HEADS),
+        ops.qk_norm_rope(y, None, weight, None)[0],
     ]
     heads = [part.unflatten(1, (HEADS, -1)) for part in (x, y, x + y)]
     outs.append(ops.flash_attention(*heads, ATTENTION_SPANS, ATTENTION_SPANS)[0].flatten(1))

@@ -52,6 +52,18 @@ def diffusers_peer(size: Size, q: Tensor, k: Tensor, weight_q: Tensor, weight_k:
     return Peer(both, (*inputs, leaf(weight_q), leaf(weight_k)), lambda outs: joined(outs[:2]))
 
 
+def norm_alone(q: Tensor, weight: Tensor) -> Tensor:
+    return ops.qk_norm_rope(q, None, weight, None)[0]
+
+
+def make_alone(size: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return normal(dtype, size.rows, size.width), torch.ones(size.width, dtype=dtype).requires_grad_()
+
+
+def torch_peer(size: Size, q: Tensor, weight: Tensor) -> Peer:
+    return Peer(lambda q, weight: functional.rms_norm(q, q.shape[-1:], weight, 1e-6), (leaf(q), leaf(weight)))
+
+
 CASES = (
     Case(
         ops.qk_norm_rope,
@@ -59,5 +71,13 @@ CASES = (
         make=make,
         work=lambda size, item: (14 * size.rows * size.width, 4 * item * size.rows * size.width),
         peers={"diffusers": diffusers_peer},
+    ),
+    Case(
+        norm_alone,
+        shape=lambda size: f"T={size.rows} D={size.width}",
+        make=make_alone,
+        work=lambda size, item: (4 * size.rows * size.width, 2 * item * size.rows * size.width),
+        peers={"torch": torch_peer},
+        name="q alone, no rotation",
     ),
 )

@@ -10,6 +10,8 @@ namespace {
 
 using Params = QkNormRopeParams;
 
+int tensors(const Params& p) { return p.weight[1] == nullptr ? 1 : 2; }
+
 template <typename T>
 void forward_row(const Params& p, int which, int64_t r, const Rope& rope) {
   const T* x = static_cast<const T*>(p.x[which]) + r * p.width;
@@ -58,7 +60,7 @@ void forward(const Params& p) {
     for (int64_t c = 0; c < chunks.size(); ++c) {
       for (int64_t r = 0; r < chunks[c].rows; ++r) {
         rope.seek(chunks[c].span, chunks[c].offset + r, false);
-        for (int which = 0; which < 2; ++which) forward_row<T>(p, which, chunks[c].first + r, rope);
+        for (int which = 0; which < tensors(p); ++which) forward_row<T>(p, which, chunks[c].first + r, rope);
       }
     }
   }
@@ -68,22 +70,23 @@ template <typename T>
 void backward(const Params& p) {
   check_rope_spans(p.spans, p.num_spans, p.positions);
   const RowChunks chunks(p.spans, p.num_spans, 6, p.rows);
-  PartialSums sums(chunks, 2, p.width);
+  PartialSums sums(chunks, tensors(p), p.width);
 #pragma omp parallel num_threads(threads_for_rows(p.threads, p.rows, p.width))
   {
     Rope rope(p);
     const Floats row(p.width + kLanes);
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < chunks.size(); ++c) {
-      float* const own[2] = {sums.start(c, 0), sums.start(c, 1)};
+      float* own[2];
+      for (int which = 0; which < tensors(p); ++which) own[which] = sums.start(c, which);
       for (int64_t r = 0; r < chunks[c].rows; ++r) {
         rope.seek(chunks[c].span, chunks[c].offset + r, true);
-        for (int which = 0; which < 2; ++which)
+        for (int which = 0; which < tensors(p); ++which)
           backward_row<T>(p, which, chunks[c].first + r, rope, row.data(), own[which]);
       }
     }
   }
-  for (int which = 0; which < 2; ++which) sums.total(which, p.dweight[which]);
+  for (int which = 0; which < tensors(p); ++which) sums.total(which, p.dweight[which]);
 }
 
 }  // namespace

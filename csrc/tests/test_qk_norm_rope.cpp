@@ -19,7 +19,7 @@ int64_t position(int64_t row, int64_t pair, int64_t head) {
   return axis == 0 ? row / 12 : axis == 1 ? row / 4 % 3 : row % 4;
 }
 
-std::vector<double> forward(const Array& x, const Array& weight, const Array& table, int64_t head) {
+std::vector<double> forward(const Array& x, const Array& weight, const Array& table, int64_t head, bool rotated) {
   const int64_t width = kHeads * head, pairs = head / 2;
   std::vector<double> y(kRows * width);
   for (int64_t row = 0; row < kRows; ++row) {
@@ -28,7 +28,7 @@ std::vector<double> forward(const Array& x, const Array& weight, const Array& ta
     const auto normed = [&](int64_t i) { return x[row * width + i] / std::sqrt(square + kEps) * weight[i]; };
     for (int64_t n = 0; n < kHeads; ++n) {
       for (int64_t j = 0; j < pairs; ++j) {
-        const bool text = row >= 24 && row < 33, bare = row >= 33;
+        const bool text = row >= 24 && row < 33, bare = row >= 33 || !rotated;
         const int64_t a = n * head + (text ? j : 2 * j), b = n * head + (text ? j + pairs : 2 * j + 1);
         const int64_t at = bare ? 0 : (((text ? 1 : 0) * kPositions + position(row, j, head)) * pairs + j) * 2;
         const double cos = bare ? 1.0 : table[at], sin = bare ? 0.0 : table[at + 1];
@@ -40,36 +40,42 @@ std::vector<double> forward(const Array& x, const Array& weight, const Array& ta
   return y;
 }
 
-void check(int64_t head) {
+// rotated: with spans and a table. tensors: 1 is q alone.
+void check(int64_t head, bool rotated, int tensors) {
   const int64_t width = kHeads * head;
   Array table = Array::random(Dtype::kFloat32, 2 * kPositions * head, 7);
   Arrays weight = {Array::random(Dtype::kFloat32, width, 5), Array::random(Dtype::kFloat32, width, 6)};
   const auto x = [&](Dtype dtype, int i) { return Array::random(dtype, kRows * width, 1 + i); };
   const auto run = [&](Dtype dtype, int threads) {
-    Arrays in = {x(dtype, 0), x(dtype, 1), x(dtype, 2), x(dtype, 3)};
-    Arrays out;
-    for (int i = 0; i < 4; ++i) out.emplace_back(dtype, kRows * width);
-    for (int64_t size : {width, width, kRows, kRows}) out.emplace_back(Dtype::kFloat32, size);
     QkNormRopeParams p{};
-    p.spans = kSpans.data(), p.table = table.floats(), p.rows = kRows, p.width = width, p.heads = kHeads;
-    p.num_spans = 2, p.positions = kPositions, p.eps = kEps, p.dtype = dtype, p.threads = threads;
-    for (int i = 0; i < 2; ++i) {
+    p.rows = kRows, p.width = width, p.heads = kHeads, p.eps = kEps, p.dtype = dtype, p.threads = threads;
+    if (rotated) p.spans = kSpans.data(), p.table = table.floats(), p.num_spans = 2, p.positions = kPositions;
+    Arrays in, y, out;
+    for (int i = 0; i < 4; ++i) in.push_back(x(dtype, i));
+    y.reserve(2), out.reserve(6);
+    const auto made = [](Arrays& into, Dtype of, int64_t size) { return into.emplace_back(of, size).data(); };
+    for (int i = 0; i < tensors; ++i) {
       p.x[i] = in[i].data(), p.dy[i] = in[2 + i].data(), p.weight[i] = weight[i].floats();
-      p.y[i] = out[i].data(), p.dx[i] = out[2 + i].data();
-      p.dweight[i] = out[4 + i].floats(), p.rstd[i] = out[6 + i].floats();
+      p.y[i] = made(y, dtype, kRows * width), p.dx[i] = made(out, dtype, kRows * width);
+      p.dweight[i] = static_cast<float*>(made(out, Dtype::kFloat32, width));
+      p.rstd[i] = static_cast<float*>(made(out, Dtype::kFloat32, kRows));
     }
     qk_norm_rope_forward(p);
     qk_norm_rope_backward(p);
-    return out;
+    y.insert(y.end(), out.begin(), out.end());
+    return y;
   };
   everywhere(run, [&](Dtype dtype) {
-    return Truth{forward(x(dtype, 0), weight[0], table, head), forward(x(dtype, 1), weight[1], table, head)};
+    Truth truth;
+    for (int i = 0; i < tensors; ++i) truth.push_back(forward(x(dtype, i), weight[i], table, head, rotated));
+    return truth;
   });
 }
 
 }  // namespace
 
 int main() {
-  for (int64_t head : {2, 6, 32, 44}) check(head);
+  for (int64_t head : {2, 6, 32, 44}) check(head, true, 2);
+  for (int64_t head : {6, 44}) check(head, true, 1), check(head, false, 1);
   return finish("qk_norm_rope");
 }

@@ -60,7 +60,9 @@ def rope(draw):
         spans.append((rows, grid[0] * grid[1] * grid[2], 0, *grid) if video else (rows, length, 1, 0, 0, 0))
         rows += spans[-1][1]
     heads, pairs = draw(st.integers(1, 3)), draw(SIZE)
-    return lambda g: test_qk_norm_rope.made(g, rows, spans, heads, 2 * pairs)
+    absent = (test_qk_norm_rope.K, test_qk_norm_rope.ROTATION)
+    without = [name for names in absent if draw(st.integers(0, 3)) == 3 for name in names]
+    return lambda g: test_qk_norm_rope.made(g, rows, spans, heads, 2 * pairs) | dict.fromkeys(without)
 
 
 @st.composite
@@ -153,6 +155,8 @@ def twice(op, inputs):
     names, spans = REPEATED[op]
     both = {n: torch.cat([inputs[n]] * 2) for n in names if inputs[n] is not None}
     for name, rows in spans.items():
+        if inputs[name] is None:
+            continue
         moved = inputs[name].clone()
         moved[..., 0] += len(inputs[rows])
         both[name] = torch.cat([inputs[name], moved])

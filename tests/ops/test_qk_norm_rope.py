@@ -28,8 +28,15 @@ def made(g, rows, rope_spans, heads, head_dim, positions=16):
     }
 
 
-def case(name, *args, wide=("rope_table",)):
-    return Case(name, lambda g: made(g, *args), wide, constant=("rope_table",))
+def case(name, *args, wide=("rope_table",), without=()):
+    def make(g):
+        return made(g, *args) | dict.fromkeys(without)
+
+    return Case(name, make, wide, constant=("rope_table",))
+
+
+K = ("k", "weight_k")
+ROTATION = ("rope_spans", "rope_table", "num_heads")
 
 
 MIXED = ((0, 12, VIDEO, 2, 3, 2), (12, 0, VIDEO, 0, 0, 0), (12, 5, TEXT, 0, 0, 0))
@@ -54,6 +61,10 @@ class TestQkNormRope(DifferentiableOpSuite):
         case("many-spans", 44, MANY, 2, 12),
         case("wide-weights", 18, MIXED, 2, 8, wide=("rope_table", "weight_q", "weight_k")),
         case("wan-heads", 31, ((0, 24, VIDEO, 3, 2, 4), (24, 7, TEXT, 0, 0, 0)), 3, 128),
+        case("q-alone", 18, MIXED, 2, 8, without=K),
+        case("no-rotation", 70, (), 1, 37, without=ROTATION),
+        case("q-alone-no-rotation", 131, (), 3, 32, without=K + ROTATION),
+        case("q-alone-no-rows", 0, (), 1, 6, without=K + ROTATION),
     )
     mistakes = (
         Mistake(r"q must be a floating-point \(T, D\)", {"q": lambda q: q[0]}),
@@ -61,6 +72,11 @@ class TestQkNormRope(DifferentiableOpSuite):
         Mistake(r"k must be \(18, 16\) torch.float32", {"k": lambda k: k.double()}),
         Mistake(r"weight_q must be \(16,\)", {"weight_q": torch.ones(8)}),
         Mistake(r"weight_k must be \(16,\)", {"weight_k": torch.ones(8)}),
+        Mistake("k and weight_k must be given together", {"k": None}),
+        Mistake("k and weight_k must be given together", {"weight_k": None}),
+        Mistake("rope_spans, rope_table and num_heads must be given together", {"rope_spans": None}),
+        Mistake("rope_spans, rope_table and num_heads must be given together", {"rope_table": None}),
+        Mistake("rope_spans, rope_table and num_heads must be given together", {"num_heads": None}),
         Mistake(r"num_heads must divide D = 16 into even head widths", {"num_heads": 3}),
         Mistake(r"num_heads must divide D = 16 into even head widths", {"num_heads": 16}),
         Mistake(r"num_heads must divide D = 16 into even head widths", {"num_heads": 0}),
@@ -135,6 +151,21 @@ def test_q_and_k_do_not_see_each_other(backend):
     turned = {"q": inputs["k"], "k": inputs["q"], "weight_q": inputs["weight_k"], "weight_k": inputs["weight_q"]}
     k_turned, q_turned = qk_norm_rope(**(inputs | turned))
     assert torch.equal(q, q_turned) and torch.equal(k, k_turned)
+
+
+def test_q_alone_has_the_bits_of_q_beside_k(backend):
+    inputs = TestQkNormRope.cases[0].inputs(BF16)
+    alone, nothing = qk_norm_rope(**(inputs | dict.fromkeys(K)))
+    assert torch.equal(alone, qk_norm_rope(**inputs)[0]) and nothing.shape == (0,) and not nothing.requires_grad
+
+
+@pytest.mark.parametrize("without", [(), K], ids=["both", "q-alone"])
+def test_no_rotation_is_a_rotation_of_no_row(backend, without):
+    inputs = TestQkNormRope.cases[0].inputs(FP32) | dict.fromkeys(without)
+    bare = inputs | dict.fromkeys(ROTATION)
+    none = inputs | {"rope_spans": torch.zeros(0, 6, dtype=torch.int32)}
+    assert all(torch.equal(a, b) for a, b in zip(qk_norm_rope(**bare), qk_norm_rope(**none), strict=True))
+    torch.testing.assert_close(qk_norm_rope(**bare)[0], rms(inputs["q"], inputs["weight_q"]))
 
 
 def test_text_scores_depend_on_distance_alone():

@@ -63,8 +63,12 @@ def refuses_attention(q: Tensor, *rest: Any) -> str | None:
     return refuses(q)
 
 
-def refuses_rope(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, spans: Tensor, table: Tensor, *rest):
+def refuses_rope(q: Tensor, k: Tensor | None, wq: Tensor, wk: Any, spans: Any, table: Tensor | None, *rest: Any):
     """Rows, and a table that is read as it is."""
+    if k is None:
+        return "q without k"
+    if table is None:
+        return "rows without rotation"
     if table.dtype != torch.float32:
         return f"rope_table of {table.dtype}; have float32"
     return refuses_rows(q, k)

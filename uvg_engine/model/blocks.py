@@ -134,7 +134,8 @@ class Block(nn.Module):
     def condition_kv(self, cond: Tensor, dtype: torch.dtype, spans: Tensor | None) -> BlockCondition:
         """Keys and values [U, D] of the condition rows [U, D]; they depend on no step and no token."""
         k = linear(self.attn2.to_k, cond, dtype, spans)
-        return BlockCondition(_rms_norm(k, self.attn2.norm_k.weight), linear(self.attn2.to_v, cond, dtype, spans))
+        k, _ = ops.qk_norm_rope(k, None, self.attn2.norm_k.weight, None)
+        return BlockCondition(k, linear(self.attn2.to_v, cond, dtype, spans))
 
     def constant(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """What cross-attention adds [1, D] where all rows of a condition have this value [1, D]."""
@@ -191,15 +192,9 @@ class Block(nn.Module):
         spans: Tensor | None,
     ) -> Tensor:
         cross = self.attn2
-        q = _rms_norm(linear(cross.to_q, n, dtype, spans), cross.norm_q.weight)
+        q, _ = ops.qk_norm_rope(linear(cross.to_q, n, dtype, spans), None, cross.norm_q.weight, None)
         y = cross.attend(q, condition.k, condition.v, query_spans, cond_spans)
         return linear(cross.to_out[0], y, dtype, spans)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """RMS norm over the full width, in fp32, without rotation (cross-attention)."""
-    x32 = x.float() if x.dtype != torch.float64 else x
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight.to(x32.dtype)).to(x.dtype)
 
 
 def _publish_experts(module: Block, state: dict[str, Any], prefix: str, metadata: Any) -> None:

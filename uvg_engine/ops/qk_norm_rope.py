@@ -1,4 +1,7 @@
-"""RMS norm of q and k, then rotary positions of both modalities in one pass. Letters: T rows, D width, H head width."""
+"""RMS norm of q and k, then rotary positions of both modalities in one pass; cross-attention norms without positions.
+
+Letters: T rows, D width, H head width.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,12 @@ from uvg_engine.reference.spans import accumulation_dtype
 
 def qk_norm_rope(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     weight_q: Tensor,
-    weight_k: Tensor,
-    rope_spans: Tensor,
-    rope_table: Tensor,
-    num_heads: int,
+    weight_k: Tensor | None,
+    rope_spans: Tensor | None = None,
+    rope_table: Tensor | None = None,
+    num_heads: int | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm over the full width, then rope per head: video by 3-D interleaved pairs, text by 1-D rotate-half.
@@ -40,13 +43,20 @@ def qk_norm_rope(
     video (len = F*Y*X, row-major) or 1 text; rows in no span are normed but not rotated. rope_table: fp32 or fp64 [2,
     P, H/2, 2], (cos, sin) of kind, position and pair (`uvg_engine.model.rope_table`). Returns (q, k), [T, D] in their
     dtypes. Statistics in fp32. Source: Wan2.1 (video), GPT-NeoX's rotate-half (text).
+    k and weight_k None: q alone; the second result is empty, [0]. rope_spans, rope_table and num_heads None: no
+    rotation.
     Raises ValueError on a shape or dtype it does not serve, a span beyond the rows or a position beyond the table.
     """
     require_floating("q", q, "T, D")
-    require_shape("k", k, q.shape, q.dtype)
     width = q.shape[1]
-    for name, weight in (("weight_q", weight_q), ("weight_k", weight_k)):
-        require_shape(name, weight, (width,))
+    require_shape("weight_q", weight_q, (width,))
+    _require_together("k and weight_k", k, weight_k)
+    if k is not None and weight_k is not None:
+        require_shape("k", k, q.shape, q.dtype)
+        require_shape("weight_k", weight_k, (width,))
+    _require_together("rope_spans, rope_table and num_heads", rope_spans, rope_table, num_heads)
+    if rope_spans is None or rope_table is None or num_heads is None:
+        return _fwd(q, k, weight_q, weight_k, None, None, 1, eps)[:2]
     ok = num_heads > 0 and width % (2 * num_heads) == 0
     require(ok, f"num_heads must divide D = {width} into even head widths", num_heads)
     require_spans("rope_spans", rope_spans, 6)
@@ -56,11 +66,23 @@ def qk_norm_rope(
     return _fwd(q, k, weight_q, weight_k, rope_spans, rope_table, num_heads, eps)[:2]
 
 
+def _require_together(names: str, *values: Any) -> None:
+    given = tuple(value is not None for value in values)
+    require(all(given) or not any(given), f"{names} must be given together", given)
+
+
 def _check(
-    q: Tensor, k: Tensor, weight_q: Any, weight_k: Any, rope_spans: Tensor, rope_table: Tensor, *rest: Any
+    q: Tensor,
+    k: Any,
+    weight_q: Any,
+    weight_k: Any,
+    rope_spans: Tensor | None,
+    rope_table: Tensor | None,
+    *rest: Any,
 ) -> None:
-    require_inside("rope_spans", rope_spans, q.shape[0])
-    _check_grids(values_of(rope_spans), rope_table.shape[1])
+    if rope_spans is not None and rope_table is not None:
+        require_inside("rope_spans", rope_spans, q.shape[0])
+        _check_grids(values_of(rope_spans), rope_table.shape[1])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -74,23 +96,25 @@ def _check_grids(rope_spans: bytes, positions: int) -> None:
         require(reached <= positions, f"rope_spans must stay within the table's {positions} positions", reached)
 
 
-def _fake(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
     stats = q.new_empty(q.shape[0], dtype=accumulation_dtype(q.dtype))
+    if k is None:
+        return torch.empty_like(q), None, stats, None
     return torch.empty_like(q), torch.empty_like(k), stats, torch.empty_like(stats)
 
 
-def _fake_bwd(dq: Tensor, dk: Tensor, rstd_q: Tensor, rstd_k: Tensor, *forward: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(value) for value in forward[:4])
+def _fake_bwd(dq: Tensor, dk: Any, rstd_q: Tensor, rstd_k: Any, *forward: Any) -> tuple[Tensor | None, ...]:
+    return tuple(None if value is None else torch.empty_like(value) for value in forward[:4])
 
 
 _ARGS = (
-    "Tensor q, Tensor k, Tensor weight_q, Tensor weight_k, Tensor rope_spans, Tensor rope_table, int num_heads, "
+    "Tensor q, Tensor? k, Tensor weight_q, Tensor? weight_k, Tensor? rope_spans, Tensor? rope_table, int num_heads, "
     "float eps"
 )
 _fwd = define("qk_norm_rope", f"({_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)", _fake, _check)
 _bwd = define_backward(
     "qk_norm_rope",
-    f"(Tensor dq, Tensor dk, Tensor rstd_q, Tensor rstd_k, {_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dq, Tensor? dk, Tensor rstd_q, Tensor? rstd_k, {_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_bwd,
     num_saved=4,
 )
@@ -98,13 +122,17 @@ _bwd = define_backward(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.num_heads, ctx.eps = inputs
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*output[2:], *tensors)
+    _, k, rstd_q, rstd_k = output
+    alone = tensors[1] is None
+    ctx.mark_non_differentiable(rstd_q, rstd_k, *([k] if alone else []))
+    ctx.save_for_backward(rstd_q, None if alone else rstd_k, *tensors)
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor, *unused: Any) -> tuple[Any, ...]:
-    grads = _bwd(dq, dk, *ctx.saved_tensors, ctx.num_heads, ctx.eps)
-    return *grads, None, None, None, None
+    rstd_q, rstd_k, q, k, *rest = ctx.saved_tensors
+    grads = _bwd(dq, None if k is None else dk, rstd_q, rstd_k, q, k, *rest, ctx.num_heads, ctx.eps)
+    dx = (g if value is not None else None for g, value in zip(grads, (q, k, *rest[:2]), strict=True))
+    return *dx, None, None, None, None
 
 
 autograd("qk_norm_rope", _backward, _setup)

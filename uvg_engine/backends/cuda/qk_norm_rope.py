@@ -8,7 +8,11 @@ from torch import Tensor
 from uvg_engine.backends.cuda._tensors import as_floats, floats_like, launch, partial_sums, refuses_rows
 
 
-def refuses(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, spans: Tensor, table: Tensor, *rest: object) -> str | None:
+def refuses(q: Tensor, k: Tensor | None, wq: Tensor, wk, spans, table: Tensor | None, *rest: object) -> str | None:
+    if k is None:
+        return "q without k"
+    if table is None:
+        return "rows without rotation"
     if table.dtype != torch.float32:
         return f"rope_table of {table.dtype}; have float32"
     return refuses_rows(q, k)
