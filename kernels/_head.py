@@ -13,13 +13,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from uvg_engine.kernels._launch import SM90, Capability, blocks, capability_of, launch
+from uvg_engine.kernels._configs import Table, options
+from uvg_engine.kernels._launch import SM80, SM90, blocks, capability_of, launch
 from uvg_engine.kernels.moe_mlp_gemm import load_tile
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """A program's logits: BLOCK_M rows by BLOCK_N words, BLOCK_K of the width summed at a time. Untuned."""
+    """A program's logits: BLOCK_M rows by BLOCK_N words, BLOCK_K of the width summed at a time."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -28,15 +29,14 @@ class HeadConfig:
     num_stages: int
 
 
-def head_config(itemsize: int) -> HeadConfig:
-    """By the dtype alone: were it by the number of rows, a row's bits would depend on its neighbours."""
-    return HeadConfig(64, 64, 16, 8, 2) if itemsize == 4 else HeadConfig(128, 128, 64, 8, 3)
+# (oldest capability, bytes of a number). Not by the number of rows: a row's bits would depend on its neighbours.
+LOGITS = Table("_head.LOGITS", {(SM80, 2): HeadConfig(128, 128, 64, 8, 3), (SM80, 4): HeadConfig(64, 64, 16, 8, 2)})
 
 
-def uses_descriptors(capability: Capability, *tensors: Tensor) -> bool:
+def uses_descriptors(*tensors: Tensor) -> bool:
     """From sm_90 on, where rows are whole pieces of 16 bytes. The same numbers meet in the same order either way."""
     pieces = (x.numel() and x.data_ptr() % 16 == 0 and x.shape[1] * x.itemsize % 16 == 0 for x in tensors)
-    return capability >= SM90 and all(pieces)
+    return capability_of(tensors[0].device) >= SM90 and all(pieces)
 
 
 def as_matrix(x: Tensor, tma: bool, rows: int, columns: int) -> Tensor | TensorDescriptor:
@@ -114,7 +114,7 @@ def masses(
     x: Tensor, weight: Tensor, bias: Tensor, target: Tensor | None, current: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(tops [L, P], sums [L, P], logits of the targets [L], of the current tokens [L]) of packed tensors."""
-    config, tma = head_config(x.itemsize), uses_descriptors(capability_of(x.device), x, weight)
+    config, tma = LOGITS.on(x.device, x.itemsize), uses_descriptors(x, weight)
     panels = blocks(len(weight), config.BLOCK_N)
     tops, sums = (x.new_empty(len(x), panels, dtype=torch.float32) for _ in range(2))
     at_target, at_current = (
@@ -124,11 +124,7 @@ def masses(
         *(head_masses_kernel, (panels * blocks(len(x), config.BLOCK_M),)),
         *(as_matrix(x, tma, config.BLOCK_M, config.BLOCK_K), as_matrix(weight, tma, config.BLOCK_N, config.BLOCK_K)),
         *(bias, target, current, tops, sums, at_target, at_current, *x.shape, len(weight), panels, scale),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-        BLOCK_K=config.BLOCK_K,
         TMA=tma,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **options(config),
     )
     return tops, sums, at_target, at_current

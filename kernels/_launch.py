@@ -120,6 +120,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if recorder is not None:
         recorder.append(Launch(kernel, grid, args, options))
         return
+    if torch.version.hip:
+        options.pop("maxnreg", None)  # Triton has it for NVIDIA's chips alone
     device = tensors_of(args)[0].device
     _tell_once(kernel, device, args, options)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

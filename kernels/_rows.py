@@ -1,7 +1,7 @@
 """What the row kernels share: who owns a row, and sums over the rows of a span in an order that never varies.
 
 Letters: T rows, D width, S spans. A span is (start, len, ...) in int32; spans come in any order, do not overlap, and
-need not cover every row. A backward walks blocks of BLOCK_T rows, each cut into runs of rows with one owner. The sums
+need not cover every row. A backward walks blocks of `walked` rows, each cut into runs of rows with one owner. The sums
 of a run go to row `block + rank` of a table of partial sums, rank being the place of its span among the spans sorted
 by start: from run to run either grows, so no two runs meet. `sum_partials_kernel` adds them up, first to last.
 """
@@ -14,34 +14,73 @@ import torch
 import triton
 import triton.language as tl
 
-from uvg_engine.kernels._launch import blocks, launch, power_of_two
-
-_WIDEST_TILE = 8  # rows
-_MAX_WARPS = 16
+from uvg_engine.kernels._configs import ANY, Table, options
+from uvg_engine.kernels._launch import SM80, blocks, launch, power_of_two
 
 
 @dataclass(frozen=True)
 class RowConfig:
-    """A program's tile of ROWS x BLOCK_D elements; in a backward it walks BLOCK_T rows with it. Untuned."""
+    """A program's tile: ROWS whole rows."""
 
     ROWS: int
-    BLOCK_D: int
-    BLOCK_T: int
     num_warps: int
 
 
-def row_config(num_rows: int, width: int, backward: bool = False) -> RowConfig:
-    """Shape class: the width rounded up to a power of two, and whether there are rows enough for long blocks.
+@dataclass(frozen=True)
+class WalkConfig:
+    """Rows of a program of a backward, and so of a partial sum."""
 
-    A forward holds 32 elements of the tile in a thread, a backward 16: with its sums beside them 32 spilled on sm_100.
-    The same on every architecture.
-    """
-    per_thread = 16 if backward else 32
-    block_d = power_of_two(max(width, 16))
-    rows = max(1, min(_WIDEST_TILE, 128 * per_thread // block_d))
-    num_warps = max(1, min(_MAX_WARPS, block_d * rows // (32 * per_thread)))
-    block_t = max(rows, 32 if num_rows >= 16384 else 16 if num_rows >= 2048 else 4)
-    return RowConfig(rows, block_d, block_t, num_warps)
+    walked: int
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """A program takes BLOCK_N latents or BLOCK_L tokens."""
+
+    BLOCK_N: int
+    BLOCK_L: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class PartialsConfig:
+    """A program's tile of partial sums."""
+
+    BLOCK_P: int
+    BLOCK_D: int
+    num_warps: int
+
+
+# (oldest capability, widest row). A thread holds 32 elements of a forward's tile, 16 of a backward's: with its sums
+# beside them 32 spilled on sm_100.
+FORWARD_ROWS = {
+    (SM80, 128): RowConfig(8, 1),
+    (SM80, 512): RowConfig(8, 4),
+    (SM80, 2048): RowConfig(2, 4),
+    (SM80, 8192): RowConfig(1, 8),
+}
+BACKWARD_ROWS = {
+    (SM80, 128): RowConfig(8, 2),
+    (SM80, 512): RowConfig(4, 4),
+    (SM80, 2048): RowConfig(1, 4),
+    (SM80, 8192): RowConfig(1, 16),
+}
+WALKS = Table(  # (oldest capability, most rows)
+    "_rows.WALKS", {(SM80, 2047): WalkConfig(4), (SM80, 16383): WalkConfig(16), (SM80, ANY): WalkConfig(32)}
+)
+PARTIALS = Table("_rows.PARTIALS", {(SM80, ANY): PartialsConfig(32, 64, 4)})
+
+
+def row_options(table: Table[RowConfig], x: torch.Tensor, num_spans: int | None = None) -> dict[str, int]:
+    """Options of a launch that holds whole rows of x [*, D]; num_spans: where it looks at spans."""
+    width = x.shape[-1]
+    spans = {} if num_spans is None else {"BLOCK_S": span_block(num_spans)}
+    return options(table.on(x.device, width)) | {"BLOCK_D": power_of_two(max(width, 16))} | spans
+
+
+def walked_rows(x: torch.Tensor) -> int:
+    """Rows of x [T, D] that a program of a backward walks over."""
+    return WALKS.on(x.device, len(x)).walked
 
 
 @triton.jit
@@ -90,7 +129,7 @@ def owners_of_block(o_T, first, end, p_spans, num_spans, BLOCK_S: tl.constexpr):
     return owners
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["walked"])
 def sum_partials_kernel(
     p_partials,  # [P, PARTS, D] fp32
     p_spans,  # [S, 2], or one span of all rows
@@ -99,9 +138,9 @@ def sum_partials_kernel(
     num_rows,
     width,
     num_spans,
+    walked,
     HAS_SPANS: tl.constexpr,
     PARTS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -117,10 +156,10 @@ def sum_partials_kernel(
             other_start = tl.load(p_spans + o_S * 2, mask=m_S, other=0)
             other_length = tl.load(p_spans + o_S * 2 + 1, mask=m_S, other=0)
             rank += tl.sum(((other_length > 0) & (other_start < start)).to(tl.int32), axis=0)
-    begin = start // BLOCK_T + rank
+    begin = start // walked + rank
     end = begin
     if length > 0:
-        end = (start + length - 1) // BLOCK_T + rank + 1
+        end = (start + length - 1) // walked + rank + 1
     o_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_D = o_D < width
     b_first = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
@@ -138,28 +177,25 @@ def sum_partials_kernel(
         tl.store(p_second + o_out, tl.sum(b_second, axis=0), mask=m_D)
 
 
-def new_partials(like: torch.Tensor, num_rows: int, num_spans: int, parts: int, config: RowConfig) -> torch.Tensor:
+def new_partials(like: torch.Tensor, num_rows: int, num_spans: int, parts: int, walked: int) -> torch.Tensor:
     """Room for the partial sums of `parts` quantities: fp32 [blocks + spans, parts, D]."""
-    rows = blocks(num_rows, config.BLOCK_T) + num_spans
+    rows = blocks(num_rows, walked) + num_spans
     return torch.empty(rows, parts, like.shape[-1], dtype=torch.float32, device=like.device)
 
 
 def sum_partials(
-    partials: torch.Tensor, spans: torch.Tensor | None, num_rows: int, config: RowConfig, *out: torch.Tensor
+    partials: torch.Tensor, spans: torch.Tensor | None, num_rows: int, walked: int, *out: torch.Tensor
 ) -> None:
     """Write the sums of each part over each span into out, [S, D] each; without spans over all rows, [D]."""
     parts, width = partials.shape[1:]
-    num_spans = 1 if spans is None else len(spans)
+    num_spans, config = 1 if spans is None else len(spans), PARTIALS.on(partials.device, width)
     launch(
-        *(sum_partials_kernel, (num_spans, blocks(width, 64)), partials, spans, out[0], out[-1]),
-        *(num_rows, width, num_spans),
+        *(sum_partials_kernel, (num_spans, blocks(width, config.BLOCK_D)), partials, spans, out[0], out[-1]),
+        *(num_rows, width, num_spans, walked),
         HAS_SPANS=spans is not None,
         PARTS=parts,
-        BLOCK_T=config.BLOCK_T,
-        BLOCK_P=32,
-        BLOCK_D=64,
         BLOCK_S=span_block(num_spans),
-        num_warps=4,
+        **options(config),
     )
 
 

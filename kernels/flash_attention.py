@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from uvg_engine.kernels._launch import SM80, SM90, SM100, AotCase, Capability, blocks, capability_of, launch
+from uvg_engine.kernels._configs import Table, options
+from uvg_engine.kernels._launch import SM80, SM90, SM100, AotCase, blocks, launch
 from uvg_engine.kernels._spans import num_tiles, pad_width
 from uvg_engine.kernels.flash_attention_backward import flash_attention_bwd_key_kernel, flash_attention_bwd_query_kernel
 from uvg_engine.kernels.flash_attention_forward import flash_attention_fwd_kernel
@@ -17,66 +18,68 @@ from uvg_engine.kernels.flash_attention_forward import flash_attention_fwd_kerne
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """BLOCK_M queries by BLOCK_N keys; tma: descriptors bring the rows that are walked over. Untuned."""
+    """BLOCK_M queries by BLOCK_N keys. tma: descriptors bring the rows that are walked over. maxnreg: registers that a
+    thread may have, told where ptxas would rather spill a few bytes than take them."""
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
     tma: bool = False
+    maxnreg: int | None = None
 
 
-# (oldest capability, bytes of a number, widest head): forward, backward for dq, backward for dk and dv. The largest
-# tiles that spilled nothing. fp32 is multiplied by the FMA units: see moe_mlp.gemm_config.
-_CONFIGS = {
-    (SM80, 2, 64): (AttentionConfig(128, 64, 8, 3), AttentionConfig(128, 64, 8, 2), AttentionConfig(32, 64, 8, 2)),
-    (SM80, 2, 128): (AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 64, 8, 2), AttentionConfig(64, 64, 8, 2)),
-    (SM80, 2, 256): (AttentionConfig(64, 32, 8, 1), AttentionConfig(64, 32, 8, 1), AttentionConfig(32, 32, 8, 1)),
-    (SM80, 4, 32): (AttentionConfig(32, 32, 8, 1), AttentionConfig(32, 16, 4, 1), AttentionConfig(32, 32, 8, 1)),
-    (SM80, 4, 64): (AttentionConfig(32, 32, 8, 1), AttentionConfig(32, 32, 8, 1), AttentionConfig(32, 32, 8, 1)),
-    (SM80, 4, 128): (AttentionConfig(32, 32, 8, 1), AttentionConfig(32, 32, 16, 1), AttentionConfig(16, 32, 8, 1)),
-    (SM90, 2, 64): (
-        AttentionConfig(128, 128, 8, 2, tma=True),
-        AttentionConfig(128, 64, 8, 2, tma=True),
-        AttentionConfig(64, 128, 8, 2, tma=True),
-    ),
-    (SM90, 2, 128): (
-        AttentionConfig(128, 128, 8, 2, tma=True),
-        AttentionConfig(128, 64, 8, 2, tma=True),
-        AttentionConfig(32, 128, 8, 2, tma=True),
-    ),
-    (SM100, 2, 64): (
-        AttentionConfig(128, 64, 8, 3, tma=True),
-        AttentionConfig(128, 64, 8, 2, tma=True),
-        AttentionConfig(64, 128, 8, 2, tma=True),
-    ),
-    (SM100, 2, 128): (
-        AttentionConfig(128, 64, 8, 2, tma=True),
-        AttentionConfig(128, 64, 8, 2, tma=True),
-        AttentionConfig(64, 64, 8, 2, tma=True),
-    ),
-}
-FORWARD, QUERY, KEY = 0, 1, 2
+# (oldest capability, bytes of a number, widest head). fp32 is multiplied by the FMA units: see moe_mlp.PRODUCT.
+FORWARD = Table(
+    "flash_attention.FORWARD",
+    {
+        (SM80, 2, 64): AttentionConfig(128, 64, 8, 3),
+        (SM80, 2, 128): AttentionConfig(128, 64, 8, 2),
+        (SM80, 2, 256): AttentionConfig(64, 32, 8, 1),
+        (SM80, 4, 32): AttentionConfig(32, 32, 8, 1),
+        (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
+        (SM80, 4, 128): AttentionConfig(32, 32, 8, 1),
+        (SM90, 2, 64): AttentionConfig(128, 128, 8, 2, tma=True),
+        (SM90, 2, 128): AttentionConfig(128, 128, 8, 2, tma=True),
+        (SM100, 2, 64): AttentionConfig(128, 64, 8, 3, tma=True),
+        (SM100, 2, 128): AttentionConfig(128, 64, 8, 2, tma=True),
+    },
+)
+QUERY = Table(
+    "flash_attention.QUERY",
+    {
+        (SM80, 2, 64): AttentionConfig(128, 64, 8, 2),
+        (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
+        (SM80, 2, 256): AttentionConfig(64, 32, 8, 1),
+        (SM80, 4, 32): AttentionConfig(32, 16, 4, 1),
+        (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
+        (SM80, 4, 128): AttentionConfig(32, 32, 16, 1),
+        (SM90, 2, 64): AttentionConfig(128, 64, 8, 2, tma=True),
+        (SM90, 2, 128): AttentionConfig(128, 64, 8, 2, tma=True),
+    },
+)
+KEY = Table(
+    "flash_attention.KEY",
+    {
+        (SM80, 2, 64): AttentionConfig(32, 64, 8, 2),
+        (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
+        (SM80, 2, 256): AttentionConfig(32, 32, 8, 1),
+        (SM80, 4, 32): AttentionConfig(32, 32, 8, 1),
+        (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
+        (SM80, 4, 128): AttentionConfig(16, 32, 8, 1),
+        (SM90, 2, 64): AttentionConfig(64, 128, 8, 2, tma=True),
+        (SM90, 2, 128): AttentionConfig(32, 128, 8, 2, tma=True),
+        (SM100, 2, 128): AttentionConfig(64, 64, 8, 2, tma=True),
+    },
+)
 
 
-def attention_config(which: int, capability: Capability, width: int, itemsize: int) -> AttentionConfig:
-    """The configuration of the newest chip up to `capability` that has one for heads of this width."""
-    size = min(wide for _, number, wide in _CONFIGS if number == itemsize and wide >= width)
-    chip = max(chip for chip, number, wide in _CONFIGS if (number, wide) == (itemsize, size) and chip <= capability)
-    return _CONFIGS[chip, itemsize, size][which]
-
-
-def widest(itemsize: int) -> int:
-    """The widest head for which there is a configuration."""
-    return max(wide for _, number, wide in _CONFIGS if number == itemsize)
-
-
-def _config(which: int, *walked: Tensor) -> AttentionConfig:
+def _config(table: Table[AttentionConfig], *walked: Tensor) -> AttentionConfig:
     """The configuration for tensors [rows, N, H]; `walked` are those that a kernel walks over."""
     width, itemsize = walked[0].shape[2], walked[0].itemsize
-    config = attention_config(which, capability_of(walked[0].device), width, itemsize)
+    config = table.on(walked[0].device, itemsize, width)
     described = width == pad_width(width) and all(len(x) and x.data_ptr() % 16 == 0 for x in walked)
-    return config if described or not config.tma else attention_config(which, SM80, width, itemsize)
+    return config if described or not config.tma else table.choose(SM80, itemsize, width)
 
 
 def _rows(x: Tensor, block: int, tma: bool) -> Tensor | TensorDescriptor:
@@ -84,10 +87,11 @@ def _rows(x: Tensor, block: int, tma: bool) -> Tensor | TensorDescriptor:
     return TensorDescriptor.from_tensor(x.flatten(1), [block, x.shape[2]]) if tma else x
 
 
-def options(config: AttentionConfig, x: Tensor) -> dict[str, Any]:
-    """Constexprs and launch options for heads as those of x [rows, N, H]."""
-    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    return {name: getattr(config, name) for name in names} | {"H": x.shape[2], "PRECISION": "ieee"}
+def launch_options(config: AttentionConfig, x: Tensor) -> dict[str, Any]:
+    """Options of a launch for heads as those of x [rows, N, H], all but TMA."""
+    chosen = options(config)
+    del chosen["tma"]
+    return chosen | {"H": x.shape[2], "PRECISION": "ieee"}
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -101,7 +105,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, s
         *(q, *(_rows(x, config.BLOCK_N, config.tma) for x in (k, v)), out, lse, q_spans, k_spans),
         *(rows, heads, spans, q_spans.shape[1], k_spans.shape[1], scale),
         TMA=config.tma,
-        **options(config, q),
+        **launch_options(config, q),
     )
     return out, lse
 
@@ -126,7 +130,7 @@ def query_pass(
         *(dout, out, lse, q, *(_rows(x, config.BLOCK_N, config.tma) for x in (k, v)), dq, delta, q_spans, k_spans),
         *(rows, heads, spans, q_spans.shape[1], k_spans.shape[1], scale),
         TMA=config.tma,
-        **options(config, q),
+        **launch_options(config, q),
     )
     return dq, delta
 
@@ -150,7 +154,7 @@ def key_pass(
         *(*(_rows(x, config.BLOCK_M, config.tma) for x in (q, dout)), lse, delta, k, v, dk, dv, q_spans, k_spans),
         *(len(q), *k.shape[:2], len(q_spans), q_spans.shape[1], k_spans.shape[1], scale),
         TMA=config.tma,
-        **options(config, q),
+        **launch_options(config, q),
     )
     return dk, dv
 
@@ -184,11 +188,13 @@ def _aot_case(rows: int, heads: int, width: int, dtype: torch.dtype, *shows: str
 
 AOT_CASES = (
     _aot_case(131072, 12, 128, torch.bfloat16, "dot", "tma"),
+    _aot_case(32768, 12, 128, torch.float16, "dot", "tma", tested=False),
     _aot_case(32768, 12, 64, torch.bfloat16, "dot", "tma", tested=False),
-    _aot_case(2944, 4, 32, torch.bfloat16, "dot", "tma", capabilities=(SM90,), tested=False),
-    _aot_case(2944, 4, 80, torch.bfloat16, "dot", capabilities=(SM90,)),
-    _aot_case(2944, 4, 256, torch.bfloat16, "dot", capabilities=(SM80,), tested=False),
-    _aot_case(2944, 4, 32, torch.float32, capabilities=(SM80,), tested=False),
-    _aot_case(2944, 4, 64, torch.float32, capabilities=(SM80,), tested=False),
-    _aot_case(2944, 4, 128, torch.float32, capabilities=(SM80,)),
+    _aot_case(2944, 4, 32, torch.bfloat16, "dot", "tma", tested=False),
+    _aot_case(2944, 4, 80, torch.bfloat16, "dot"),
+    _aot_case(2944, 4, 48, torch.bfloat16, "dot", tested=False),
+    _aot_case(2944, 4, 256, torch.bfloat16, "dot", tested=False),
+    _aot_case(2944, 4, 32, torch.float32, tested=False),
+    _aot_case(2944, 4, 64, torch.float32, tested=False),
+    _aot_case(2944, 4, 128, torch.float32),
 )

@@ -12,11 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from uvg_engine.kernels import _philox
-from uvg_engine.kernels._launch import AotCase, blocks, launch, packed
-from uvg_engine.kernels._rows import owners_of_block, run_of_row, span_block
+from uvg_engine.kernels._configs import Table, options
+from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed
+from uvg_engine.kernels._rows import FlowConfig, owners_of_block, run_of_row, span_block
 
-BLOCK_N, BLOCK_L = 1024, 128  # untuned
-BYTES_PER_WARP = 512  # of latents, one 128-bit access a thread: in fp32 twice that spills on sm_80
+NOISE = Table(  # (oldest capability, bytes of a latent): one 128-bit access a thread; in fp32 two spill on sm_80
+    "flow_noise.NOISE", {(SM80, 2): FlowConfig(1024, 128, 4), (SM80, 4): FlowConfig(1024, 128, 8)}
+)
 
 
 @triton.jit
@@ -130,14 +132,13 @@ def forward(
     """Arguments and results as in reference.flow_noise.forward."""
     given = [packed(value) for value in (data, tokens, sigma, kappa, seeds, latent_spans, token_spans)]
     x, velocity, noisy = torch.empty_like(given[0]), torch.empty_like(given[0]), torch.empty_like(given[1])
-    latent_blocks = blocks(len(data), BLOCK_N)
+    config = NOISE.on(data.device, data.itemsize)
+    latent_blocks = blocks(len(data), config.BLOCK_N)
     launch(
-        *(flow_noise_kernel, (latent_blocks + blocks(len(tokens), BLOCK_L),), *given, x, velocity, noisy),
+        *(flow_noise_kernel, (latent_blocks + blocks(len(tokens), config.BLOCK_L),), *given, x, velocity, noisy),
         *(step, vocab, mask_id, len(data), len(tokens), len(latent_spans), latent_blocks),
-        BLOCK_N=BLOCK_N,
-        BLOCK_L=BLOCK_L,
         BLOCK_S=span_block(len(latent_spans)),
-        num_warps=BLOCK_N * x.element_size() // BYTES_PER_WARP,
+        **options(config),
     )
     return x, velocity, noisy
 

@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from uvg_engine.kernels import _philox
-from uvg_engine.kernels._launch import AotCase, blocks, launch, packed
-from uvg_engine.kernels._rows import owners_of_block, run_of_row, span_block
+from uvg_engine.kernels._configs import ANY, Table, options
+from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed
+from uvg_engine.kernels._rows import FlowConfig, owners_of_block, run_of_row, span_block
 
-BLOCK_N, BLOCK_L, NUM_WARPS = 2048, 128, 8  # untuned; 1024 with 4 warps spills on sm_80
+STEP = Table("flow_step.STEP", {(SM80, ANY): FlowConfig(2048, 128, 8)})  # 1024 with 4 warps spills on sm_80
 
 
 @triton.jit
@@ -188,18 +189,24 @@ def forward(
     samples = [packed(v) for v in (guidance, coefs, latent_spans, tokens, drawn, jump_prob, seeds, steps, token_spans)]
     out = [torch.empty_like(latents[0]) for _ in range(3)]
     tokens_out = torch.empty_like(samples[3])
-    latent_blocks = blocks(len(x), BLOCK_N)
+    config = STEP.on(x.device, len(x))
+    latent_blocks = blocks(len(x), config.BLOCK_N)
     launch(
-        *(flow_step_kernel, (latent_blocks + blocks(len(tokens), BLOCK_L),), *latents, *samples, *out, tokens_out),
+        *(
+            flow_step_kernel,
+            (latent_blocks + blocks(len(tokens), config.BLOCK_L),),
+            *latents,
+            *samples,
+            *out,
+            tokens_out,
+        ),
         *(len(x), len(tokens), len(latent_spans), latent_blocks),
         GUIDED=v_uncond is not None,
         HAS_LAST=last is not None,
         HAS_M1=m1 is not None,
         HAS_M2=m2 is not None,
-        BLOCK_N=BLOCK_N,
-        BLOCK_L=BLOCK_L,
         BLOCK_S=span_block(len(latent_spans)),
-        num_warps=NUM_WARPS,
+        **options(config),
     )
     return *out, tokens_out
 

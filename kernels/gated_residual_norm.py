@@ -6,33 +6,53 @@ registers of a wide row: it goes over the columns of its rows twice, the second 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvg_engine.kernels._launch import (
-    SM90,
-    AotCase,
-    Capability,
-    blocks,
-    capability_of,
-    launch,
-    packed,
-    power_of_two,
-)
+from uvg_engine.kernels._configs import ANY, Table, options
+from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed, power_of_two
 from uvg_engine.kernels._rows import (
-    RowConfig,
+    FORWARD_ROWS,
     new_partials,
     owner_of_rows,
-    row_config,
+    row_options,
     run_of_row,
     span_block,
     sum_partials,
 )
 from uvg_engine.kernels.modulated_layer_norm import norm_rows, store_affine_sums
 
-_TILE = 4096  # elements of a tile of the backward; untuned
+
+@dataclass(frozen=True)
+class PartConfig:
+    """A program's BLOCK_T rows, BLOCK_D of their columns at a time; narrower rows take fewer warps. maxnreg: registers
+    that a thread may have, told where ptxas would rather spill a few bytes than take them."""
+
+    BLOCK_T: int
+    BLOCK_D: int
+    num_warps: int
+    maxnreg: int | None = None
+
+    def launch_options(self, width: int) -> dict[str, int]:
+        """Options of a launch for rows of this width."""
+        block_d = min(self.BLOCK_D, power_of_two(max(width, 16)))
+        num_warps = max(1, self.num_warps * block_d // self.BLOCK_D)
+        return options(replace(self, BLOCK_D=block_d, num_warps=num_warps))
+
+
+FORWARD = Table("gated_residual_norm.FORWARD", FORWARD_ROWS)
+BACKWARD = Table(  # (oldest capability, most rows); 8 elements a thread: 16 spilled on sm_100
+    "gated_residual_norm.BACKWARD",
+    {
+        (SM80, 2047): PartConfig(4, 1024, 16, maxnreg=128),
+        (SM80, 16383): PartConfig(16, 256, 16, maxnreg=128),
+        (SM80, ANY): PartConfig(32, 128, 16, maxnreg=128),
+    },
+)
 
 
 @triton.jit
@@ -194,14 +214,12 @@ def forward(
     h, y, *given = (packed(value) for value in (h, y, gate, shift, scale, spans, weight, bias))
     out, normed = torch.empty_like(h), torch.empty_like(h, dtype=norm_dtype)
     mean, rstd = (torch.empty(len(h), dtype=torch.float32, device=h.device) for _ in range(2))
-    config, num_spans = row_config(*h.shape), 0 if spans is None else len(spans)
+    num_spans = 0 if spans is None else len(spans)
+    rows = row_options(FORWARD, h, num_spans)
     launch(
-        *(gated_residual_norm_fwd_kernel, (blocks(len(h), config.ROWS),), h, y, *given, out, normed, mean, rstd),
+        *(gated_residual_norm_fwd_kernel, (blocks(len(h), rows["ROWS"]),), h, y, *given, out, normed, mean, rstd),
         *(eps, *h.shape, num_spans),
-        ROWS=config.ROWS,
-        BLOCK_D=config.BLOCK_D,
-        BLOCK_S=span_block(num_spans),
-        num_warps=config.num_warps,
+        **rows,
     )
     return out, normed, mean, rstd
 
@@ -212,37 +230,26 @@ def backward(
     """Arguments and results as in reference.gated_residual_norm.backward."""
     tensors = (dout, dnormed, mean, rstd, out, y, gate, scale, spans, weight, bias)
     dout, dnormed, mean, rstd, out, y, gate, scale, spans, weight, bias = (packed(value) for value in tensors)
-    config, num_spans = backward_config(capability_of(out.device), *out.shape), 0 if spans is None else len(spans)
-    dh, dy = torch.empty_like(out), torch.empty_like(y)
+    config, num_spans = BACKWARD.on(out.device, len(out)), 0 if spans is None else len(spans)
+    dh, dy, walked = torch.empty_like(out), torch.empty_like(y), config.BLOCK_T
     grads = [mean.new_empty(0) if p is None else torch.empty_like(p) for p in (gate, shift, scale, weight, bias)]
     affine = [grad for grad, p in zip(grads[3:], (weight, bias), strict=True) if p is not None]
-    gate_sums = None if gate is None else new_partials(out, len(out), num_spans, 1, config)
-    norm_sums = None if scale is None else new_partials(out, len(out), num_spans, 2, config)
-    affine_sums = new_partials(out, len(out), 0, len(affine), config) if affine else None
+    gate_sums = None if gate is None else new_partials(out, len(out), num_spans, 1, walked)
+    norm_sums = None if scale is None else new_partials(out, len(out), num_spans, 2, walked)
+    affine_sums = new_partials(out, len(out), 0, len(affine), walked) if affine else None
     launch(
-        *(gated_residual_norm_bwd_kernel, (blocks(len(out), config.BLOCK_T),), dout, dnormed, mean, rstd, out, y),
+        *(gated_residual_norm_bwd_kernel, (blocks(len(out), walked),), dout, dnormed, mean, rstd, out, y),
         *(gate, scale, spans, weight, bias, dh, dy, gate_sums, norm_sums, affine_sums, *out.shape, num_spans),
-        BLOCK_T=config.BLOCK_T,
-        BLOCK_D=config.BLOCK_D,
         BLOCK_S=span_block(num_spans),
-        num_warps=config.num_warps,
+        **config.launch_options(out.shape[1]),
     )
     if gate_sums is not None:
-        sum_partials(gate_sums, spans, len(out), config, grads[0])
+        sum_partials(gate_sums, spans, len(out), walked, grads[0])
     if norm_sums is not None:
-        sum_partials(norm_sums, spans, len(out), config, *grads[1:3])
+        sum_partials(norm_sums, spans, len(out), walked, *grads[1:3])
     if affine_sums is not None:
-        sum_partials(affine_sums, None, len(out), config, *affine)
+        sum_partials(affine_sums, None, len(out), walked, *affine)
     return dh, dy, *grads
-
-
-def backward_config(capability: Capability, num_rows: int, width: int) -> RowConfig:
-    """A tile of BLOCK_T rows, as many as there are rows enough for, by BLOCK_D columns; elements a thread: 16 spilled
-    on sm_100, 8 on sm_80."""
-    block_t = row_config(num_rows, width, backward=True).BLOCK_T
-    block_d = min(_TILE // block_t, power_of_two(max(width, 16)))
-    per_thread = 16 if capability < SM90 else 8
-    return RowConfig(block_t, block_d, block_t, max(1, block_t * block_d // (32 * per_thread)))
 
 
 def _aot_call(rows: int, width: int, stream: torch.dtype, num_spans: int, affine: bool) -> None:
@@ -270,6 +277,8 @@ AOT_CASES = tuple(
         (32768, 1536, torch.float32, False),
         (32768, 1536, torch.float32, True),
         (32768, 5120, torch.bfloat16, False),
-        (1024, 128, torch.float32, False),
+        (2944, 512, torch.bfloat16, False),
+        (1024, 1536, torch.float32, False),
+        (2944, 128, torch.float32, False),
     )
 )

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.kernels._head import HeadConfig, as_matrix, head_config, masses, uses_descriptors
-from uvg_engine.kernels._launch import AotCase, blocks, capability_of, launch, packed
+from uvg_engine.kernels._configs import ANY, Table, options
+from uvg_engine.kernels._head import LOGITS, as_matrix, masses, uses_descriptors
+from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed
 from uvg_engine.kernels.linear_cross_entropy_kernels import (
     linear_cross_entropy_bwd_logits_kernel,
     linear_cross_entropy_bwd_rows_kernel,
@@ -24,12 +25,20 @@ from uvg_engine.kernels.linear_cross_entropy_kernels import (
 
 STEP_ELEMENTS = 1 << 25  # of the gradient of the logits, held at once; untuned
 _STEP_WORDS = 1024  # whole blocks of every configuration: a step is a multiple, at least one
-_LOSS_ROWS, _LOSS_PANELS = 4, 128  # of a program, and at a time; untuned
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """ROWS of a program, PANELS of a row at a time."""
+
+    ROWS: int
+    PANELS: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """A program's BLOCK_M by BLOCK_N of a gradient, BLOCK_K summed at a time. Untuned."""
+    """A program's BLOCK_M by BLOCK_N of a gradient, BLOCK_K summed at a time."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -38,11 +47,17 @@ class ProductConfig:
     num_stages: int
 
 
-def product_config(dtype: torch.dtype) -> ProductConfig:
-    """fp32 by the FMA units; fp16 as TF32, see `_held_as`. With two stages, TF32 spilled 8 bytes on sm_100."""
-    if dtype == torch.float32:
-        return ProductConfig(64, 64, 16, 8, 2)
-    return ProductConfig(128, 128, 32, 8, 3) if dtype == torch.float16 else ProductConfig(128, 128, 64, 8, 3)
+LOSS = Table("linear_cross_entropy.LOSS", {(SM80, ANY): LossConfig(4, 128, 4)})
+# (oldest capability, bytes of a number, bytes of a gradient of a logit, see `_held_as`): fp32 by the FMA units, fp16 as
+# TF32. With two stages, TF32 spilled 8 bytes on sm_100.
+PRODUCT = Table(
+    "linear_cross_entropy.PRODUCT",
+    {
+        (SM80, 4, 4): ProductConfig(64, 64, 16, 8, 2),
+        (SM80, 2, 4): ProductConfig(128, 128, 32, 8, 3),
+        (SM80, 2, 2): ProductConfig(128, 128, 64, 8, 3),
+    },
+)
 
 
 def _held_as(dtype: torch.dtype) -> torch.dtype:
@@ -65,12 +80,11 @@ def forward(
     tops, sums, at_target, at_current = masses(x, weight, bias, target, current, 1.0)
     losses, lse = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
     p_current = torch.empty_like(at_current)
+    config = LOSS.on(x.device, len(x))
     launch(
-        *(linear_cross_entropy_fwd_kernel, (blocks(len(x), _LOSS_ROWS),), tops, sums, at_target, at_current),
+        *(linear_cross_entropy_fwd_kernel, (blocks(len(x), config.ROWS),), tops, sums, at_target, at_current),
         *(target, current, rate, losses, lse, p_current, *tops.shape),
-        ROWS=_LOSS_ROWS,
-        PANELS=_LOSS_PANELS,
-        num_warps=4,
+        **options(config),
     )
     return losses, lse, p_current
 
@@ -91,10 +105,11 @@ def backward(
     x, weight, bias, target, current, rate = map(packed, (x, weight, bias, target, current, rate))
     dloss, lse, p_current = map(packed, (dloss, lse, p_current))
     num_rows, width, vocab = *x.shape, len(weight)
-    head, product = head_config(x.itemsize), product_config(x.dtype)
-    tma = uses_descriptors(capability_of(x.device), x, weight)
+    held = _held_as(x.dtype)
+    head, product = LOGITS.on(x.device, x.itemsize), PRODUCT.on(x.device, x.itemsize, held.itemsize)
+    tma = uses_descriptors(x, weight)
     step, tiles = step_words(num_rows, vocab), blocks(num_rows, head.BLOCK_M)
-    dlogits = x.new_empty(num_rows, step, dtype=_held_as(x.dtype))
+    dlogits = x.new_empty(num_rows, step, dtype=held)
     sums = x.new_empty(tiles, step, dtype=torch.float32)
     dx_sums = x.new_empty(num_rows, width, dtype=torch.float32)
     dx, dweight, dbias = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, weight, bias))
@@ -113,7 +128,8 @@ def backward(
         launch(
             *(linear_cross_entropy_bwd_logits_kernel, (tiles * blocks(words, head.BLOCK_N),), *head_matrices),
             *(bias, dloss, lse, p_current, target, current, rate, dlogits, sums, num_rows, width, vocab, first, step),
-            **_options(head, tma),
+            TMA=tma,
+            **options(head),
         )
         launch(
             *(linear_cross_entropy_bwd_rows_kernel,),
@@ -122,21 +138,18 @@ def backward(
             FIRST=first == 0,
             LAST=first + words == vocab,
             PRECISION=precision,
-            **_options(product, tma),
+            TMA=tma,
+            **options(product),
         )
         launch(
             *(linear_cross_entropy_bwd_words_kernel,),
             (blocks(words, product.BLOCK_M) * blocks(width, product.BLOCK_N),),
             *(*by_words, sums, dweight, dbias, num_rows, width, vocab, first, step, tiles),
             PRECISION=precision,
-            **_options(product, tma),
+            TMA=tma,
+            **options(product),
         )
     return dx, dweight, dbias
-
-
-def _options(config: HeadConfig | ProductConfig, tma: bool) -> dict[str, Any]:
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    return {name: getattr(config, name) for name in names} | {"TMA": tma}
 
 
 def _aot_call(rows: int, width: int, vocab: int, dtype: torch.dtype, loss: str) -> None:

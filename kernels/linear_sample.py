@@ -6,18 +6,39 @@ the panel in which its pick lies; the pick, for which that panel alone is comput
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvg_engine.kernels._head import head_config, masses
-from uvg_engine.kernels._launch import AotCase, blocks, launch, packed
+from uvg_engine.kernels._configs import ANY, Table, options
+from uvg_engine.kernels._head import LOGITS, masses
+from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed
 from uvg_engine.kernels._philox import DRAW, uniform, words
 
 TILE = 1024  # words that one draw decides on; part of the result
-_DECIDE_ROWS = 8  # of a program; untuned
-_PICK_K = 128  # of the width at a time, a multiple of every BLOCK_K; untuned
+
+
+@dataclass(frozen=True)
+class DecideConfig:
+    """Rows of a program."""
+
+    ROWS: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class PickConfig:
+    """BLOCK_K of the width at a time."""
+
+    BLOCK_K: int
+    num_warps: int
+
+
+DECIDE = Table("linear_sample.DECIDE", {(SM80, ANY): DecideConfig(8, 1)})
+PICK = Table("linear_sample.PICK", {(SM80, ANY): PickConfig(128, 8)})
 
 
 @triton.jit
@@ -130,24 +151,23 @@ def forward(
     x, weight, bias, seeds, steps, tokens = map(packed, (x, weight, bias, seeds, steps, tokens))
     # finite and not zero: no difference of logits, 0 or -inf, then gives NaN
     scale = min(max(1 / temperature if temperature > 1e-38 else 1e38, 1e-37), 1e38) if temperature else 1.0
-    greedy, block = temperature == 0, head_config(x.itemsize).BLOCK_N
+    greedy, block = temperature == 0, LOGITS.on(x.device, x.itemsize).BLOCK_N
     tops, sums, _, _ = masses(x, weight, bias, None, None, scale)
     panel, share = x.new_empty(len(x), dtype=torch.int32), x.new_empty(len(x), dtype=torch.float32)
     ids = torch.empty_like(seeds)
+    decide = DECIDE.on(x.device, len(x))
     launch(
-        *(linear_sample_decide_kernel, (blocks(len(x), _DECIDE_ROWS),)),
+        *(linear_sample_decide_kernel, (blocks(len(x), decide.ROWS),)),
         *(tops, sums, seeds, steps, tokens, panel, share, *tops.shape, scale),
         GREEDY=greedy,
-        ROWS=_DECIDE_ROWS,
         PANELS=TILE // block,
-        num_warps=1,
+        **options(decide),
     )
     launch(
         *(linear_sample_pick_kernel, (len(x),), x, weight, bias, panel, share, ids, x.shape[1], len(weight), scale),
         GREEDY=greedy,
         BLOCK_N=block,
-        BLOCK_K=_PICK_K,
-        num_warps=8,
+        **options(PICK.on(x.device, x.shape[1])),
     )
     return ids
 

@@ -7,16 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uvg_engine.kernels._configs import Table
 from uvg_engine.kernels._launch import AotCase, blocks, launch, packed
 from uvg_engine.kernels._rows import (
-    RowConfig,
+    BACKWARD_ROWS,
+    FORWARD_ROWS,
     new_partials,
     owner_of_rows,
-    row_config,
+    row_options,
     run_of_row,
-    span_block,
     sum_partials,
+    walked_rows,
 )
+
+FORWARD = Table("modulated_layer_norm.FORWARD", FORWARD_ROWS)
+BACKWARD = Table("modulated_layer_norm.BACKWARD", BACKWARD_ROWS)
 
 
 @triton.jit
@@ -72,7 +77,7 @@ def modulated_layer_norm_fwd_kernel(
     tl.store(p_rstd + o_T, rstd, mask=m_T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["walked"])
 def modulated_layer_norm_bwd_kernel(
     p_dy,  # [T, D]
     p_mean,  # [T] fp32
@@ -88,12 +93,12 @@ def modulated_layer_norm_bwd_kernel(
     num_rows,
     width,
     num_spans,
-    BLOCK_T: tl.constexpr,
+    walked,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Program b: BLOCK_T rows, run by run."""
+    """Program b: `walked` rows, run by run."""
     i_B = tl.program_id(0)
     o_D = tl.arange(0, BLOCK_D)
     m_D = o_D < width
@@ -102,8 +107,8 @@ def modulated_layer_norm_bwd_kernel(
         b_weight = tl.load(p_weight + o_D, mask=m_D, other=0.0).to(tl.float32)
     b_dweight = tl.zeros([ROWS, BLOCK_D], tl.float32)
     b_dbias = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    row = i_B * BLOCK_T
-    end = tl.minimum(row + BLOCK_T, num_rows)
+    row = i_B * walked
+    end = tl.minimum(row + walked, num_rows)
     while row < end:
         stop = end
         b_factor = tl.full([BLOCK_D], 1.0, tl.float32)
@@ -161,25 +166,16 @@ def store_affine_sums(p_sums, b_dweight, b_dbias, p_weight, p_bias, i_B, o_D, wi
             tl.store(at + (PARTS - 1) * width, tl.sum(b_dbias, axis=0), mask=m_D)
 
 
-def _options(config: RowConfig, spans: Tensor | None) -> dict[str, int]:
-    return {
-        "ROWS": config.ROWS,
-        "BLOCK_D": config.BLOCK_D,
-        "BLOCK_S": span_block(0 if spans is None else len(spans)),
-        "num_warps": config.num_warps,
-    }
-
-
 def forward(x: Tensor, shift, scale, spans, weight, bias, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as in reference.modulated_layer_norm.forward."""
     x, *given = (packed(value) for value in (x, shift, scale, spans, weight, bias))
     y, mean = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32, device=x.device)
-    rstd, config = torch.empty_like(mean), row_config(*x.shape)
-    num_spans = 0 if spans is None else len(spans)
+    rstd, num_spans = torch.empty_like(mean), 0 if spans is None else len(spans)
+    options = row_options(FORWARD, x, num_spans)
     launch(
-        *(modulated_layer_norm_fwd_kernel, (blocks(len(x), config.ROWS),), x, *given, y, mean, rstd),
+        *(modulated_layer_norm_fwd_kernel, (blocks(len(x), options["ROWS"]),), x, *given, y, mean, rstd),
         *(eps, *x.shape, num_spans),
-        **_options(config, spans),
+        **options,
     )
     return y, mean, rstd
 
@@ -189,22 +185,21 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Arguments and results as in reference.modulated_layer_norm.backward."""
     dy, x, shift, scale, spans, weight, bias = (packed(v) for v in (dy, x, shift, scale, spans, weight, bias))
-    dx, config = torch.empty_like(x), row_config(*x.shape, backward=True)
+    dx, walked = torch.empty_like(x), walked_rows(x)
     num_spans = 0 if spans is None else len(spans)
     grads = [mean.new_empty(0) if p is None else torch.empty_like(p) for p in (shift, scale, weight, bias)]
     affine = [grad for grad, p in zip(grads[2:], (weight, bias), strict=True) if p is not None]
-    span_sums = None if spans is None else new_partials(x, len(x), num_spans, 2, config)
-    affine_sums = new_partials(x, len(x), 0, len(affine), config) if affine else None
+    span_sums = None if spans is None else new_partials(x, len(x), num_spans, 2, walked)
+    affine_sums = new_partials(x, len(x), 0, len(affine), walked) if affine else None
     launch(
-        *(modulated_layer_norm_bwd_kernel, (blocks(len(x), config.BLOCK_T),), dy, mean, rstd, x),
-        *(scale, spans, weight, bias, dx, span_sums, affine_sums, *x.shape, num_spans),
-        BLOCK_T=config.BLOCK_T,
-        **_options(config, spans),
+        *(modulated_layer_norm_bwd_kernel, (blocks(len(x), walked),), dy, mean, rstd, x),
+        *(scale, spans, weight, bias, dx, span_sums, affine_sums, *x.shape, num_spans, walked),
+        **row_options(BACKWARD, x, num_spans),
     )
     if span_sums is not None:
-        sum_partials(span_sums, spans, len(x), config, *grads[:2])
+        sum_partials(span_sums, spans, len(x), walked, *grads[:2])
     if affine_sums is not None:
-        sum_partials(affine_sums, None, len(x), config, *affine)
+        sum_partials(affine_sums, None, len(x), walked, *affine)
     return dx, *grads
 
 
@@ -237,6 +232,7 @@ AOT_CASES = tuple(
         (32768, 1536, torch.bfloat16, 4, False),
         (32768, 1536, torch.float32, 0, True),
         (32768, 5120, torch.bfloat16, 4, False),
+        (2944, 512, torch.bfloat16, 4, False),
         (1024, 128, torch.float32, 64, False),
     )
 )

@@ -6,13 +6,29 @@ slot that stands in grouped row r.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvg_engine.kernels._launch import AotCase, blocks, launch, packed
-from uvg_engine.kernels._rows import row_config
+from uvg_engine.kernels._configs import ANY, Table, options
+from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed
+from uvg_engine.kernels._rows import FORWARD_ROWS, row_options
+
+
+@dataclass(frozen=True)
+class SlotConfig:
+    """Slots of a program."""
+
+    BLOCK_R: int
+    num_warps: int
+
+
+INVERT = Table("moe_combine.INVERT", {(SM80, ANY): SlotConfig(1024, 4)})
+SUM = Table("moe_combine.SUM", FORWARD_ROWS)
+BACKWARD = Table("moe_combine.BACKWARD", FORWARD_ROWS)  # without a sum over rows
 
 
 @triton.jit
@@ -87,15 +103,16 @@ def sum_choices(rows: Tensor, order: Tensor, weights: Tensor | None, num_rows: i
     """[T, D] in rows' dtype: each row the sum of its K grouped rows, weighed where weights [T, K] are given."""
     rows, order, weights = packed(rows), packed(order), packed(weights)
     out, places = rows.new_empty(num_rows, rows.shape[1]), torch.empty_like(order)
-    config = row_config(*out.shape)
-    launch(invert_order_kernel, (blocks(len(order), 1024),), order, places, len(order), BLOCK_R=1024, num_warps=4)
+    slots, tile = INVERT.on(order.device, len(order)), row_options(SUM, out)
     launch(
-        *(sum_choices_kernel, (blocks(num_rows, config.ROWS),), rows, places, weights, out, *out.shape),
+        *(invert_order_kernel, (blocks(len(order), slots.BLOCK_R),), order, places, len(order)),
+        **options(slots),
+    )
+    launch(
+        *(sum_choices_kernel, (blocks(num_rows, tile["ROWS"]),), rows, places, weights, out, *out.shape),
         K=top_k,
         WEIGHTED=weights is not None,
-        ROWS=config.ROWS,
-        BLOCK_D=config.BLOCK_D,
-        num_warps=config.num_warps,
+        **tile,
     )
     return out
 
@@ -108,14 +125,12 @@ def forward(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
 def backward(dout: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Arguments and results as in reference.moe_combine.backward."""
     dout, rows, order, weights = packed(dout), packed(rows), packed(order), packed(weights)
-    drows, dweights, config = torch.empty_like(rows), torch.empty_like(weights), row_config(*rows.shape)
+    drows, dweights, tile = torch.empty_like(rows), torch.empty_like(weights), row_options(BACKWARD, rows)
     launch(
-        *(moe_combine_bwd_kernel, (blocks(len(rows), config.ROWS),), dout, rows, order, weights, drows, dweights),
+        *(moe_combine_bwd_kernel, (blocks(len(rows), tile["ROWS"]),), dout, rows, order, weights, drows, dweights),
         *rows.shape,
         K=weights.shape[1],
-        ROWS=config.ROWS,
-        BLOCK_D=config.BLOCK_D,
-        num_warps=config.num_warps,
+        **tile,
     )
     return drows, dweights
 
@@ -132,5 +147,10 @@ def _aot_call(num_rows: int, width: int, top_k: int, dtype: torch.dtype) -> None
 _EXPECTS = {"invert_order_kernel": (), "sum_choices_kernel": ("wide",), "moe_combine_bwd_kernel": ("wide",)}
 AOT_CASES = tuple(
     AotCase(f"T={shape[0]} D={shape[1]} K={shape[2]} {str(shape[3])[6:]}", lambda a=shape: _aot_call(*a), _EXPECTS)
-    for shape in ((32768, 1536, 2, torch.bfloat16), (32768, 5120, 2, torch.bfloat16))
+    for shape in (
+        (32768, 1536, 2, torch.bfloat16),
+        (32768, 5120, 2, torch.bfloat16),
+        (2944, 512, 2, torch.bfloat16),
+        (2944, 128, 2, torch.float32),
+    )
 )

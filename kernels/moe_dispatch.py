@@ -6,16 +6,30 @@ of each block of slots, their prefix sums by expert and block, the place of each
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvg_engine.kernels._launch import AotCase, blocks, launch, packed, power_of_two
-from uvg_engine.kernels._rows import row_config
-from uvg_engine.kernels.moe_combine import sum_choices
+from uvg_engine.kernels._configs import ANY, Table, options
+from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed, power_of_two
+from uvg_engine.kernels._rows import FORWARD_ROWS, row_options
+from uvg_engine.kernels.moe_combine import SlotConfig, sum_choices
 
-BLOCK_R = 64  # untuned: slots of a block
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Elements of the counts [BLOCK_B, BLOCK_E] that the one program holds at a time."""
+
+    elements: int
+    num_warps: int
+
+
+SLOTS = Table("moe_dispatch.SLOTS", {(SM80, ANY): SlotConfig(64, 4)})
+GROUPS = Table("moe_dispatch.GROUPS", {(SM80, ANY): GroupConfig(4096, 8)})
+COPY = Table("moe_dispatch.COPY", FORWARD_ROWS)
 
 
 @triton.jit
@@ -106,24 +120,23 @@ def forward(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     """Arguments and results as in reference.moe_dispatch.forward."""
     x, experts = packed(x), packed(experts)
     num_slots, top_k, width = experts.numel(), experts.shape[1], x.shape[1]
-    num_blocks, block_e = blocks(num_slots, BLOCK_R), power_of_two(max(num_experts, 16))
+    slots, groups = SLOTS.on(x.device, num_slots), GROUPS.on(x.device, num_experts)
+    num_blocks, block_e = blocks(num_slots, slots.BLOCK_R), power_of_two(max(num_experts, 16))
     counts, order = experts.new_empty(num_blocks, block_e), experts.new_empty(num_slots)
     rows, group_offsets = x.new_empty(num_slots, width), experts.new_empty(num_experts + 1)
-    sizes, config = {"BLOCK_R": BLOCK_R, "BLOCK_E": block_e, "num_warps": 4}, row_config(num_slots, width)
+    sizes, tile = options(slots) | {"BLOCK_E": block_e}, row_options(COPY, rows)
     launch(count_slots_kernel, (num_blocks,), experts, counts, num_slots, **sizes)
     launch(
         *(place_groups_kernel, (1,), counts, group_offsets, num_blocks, num_experts),
-        BLOCK_B=max(1, 4096 // block_e),
+        BLOCK_B=max(1, groups.elements // block_e),
         BLOCK_E=block_e,
-        num_warps=8,
+        num_warps=groups.num_warps,
     )
     launch(place_slots_kernel, (num_blocks,), experts, counts, order, num_slots, **sizes)
     launch(
-        *(copy_rows_kernel, (blocks(num_slots, config.ROWS),), x, order, rows, num_slots, width),
+        *(copy_rows_kernel, (blocks(num_slots, tile["ROWS"]),), x, order, rows, num_slots, width),
         K=top_k,
-        ROWS=config.ROWS,
-        BLOCK_D=config.BLOCK_D,
-        num_warps=config.num_warps,
+        **tile,
     )
     return rows, group_offsets, order
 
@@ -146,5 +159,10 @@ _EXPECTS = {
 }
 AOT_CASES = tuple(
     AotCase(f"T={a[0]} D={a[1]} K={a[2]} E={a[3]} {str(a[4])[6:]}", lambda a=a: _aot_call(*a), _EXPECTS)
-    for a in ((32768, 1536, 2, 8, torch.bfloat16), (32768, 5120, 2, 64, torch.bfloat16))
+    for a in (
+        (32768, 1536, 2, 8, torch.bfloat16),
+        (32768, 5120, 2, 64, torch.bfloat16),
+        (2944, 512, 2, 8, torch.bfloat16),
+        (2944, 128, 2, 8, torch.float32),
+    )
 )

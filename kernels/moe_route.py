@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvg_engine.kernels._launch import AotCase, blocks, launch, packed, power_of_two
+from uvg_engine.kernels._configs import ANY, Table
+from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed, power_of_two
+
+
+@dataclass(frozen=True)
+class RouteConfig:
+    """Logits of a program, of up to 128 rows."""
+
+    elements: int
+    num_warps: int
+
+
+ROUTE = Table("moe_route.ROUTE", {(SM80, ANY): RouteConfig(2048, 4)})
 
 
 @triton.jit
@@ -80,20 +94,20 @@ def moe_route_bwd_kernel(
     tl.store(p_dlogits + o_TE, b_dlogit, mask=m_T[:, None] & (o_E < num_experts)[None, :])
 
 
-def _options(num_experts: int, top_k: int) -> dict[str, int]:
-    block_e = power_of_two(max(num_experts, 4))
+def _options(logits: Tensor, top_k: int) -> dict[str, int]:
+    config, block_e = ROUTE.on(logits.device, logits.shape[1]), power_of_two(max(logits.shape[1], 4))
     return {
         "K": top_k,
-        "ROWS": max(1, min(128, 2048 // block_e)),
+        "ROWS": max(1, min(128, config.elements // block_e)),
         "BLOCK_E": block_e,
         "BLOCK_K": power_of_two(top_k),
-        "num_warps": 4,
-    }  # untuned
+        "num_warps": config.num_warps,
+    }
 
 
 def forward(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Arguments and results as in reference.moe_route.forward."""
-    logits, options = packed(logits), _options(logits.shape[1], top_k)
+    logits, options = packed(logits), _options(logits, top_k)
     weights = torch.empty(len(logits), top_k, dtype=torch.float32, device=logits.device)
     experts = torch.empty(len(logits), top_k, dtype=torch.int32, device=logits.device)
     grid = (blocks(len(logits), options["ROWS"]),)
@@ -104,10 +118,8 @@ def forward(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def backward(dweights: Tensor, weights: Tensor, experts: Tensor, logits: Tensor, top_k: int) -> Tensor:
     """Arguments and results as in reference.moe_route.backward."""
     dweights, weights, experts = packed(dweights), packed(weights), packed(experts)
-    dlogits, options = (
-        torch.empty_like(logits, memory_format=torch.contiguous_format),
-        _options(*logits.shape[1:], top_k),
-    )
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    options = _options(logits, top_k)
     grid = (blocks(len(logits), options["ROWS"]),)
     launch(moe_route_bwd_kernel, grid, dweights, weights, experts, dlogits, *logits.shape, **options)
     return dlogits

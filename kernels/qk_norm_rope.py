@@ -7,15 +7,30 @@ code no choice per element.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvg_engine.kernels._launch import AotCase, blocks, launch, packed, power_of_two
-from uvg_engine.kernels._rows import RowConfig, row_config, run_of_row, span_block, sum_partials
+from uvg_engine.kernels._configs import Table, options
+from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed, power_of_two
+from uvg_engine.kernels._rows import run_of_row, span_block, sum_partials, walked_rows
 
 SPAN = 6  # int32 words: start, len, kind (0 video, 1 text), F, Y, X
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """One row at a time, 16 elements of a wide one in a thread."""
+
+    num_warps: int
+
+
+_WARPS = {(SM80, 512): RopeConfig(1), (SM80, 2048): RopeConfig(4), (SM80, 8192): RopeConfig(16)}  # by the widest row
+FORWARD = Table("qk_norm_rope.FORWARD", _WARPS)
+BACKWARD = Table("qk_norm_rope.BACKWARD", _WARPS)
 
 
 @triton.jit
@@ -117,20 +132,20 @@ def backward_block(
     width,
     num_spans,
     positions,
+    walked,
     HALF: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_S: tl.constexpr,
     TEXT: tl.constexpr,
 ):
-    """The rows of one kind among the BLOCK_T rows of a program, and their sum for the weight."""
+    """The rows of one kind among the `walked` rows of a program, and their sum for the weight."""
     o_P = tl.arange(0, BLOCK_P)
     m_P = o_P < width // 2
     b_wa, b_wb = load_pairs(p_weight, o_P, width, HALF, TEXT)
     b_dwa = tl.zeros([BLOCK_P], tl.float32)
     b_dwb = tl.zeros([BLOCK_P], tl.float32)
-    row = tl.program_id(0) * BLOCK_T
-    end = tl.minimum(row + BLOCK_T, num_rows)
+    row = tl.program_id(0) * walked
+    end = tl.minimum(row + walked, num_rows)
     while row < end:
         owner, _, stop = run_of_row(row, end, p_spans, num_spans, 6, BLOCK_S)
         kind, start, size_y, size_x = span_of_run(p_spans, owner)
@@ -155,7 +170,7 @@ def backward_block(
     store_pairs(p_sums, b_dwa, b_dwb, o_P, width, HALF, TEXT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["walked"])
 def qk_norm_rope_fwd_kernel(
     p_q,  # [T, D]
     p_k,  # [T, D]
@@ -172,14 +187,14 @@ def qk_norm_rope_fwd_kernel(
     width,
     num_spans,
     positions,
+    walked,
     HALF: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Program b: BLOCK_T rows of q and of k."""
-    row = tl.program_id(0) * BLOCK_T
-    end = tl.minimum(row + BLOCK_T, num_rows)
+    """Program b: `walked` rows of q and of k."""
+    row = tl.program_id(0) * walked
+    end = tl.minimum(row + walked, num_rows)
     while row < end:
         owner, _, stop = run_of_row(row, end, p_spans, num_spans, 6, BLOCK_S)
         kind, start, y, x = span_of_run(p_spans, owner)
@@ -197,7 +212,7 @@ def qk_norm_rope_fwd_kernel(
         row = stop
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["walked"])
 def qk_norm_rope_bwd_kernel(
     p_dy,  # [T, D]
     p_rstd,  # [T] fp32
@@ -211,42 +226,38 @@ def qk_norm_rope_bwd_kernel(
     width,
     num_spans,
     positions,
+    walked,
     HALF: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Program (b, kind): the rows of a kind, 0 video and 1 text, among BLOCK_T rows."""
+    """Program (b, kind): the rows of a kind, 0 video and 1 text, among `walked` rows."""
     kind = tl.program_id(1)
     p_sums = p_partials + (2 * tl.program_id(0) + kind).to(tl.int64) * width
     if kind == 1:
         backward_block(p_dy, p_rstd, p_x, p_weight, p_spans, p_table, p_dx, p_sums, num_rows, width, num_spans,
-                       positions, HALF, BLOCK_T, BLOCK_P, BLOCK_S, True)  # fmt: skip
+                       positions, walked, HALF, BLOCK_P, BLOCK_S, True)  # fmt: skip
     else:
         backward_block(p_dy, p_rstd, p_x, p_weight, p_spans, p_table, p_dx, p_sums, num_rows, width, num_spans,
-                       positions, HALF, BLOCK_T, BLOCK_P, BLOCK_S, False)  # fmt: skip
+                       positions, walked, HALF, BLOCK_P, BLOCK_S, False)  # fmt: skip
 
 
-def _options(config: RowConfig, width: int, num_heads: int, num_spans: int) -> dict[str, int]:
-    return {
-        "HALF": width // num_heads // 2,
-        "BLOCK_T": config.BLOCK_T,
-        "BLOCK_P": power_of_two(max(width // 2, 8)),
-        "BLOCK_S": span_block(num_spans),
-        "num_warps": config.num_warps,
-    }
+def _options(table: Table[RopeConfig], x: Tensor, num_heads: int, num_spans: int) -> dict[str, int]:
+    width = x.shape[1]
+    sizes = {"BLOCK_P": power_of_two(max(width // 2, 8)), "BLOCK_S": span_block(num_spans)}
+    return {"HALF": width // num_heads // 2} | sizes | options(table.on(x.device, width))
 
 
 def forward(q, k, weight_q, weight_k, rope_spans, rope_table, num_heads: int, eps: float) -> tuple[Tensor, ...]:
     """Arguments and results as in reference.qk_norm_rope.forward."""
     given = [packed(value) for value in (q, k, weight_q, weight_k, rope_spans, rope_table)]
-    config, num_spans = rope_config(*q.shape), len(rope_spans)
+    walked, num_spans = walked_rows(q), len(rope_spans)
     out = [torch.empty_like(x) for x in given[:2]]
     rstd = [torch.empty(len(q), dtype=torch.float32, device=q.device) for _ in range(2)]
     launch(
-        *(qk_norm_rope_fwd_kernel, (blocks(len(q), config.BLOCK_T),), *given, *out, *rstd),
-        *(eps, *q.shape, num_spans, rope_table.shape[1]),
-        **_options(config, q.shape[1], num_heads, num_spans),
+        *(qk_norm_rope_fwd_kernel, (blocks(len(q), walked),), *given, *out, *rstd),
+        *(eps, *q.shape, num_spans, rope_table.shape[1], walked),
+        **_options(FORWARD, q, num_heads, num_spans),
     )
     return *out, *rstd
 
@@ -256,28 +267,21 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Arguments and results as in reference.qk_norm_rope.backward."""
     spans, table, num_spans = packed(rope_spans), packed(rope_table), len(rope_spans)
-    config, grads = rope_config(*q.shape), []
+    walked, grads = walked_rows(q), []
     for dy, rstd, x, weight in ((dq, rstd_q, q, weight_q), (dk, rstd_k, k, weight_k)):
         dy, x, weight = packed(dy), packed(x), packed(weight)
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-        num_blocks = blocks(len(x), config.BLOCK_T)
+        num_blocks = blocks(len(x), walked)
         partials = torch.empty(2 * num_blocks, 1, x.shape[1], dtype=torch.float32, device=x.device)
         launch(
             *(qk_norm_rope_bwd_kernel, (num_blocks, 2), dy, rstd, x, weight, spans, table, dx, partials),
-            *(*x.shape, num_spans, table.shape[1]),
-            **_options(config, x.shape[1], num_heads, num_spans),
+            *(*x.shape, num_spans, table.shape[1], walked),
+            **_options(BACKWARD, x, num_heads, num_spans),
         )
-        sum_partials(partials, None, 2 * num_blocks * config.BLOCK_T, config, dweight)
+        sum_partials(partials, None, 2 * num_blocks * walked, walked, dweight)
         grads.append((dx, dweight))
     (dq, dweight_q), (dk, dweight_k) = grads
     return dq, dk, dweight_q, dweight_k
-
-
-def rope_config(num_rows: int, width: int) -> RowConfig:
-    """One row at a time, 16 elements of it in a thread. Untuned."""
-    config = row_config(num_rows, width, backward=True)
-    num_warps = max(1, min(16, config.BLOCK_D // 512))
-    return RowConfig(1, config.BLOCK_D, config.BLOCK_T, num_warps)
 
 
 def _aot_call(rows: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:

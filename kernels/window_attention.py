@@ -6,22 +6,55 @@ flash_attention, which leave the video rows zero. Kernels of this op then write 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from uvg_engine.kernels import flash_attention
-from uvg_engine.kernels._launch import SM80, AotCase, launch, power_of_two, programs
-from uvg_engine.kernels.flash_attention import FORWARD, KEY, QUERY, AttentionConfig
+from uvg_engine.kernels._configs import Table
+from uvg_engine.kernels._launch import SM80, AotCase, launch, programs
+from uvg_engine.kernels.flash_attention import AttentionConfig
 from uvg_engine.kernels.window_attention_video import (
     window_attention_bwd_key_kernel,
     window_attention_bwd_query_kernel,
     window_attention_fwd_kernel,
     window_attention_spans_kernel,
+)
+
+# As the tables of flash_attention, without descriptors: rows of a 3-D block do not lie side by side.
+FORWARD = Table(
+    "window_attention.FORWARD",
+    {
+        (SM80, 2, 64): AttentionConfig(64, 64, 8, 3),
+        (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
+        (SM80, 2, 256): AttentionConfig(64, 32, 8, 1),
+        (SM80, 4, 32): AttentionConfig(32, 32, 8, 1),
+        (SM80, 4, 64): AttentionConfig(32, 32, 8, 1, maxnreg=128),
+        (SM80, 4, 128): AttentionConfig(32, 32, 8, 1),
+    },
+)
+QUERY = Table(
+    "window_attention.QUERY",
+    {
+        (SM80, 2, 64): AttentionConfig(64, 64, 8, 2),
+        (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
+        (SM80, 2, 256): AttentionConfig(64, 32, 8, 1),
+        (SM80, 4, 32): AttentionConfig(32, 16, 4, 1),
+        (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
+        (SM80, 4, 128): AttentionConfig(32, 32, 16, 1, maxnreg=128),
+    },
+)
+KEY = Table(
+    "window_attention.KEY",
+    {
+        (SM80, 2, 128): AttentionConfig(32, 64, 8, 2),
+        (SM80, 2, 256): AttentionConfig(32, 32, 8, 1),
+        (SM80, 4, 32): AttentionConfig(32, 32, 8, 1),
+        (SM80, 4, 64): AttentionConfig(32, 32, 8, 1, maxnreg=128),
+        (SM80, 4, 128): AttentionConfig(16, 32, 8, 1),
+    },
 )
 
 
@@ -32,23 +65,20 @@ def _spans(video_spans: Tensor, text_spans: Tensor) -> tuple[Tensor, Tensor]:
     return text_spans[:, None], spans
 
 
-def window_config(which: int, q: Tensor, tile: Sequence[int]) -> AttentionConfig:
-    """flash_attention's configuration without descriptors, for blocks no larger than a tile of the video. Untuned."""
-    config = flash_attention.attention_config(which, SM80, q.shape[2], q.itemsize)
-    volume = max(16, power_of_two(math.prod(tile)))
-    block_m = {FORWARD: 64, QUERY: 64, KEY: 32}[which] if q.shape[2] > 64 else config.BLOCK_M  # more spilled somewhere
-    block_m = min(block_m, config.BLOCK_M)
-    return replace(config, BLOCK_M=min(block_m, volume), BLOCK_N=min(config.BLOCK_N, volume))
-
-
 def _launch(
-    which: int, kernel: Any, q: Tensor, *tensors: Tensor, tile: Sequence[int], radius: Sequence[int], scale: float
+    table: Table[AttentionConfig],
+    kernel: Any,
+    q: Tensor,
+    *tensors: Tensor,
+    tile: Sequence[int],
+    radius: Sequence[int],
+    scale: float,
 ) -> None:
     """Start a kernel of this op. tensors: its pointers in order, the two span tables last."""
     launch(
         *(kernel, (programs(q.device),), *tensors, *q.shape[:2], len(tensors[-1]), scale),
         **dict(zip(("TF", "TY", "TX", "RF", "RY", "RX"), (*tile, *radius), strict=True)),
-        **flash_attention.options(window_config(which, q, tile), q),
+        **flash_attention.launch_options(table.on(q.device, q.itemsize, q.shape[2]), q),
     )
 
 
@@ -108,14 +138,21 @@ def _aot_call(dtype: torch.dtype, width: int) -> None:
 
 _OWN = ("window_attention_fwd_kernel", "window_attention_bwd_query_kernel", "window_attention_bwd_key_kernel")
 _SHARED = ("flash_attention_fwd_kernel", "flash_attention_bwd_query_kernel", "flash_attention_bwd_key_kernel")
+
+
+def _aot_case(dtype: torch.dtype, width: int, own: tuple[str, ...], shared: tuple[str, ...], **changes: Any) -> AotCase:
+    return AotCase(
+        f"T=32768 N=12 H={width} tile 4x4x8 {str(dtype)[6:]}",
+        lambda: _aot_call(dtype, width),
+        {"window_attention_spans_kernel": (), **dict.fromkeys(_OWN, own), **dict.fromkeys(_SHARED, shared)},
+        **changes,
+    )
+
+
 AOT_CASES = (
-    AotCase(
-        "T=32768 N=12 H=128 tile 4x4x8 bfloat16",
-        lambda: _aot_call(torch.bfloat16, 128),
-        {
-            "window_attention_spans_kernel": (),
-            **dict.fromkeys(_OWN, ("dot",)),
-            **dict.fromkeys(_SHARED, ("dot", "tma")),
-        },
-    ),
+    _aot_case(torch.bfloat16, 128, ("dot",), ("dot", "tma")),
+    _aot_case(torch.float16, 128, ("dot",), ("dot", "tma"), tested=False),
+    _aot_case(torch.bfloat16, 64, ("dot",), ("dot", "tma"), tested=False),
+    _aot_case(torch.bfloat16, 256, ("dot",), ("dot",), tested=False),
+    *(_aot_case(torch.float32, width, (), (), tested=width == 64) for width in (32, 64, 128)),
 )

@@ -5,6 +5,7 @@
 """
 
 import ast
+import importlib
 import os
 import re
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +20,7 @@ if backend.interpreting():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from bench import aot, roofline
+from uvg_engine.kernels import _configs, _launch
 
 CAPABILITIES = sorted(aot.SHARED_LIMIT)
 
@@ -43,6 +45,37 @@ def test_kernels_compile_well(pool, op):
 
 def test_every_op_that_the_backend_serves_has_cases():
     assert set(backend.TABLE) <= set(aot.ops())
+
+
+def tables():
+    """Every table of configurations in kernels/, by name."""
+    modules = [importlib.import_module(f"uvg_engine.kernels.{path.stem}") for path in sorted(aot.KERNELS.glob("*.py"))]
+    found = [value for module in modules for value in vars(module).values() if isinstance(value, _configs.Table)]
+    return {table.name: table for table in found}
+
+
+def test_cases_reach_every_configuration():
+    """Whatever a table may answer on a chip, an ahead-of-time case asks for it there."""
+    reached = set()
+    for case in (case for op in aot.ops() for case in aot.cases(op)):
+        for capability in case.capabilities:
+            note = lambda table, key, config: reached.add((table.name, *key)) or config  # noqa: E731
+            with _launch.recording(capability), _configs.answering(note):
+                case.call()
+    can = {
+        (name, capability, *key[1:])
+        for name, table in tables().items()
+        for key in table.entries
+        for capability in _launch.ALL
+        if key[0] <= capability
+    }
+    assert can and sorted(map(str, can - reached)) == []
+
+
+def test_tables_bear_the_names_of_their_places():
+    for name in tables():
+        module, variable = name.split(".")
+        assert getattr(importlib.import_module(f"uvg_engine.kernels.{module}"), variable).name == name
 
 
 def test_the_page_names_kernels_that_are_there():

@@ -6,15 +6,18 @@ import pytest
 import torch
 
 from bench import tune
+from uvg_engine import backends
+from uvg_engine.backends import triton
 
 
 @dataclass(frozen=True)
 class Config:
     BLOCK_M: int = 64
-    BLOCK_D: int = 2048
+    BLOCK_D: int = 8192
     num_warps: int = 4
     num_stages: int = 1
     tma: bool = False
+    maxnreg: int | None = None
 
 
 def test_neighbours_differ_in_one_field_and_stay_within_limits():
@@ -22,9 +25,10 @@ def test_neighbours_differ_in_one_field_and_stay_within_limits():
     assert found == {
         *(Config(BLOCK_M=32), Config(BLOCK_M=128)),
         *(Config(num_warps=2), Config(num_warps=8)),
-        *(Config(num_stages=2), Config(tma=True)),
+        *(Config(num_stages=2), Config(tma=True), Config(maxnreg=128), Config(BLOCK_D=4096)),
     }
     assert Config(num_warps=64) not in set(tune.neighbours(Config(num_warps=32)))
+    assert {config.maxnreg for config in tune.neighbours(Config(maxnreg=128))} == {None, 64, 128}
 
 
 def test_search_combines_what_gains_and_stops():
@@ -43,25 +47,53 @@ def test_what_does_not_run_never_wins():
     assert default == Config()
 
 
-def test_choices_are_noted_and_answered():
-    def some_config(rows, backward=False):
-        return Config(num_warps=rows)
-
-    choices = tune.Choices(some_config)
-    assert choices(2) == Config(num_warps=2) and choices(4, backward=True) == Config(num_warps=4)
-    assert list(choices.asked) == ["some_config(2)", "some_config(4, backward=True)"]
-    choices.set["some_config(2)"] = Config(tma=True)
-    assert choices(2) == Config(tma=True) and choices(4, backward=True) == Config(num_warps=4)
+def fake_times(choices, place, configs):
+    """As if wider loads paid, and one warp fewer than eight."""
+    return [2.0 - (getattr(config, "num_warps", 0) == 8) - 0.5 * getattr(config, "tma", False) for config in configs]
 
 
-def test_config_functions_are_there():
+@pytest.mark.skipif(triton.interpreting(), reason="descriptors of meta tensors are not the interpreter's")
+@pytest.mark.parametrize("op", sorted(backends.table("triton")))
+def test_every_choice_of_an_op_is_searched(op):
+    """The first launches of its ahead-of-time case, without a device: what it asks of the tables, it is told of."""
     pytest.importorskip("triton")
-    import importlib
+    from bench import aot
+    from uvg_engine.kernels import _launch
 
-    from uvg_engine import backends
+    def call():
+        with _launch.recording(_launch.SM90) as launches:
+            aot.cases(op)[0].call()
+        seen.append([launch.options.get("num_warps") for launch in launches])
 
-    for op in set(tune.CONFIG_FUNCTIONS) & set(backends.table("triton")):
-        assert callable(getattr(importlib.import_module(f"uvg_engine.kernels.{op}"), tune.CONFIG_FUNCTIONS[op]))
+    seen = []
+    lines = list(tune.winners(call, lambda choices, place, configs: (call(), fake_times(choices, place, configs))[1]))
+    assert lines and all(": (SM90, " in line and "times faster than" in line for line in lines)
+    assert any(line.startswith(f"{op}.") for line in lines), lines
+
+
+def test_winners_are_what_the_next_entries_are_searched_with():
+    pytest.importorskip("triton")
+    from uvg_engine.kernels._configs import Table
+    from uvg_engine.kernels._launch import SM80, SM90
+
+    first = Table("op.FIRST", {(SM80, 2, 64): Config()})
+    second = Table("op.SECOND", {(SM80, 64): Config(num_warps=8)})
+    got = []
+
+    def call():
+        got.append((first.choose(SM90, 2, 48), second.choose(SM90, 1)))
+
+    def times(choices, place, configs):
+        call()
+        return fake_times(choices, place, configs)
+
+    lines = list(tune.winners(call, times))
+    assert lines[0].startswith("op.FIRST: (SM90, 2, 64): Config(") and "num_warps=8, num_stages=1, tma=True" in lines[0]
+    assert lines[1].startswith("op.SECOND: (SM90, 64): Config(") and "4.00 times faster" in lines[0]
+    assert got[0][0] == Config() and got[-1][0] == Config(num_warps=8, tma=True)
+    assert first.choose(SM90, 2, 48) == Config(), "nothing stays set"
+    with pytest.raises(ValueError, match=r"op.FIRST must have an entry for \(2, 65\)"):
+        first.choose(SM90, 2, 65)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")

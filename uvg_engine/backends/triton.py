@@ -18,7 +18,7 @@ from torch import Tensor
 
 from uvg_engine.backends import Kernel, devices
 
-MAX_WIDTH = 16384  # of a row that a program holds in registers
+MAX_WIDTH = 8192  # of a row that a program holds in registers
 MAX_EXPERTS = 4096  # whose counts or logits a program holds in registers
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
