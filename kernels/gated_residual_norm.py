@@ -91,7 +91,9 @@ def gated_residual_norm_fwd_kernel(
         b_y *= tl.load(p_gate + o_SD, mask=(owner >= 0)[:, None] & m_D[None, :], other=0.0).to(tl.float32)
     b_out = (b_h + b_y).to(p_out.dtype.element_ty)
     tl.store(p_out + o_TD, b_out, mask=m_TD)
-    b_normed, mean, rstd = norm_rows(b_out.to(tl.float32), owner, o_D, width, p_shift, p_scale, p_weight, p_bias, eps)
+    b_normed, mean, rstd = norm_rows(
+        b_out.to(tl.float32), owner, o_D, width, p_shift, p_scale, p_weight, p_bias, eps, True
+    )
     tl.store(p_normed + o_TD, b_normed, mask=m_TD)
     tl.store(p_mean + o_T, mean, mask=m_T)
     tl.store(p_rstd + o_T, rstd, mask=m_T)

@@ -1,4 +1,7 @@
-"""LN(x), affine and with one (shift, scale) pair per span, and its backward. Letters: T rows, D width, S spans."""
+"""LN(x), affine and with one (shift, scale) pair per span, and its backward; and the same without the mean, RMS norm.
+
+Letters: T rows, D width, S spans.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,14 @@ BACKWARD = Table("modulated_layer_norm.BACKWARD", BACKWARD_ROWS)
 
 
 @triton.jit
-def norm_rows(b_x, owner, o_D, width, p_shift, p_scale, p_weight, p_bias, eps):
-    """(norm of the rows b_x, zero past the width; their means; their 1 / standard deviations), all fp32."""
+def norm_rows(b_x, owner, o_D, width, p_shift, p_scale, p_weight, p_bias, eps, CENTERED: tl.constexpr):
+    """(norm of the rows b_x, zero past the width; their means; their 1 / standard deviations), all fp32. Without
+    CENTERED nothing is subtracted, and the means are 0."""
     m_D = o_D < width
-    mean = tl.sum(b_x, axis=1) / width
-    b_x = tl.where(m_D[None, :], b_x - mean[:, None], 0.0)
+    mean = tl.zeros([b_x.shape[0]], tl.float32)
+    if CENTERED:
+        mean = tl.sum(b_x, axis=1) / width
+        b_x = tl.where(m_D[None, :], b_x - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(b_x * b_x, axis=1) / width + eps)
     b_y = b_x * rstd[:, None]
     if p_weight is not None:
@@ -53,7 +59,7 @@ def modulated_layer_norm_fwd_kernel(
     p_weight,  # [D] or None
     p_bias,  # [D] or None
     p_y,  # [T, D]
-    p_mean,  # [T] fp32
+    p_mean,  # [T] fp32, or None: nothing is subtracted
     p_rstd,  # [T] fp32
     eps,
     num_rows,
@@ -71,16 +77,18 @@ def modulated_layer_norm_fwd_kernel(
     o_TD = o_T[:, None] * width + o_D[None, :]
     owner = owner_of_rows(o_T, p_spans, num_spans, 2, BLOCK_S)
     b_x = tl.load(p_x + o_TD, mask=m_TD, other=0.0).to(tl.float32)
-    b_y, mean, rstd = norm_rows(b_x, owner, o_D, width, p_shift, p_scale, p_weight, p_bias, eps)
+    CENTERED: tl.constexpr = p_mean is not None
+    b_y, mean, rstd = norm_rows(b_x, owner, o_D, width, p_shift, p_scale, p_weight, p_bias, eps, CENTERED)
     tl.store(p_y + o_TD, b_y, mask=m_TD)
-    tl.store(p_mean + o_T, mean, mask=m_T)
+    if p_mean is not None:
+        tl.store(p_mean + o_T, mean, mask=m_T)
     tl.store(p_rstd + o_T, rstd, mask=m_T)
 
 
 @triton.jit(do_not_specialize=["walked"])
 def modulated_layer_norm_bwd_kernel(
     p_dy,  # [T, D]
-    p_mean,  # [T] fp32
+    p_mean,  # [T] fp32, or None: nothing was subtracted
     p_rstd,  # [T] fp32
     p_x,  # [T, D]
     p_scale,  # [S, D] or None
@@ -123,11 +131,12 @@ def modulated_layer_norm_bwd_kernel(
             m_T = o_T < stop
             m_TD = m_T[:, None] & m_D[None, :]
             o_TD = o_T[:, None] * width + o_D[None, :]
-            mean = tl.load(p_mean + o_T, mask=m_T, other=0.0)
             rstd = tl.load(p_rstd + o_T, mask=m_T, other=0.0)
             b_dy = tl.load(p_dy + o_TD, mask=m_TD, other=0.0).to(tl.float32)
             b_x = tl.load(p_x + o_TD, mask=m_TD, other=0.0).to(tl.float32)
-            b_xhat = (b_x - mean[:, None]) * rstd[:, None]
+            if p_mean is not None:
+                b_x -= tl.load(p_mean + o_T, mask=m_T, other=0.0)[:, None]
+            b_xhat = b_x * rstd[:, None]
             if p_scale is not None:
                 b_dshift += b_dy
                 b_dscale += b_dy * b_xhat  # weight and bias are the same for all rows: see below
@@ -137,10 +146,10 @@ def modulated_layer_norm_bwd_kernel(
             if p_weight is not None:
                 b_dweight += b_dy * b_xhat
             b_dy *= b_weight[None, :]
-            mean_dy = tl.sum(b_dy, axis=1) / width
             mean_dy_xhat = tl.sum(b_dy * b_xhat, axis=1) / width
-            b_dx = rstd[:, None] * (b_dy - mean_dy[:, None] - b_xhat * mean_dy_xhat[:, None])
-            tl.store(p_dx + o_TD, b_dx, mask=m_TD)
+            if p_mean is not None:
+                b_dy -= tl.sum(b_dy, axis=1)[:, None] / width
+            tl.store(p_dx + o_TD, rstd[:, None] * (b_dy - b_xhat * mean_dy_xhat[:, None]), mask=m_TD)
         if p_scale is not None:
             o_sums = (i_B + rank).to(tl.int64) * (2 * width) + o_D
             b_shift_sum, b_scale_sum = tl.sum(b_dshift, axis=0), tl.sum(b_dscale, axis=0)
@@ -166,11 +175,13 @@ def store_affine_sums(p_sums, b_dweight, b_dbias, p_weight, p_bias, i_B, o_D, wi
             tl.store(at + (PARTS - 1) * width, tl.sum(b_dbias, axis=0), mask=m_D)
 
 
-def forward(x: Tensor, shift, scale, spans, weight, bias, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments and results as in reference.modulated_layer_norm.forward."""
+def forward(
+    x: Tensor, shift, scale, spans, weight, bias, eps: float, centered: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Arguments and results as in reference.modulated_layer_norm.forward; not centered: RMS norm, mean None."""
     x, *given = (packed(value) for value in (x, shift, scale, spans, weight, bias))
-    y, mean = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32, device=x.device)
-    rstd, num_spans = torch.empty_like(mean), 0 if spans is None else len(spans)
+    y, rstd = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32, device=x.device)
+    mean, num_spans = torch.empty_like(rstd) if centered else None, 0 if spans is None else len(spans)
     options = row_options(FORWARD, x, num_spans)
     launch(
         *(modulated_layer_norm_fwd_kernel, (blocks(len(x), options["ROWS"]),), x, *given, y, mean, rstd),
@@ -181,13 +192,13 @@ def forward(x: Tensor, shift, scale, spans, weight, bias, eps: float) -> tuple[T
 
 
 def backward(
-    dy: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, shift, scale, spans, weight, bias, eps: float
+    dy: Tensor, mean: Tensor | None, rstd: Tensor, x: Tensor, shift, scale, spans, weight, bias, eps: float
 ) -> tuple[Tensor, ...]:
-    """Arguments and results as in reference.modulated_layer_norm.backward."""
+    """Arguments and results as in reference.modulated_layer_norm.backward; mean None: that of RMS norm."""
     dy, x, shift, scale, spans, weight, bias = (packed(v) for v in (dy, x, shift, scale, spans, weight, bias))
     dx, walked = torch.empty_like(x), walked_rows(x)
     num_spans = 0 if spans is None else len(spans)
-    grads = [mean.new_empty(0) if p is None else torch.empty_like(p) for p in (shift, scale, weight, bias)]
+    grads = [rstd.new_empty(0) if p is None else torch.empty_like(p) for p in (shift, scale, weight, bias)]
     affine = [grad for grad, p in zip(grads[2:], (weight, bias), strict=True) if p is not None]
     span_sums = None if spans is None else new_partials(x, len(x), num_spans, 2, walked)
     affine_sums = new_partials(x, len(x), 0, len(affine), walked) if affine else None

@@ -2,18 +2,20 @@
 
 Letters: T rows, D width, S spans, P pairs of a row. A row is held as its D/2 pairs (a, b) that turn together: for video
 neighbours (2p, 2p+1), for text the halves of a head. A program walks its rows run by run, so a run has one kind and its
-code no choice per element.
+code no choice per element. Rows without rotation take the kernels of modulated_layer_norm.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from uvg_engine.kernels import modulated_layer_norm
 from uvg_engine.kernels._configs import Table, options
 from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed, power_of_two
 from uvg_engine.kernels._rows import run_of_row, span_block, sum_partials, walked_rows
@@ -173,7 +175,7 @@ def backward_block(
 @triton.jit(do_not_specialize=["walked"])
 def qk_norm_rope_fwd_kernel(
     p_q,  # [T, D]
-    p_k,  # [T, D]
+    p_k,  # [T, D] or None, as all of k
     p_weight_q,  # [D]
     p_weight_k,  # [D]
     p_spans,  # [S, 6]
@@ -202,13 +204,15 @@ def qk_norm_rope_fwd_kernel(
         if kind == 1:
             forward_run(p_q, p_weight_q, p_table, p_q_out, p_rstd_q, eps, width, positions,
                         row, stop, start, y, x, covered, HALF, BLOCK_P, True)  # fmt: skip
-            forward_run(p_k, p_weight_k, p_table, p_k_out, p_rstd_k, eps, width, positions,
-                        row, stop, start, y, x, covered, HALF, BLOCK_P, True)  # fmt: skip
+            if p_k is not None:
+                forward_run(p_k, p_weight_k, p_table, p_k_out, p_rstd_k, eps, width, positions,
+                            row, stop, start, y, x, covered, HALF, BLOCK_P, True)  # fmt: skip
         else:
             forward_run(p_q, p_weight_q, p_table, p_q_out, p_rstd_q, eps, width, positions,
                         row, stop, start, y, x, covered, HALF, BLOCK_P, False)  # fmt: skip
-            forward_run(p_k, p_weight_k, p_table, p_k_out, p_rstd_k, eps, width, positions,
-                        row, stop, start, y, x, covered, HALF, BLOCK_P, False)  # fmt: skip
+            if p_k is not None:
+                forward_run(p_k, p_weight_k, p_table, p_k_out, p_rstd_k, eps, width, positions,
+                            row, stop, start, y, x, covered, HALF, BLOCK_P, False)  # fmt: skip
         row = stop
 
 
@@ -248,12 +252,15 @@ def _options(table: Table[RopeConfig], x: Tensor, num_heads: int, num_spans: int
     return {"HALF": width // num_heads // 2} | sizes | options(table.on(x.device, width))
 
 
-def forward(q, k, weight_q, weight_k, rope_spans, rope_table, num_heads: int, eps: float) -> tuple[Tensor, ...]:
+def forward(q, k, weight_q, weight_k, rope_spans, rope_table, num_heads: int, eps: float) -> tuple[Any, ...]:
     """Arguments and results as in reference.qk_norm_rope.forward."""
+    if rope_spans is None:
+        (q_out, rstd_q), (k_out, rstd_k) = (_norm(x, w, eps) for x, w in ((q, weight_q), (k, weight_k)))
+        return q_out, k_out, rstd_q, rstd_k
     given = [packed(value) for value in (q, k, weight_q, weight_k, rope_spans, rope_table)]
     walked, num_spans = walked_rows(q), len(rope_spans)
-    out = [torch.empty_like(x) for x in given[:2]]
-    rstd = [torch.empty(len(q), dtype=torch.float32, device=q.device) for _ in range(2)]
+    out = [None if x is None else torch.empty_like(x) for x in given[:2]]
+    rstd = [None if x is None else torch.empty(len(q), dtype=torch.float32, device=q.device) for x in given[:2]]
     launch(
         *(qk_norm_rope_fwd_kernel, (blocks(len(q), walked),), *given, *out, *rstd),
         *(eps, *q.shape, num_spans, rope_table.shape[1], walked),
@@ -262,35 +269,52 @@ def forward(q, k, weight_q, weight_k, rope_spans, rope_table, num_heads: int, ep
     return *out, *rstd
 
 
+def _norm(x: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor | None, Tensor | None]:
+    """(normed rows, 1 / root mean square) without rotation."""
+    if x is None:
+        return None, None
+    y, _, rstd = modulated_layer_norm.forward(x, None, None, None, weight, None, eps, centered=False)
+    return y, rstd
+
+
 def backward(
     dq, dk, rstd_q, rstd_k, q, k, weight_q, weight_k, rope_spans, rope_table, num_heads: int, eps: float
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """Arguments and results as in reference.qk_norm_rope.backward."""
-    spans, table, num_spans = packed(rope_spans), packed(rope_table), len(rope_spans)
-    walked, grads = walked_rows(q), []
-    for dy, rstd, x, weight in ((dq, rstd_q, q, weight_q), (dk, rstd_k, k, weight_k)):
-        dy, x, weight = packed(dy), packed(x), packed(weight)
-        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-        num_blocks = blocks(len(x), walked)
-        partials = torch.empty(2 * num_blocks, 1, x.shape[1], dtype=torch.float32, device=x.device)
-        launch(
-            *(qk_norm_rope_bwd_kernel, (num_blocks, 2), dy, rstd, x, weight, spans, table, dx, partials),
-            *(*x.shape, num_spans, table.shape[1], walked),
-            **_options(BACKWARD, x, num_heads, num_spans),
-        )
-        sum_partials(partials, None, 2 * num_blocks * walked, walked, dweight)
-        grads.append((dx, dweight))
-    (dq, dweight_q), (dk, dweight_k) = grads
+    rope = (rope_spans, rope_table, num_heads, eps)
+    dq, dweight_q = _gradients(dq, rstd_q, q, weight_q, *rope)
+    dk, dweight_k = (None, None) if k is None else _gradients(dk, rstd_k, k, weight_k, *rope)
     return dq, dk, dweight_q, dweight_k
 
 
-def _aot_call(rows: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+def _gradients(
+    dy: Tensor, rstd: Tensor, x: Tensor, weight: Tensor, rope_spans, rope_table, num_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(dx, dweight) of q or of k."""
+    if rope_spans is None:
+        dx, _, _, dweight, _ = modulated_layer_norm.backward(dy, None, rstd, x, None, None, None, weight, None, eps)
+        return dx, dweight
+    dy, x, weight, spans, table = (packed(value) for value in (dy, x, weight, rope_spans, rope_table))
+    dx, dweight, walked = torch.empty_like(x), torch.empty_like(weight), walked_rows(x)
+    num_blocks = blocks(len(x), walked)
+    partials = torch.empty(2 * num_blocks, 1, x.shape[1], dtype=torch.float32, device=x.device)
+    launch(
+        *(qk_norm_rope_bwd_kernel, (num_blocks, 2), dy, rstd, x, weight, spans, table, dx, partials),
+        *(*x.shape, len(spans), table.shape[1], walked),
+        **_options(BACKWARD, x, num_heads, len(spans)),
+    )
+    sum_partials(partials, None, 2 * num_blocks * walked, walked, dweight)
+    return dx, dweight
+
+
+def _aot_call(rows: int, num_heads: int, head_dim: int, dtype: torch.dtype, rotated: bool = True) -> None:
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     width = num_heads * head_dim
     x = [new(rows, width), new(rows, width), new(width), new(width)]
-    rope = new(4, SPAN, dtype=torch.int32), new(2, 1024, head_dim // 2, 2, dtype=torch.float32), num_heads, 1e-6
+    spans, table = new(4, SPAN, dtype=torch.int32), new(2, 1024, head_dim // 2, 2, dtype=torch.float32)
+    rope = (spans, table, num_heads, 1e-6) if rotated else (None, None, 1, 1e-6)
     q, k, *rstd = forward(*x, *rope)
     backward(q, k, *rstd, *x, *rope)
 
@@ -298,9 +322,19 @@ def _aot_call(rows: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> N
 _EXPECTS = {
     "qk_norm_rope_fwd_kernel": ("vector",),
     "qk_norm_rope_bwd_kernel": ("vector",),
+    **dict.fromkeys(("modulated_layer_norm_fwd_kernel", "modulated_layer_norm_bwd_kernel"), ("wide",)),
     "sum_partials_kernel": ("wide",),
 }
 AOT_CASES = tuple(
-    AotCase(f"T={shape[0]} N={shape[1]} H={shape[2]} {str(shape[3])[6:]}", lambda a=shape: _aot_call(*a), _EXPECTS)
-    for shape in ((32768, 12, 128, torch.bfloat16), (32768, 40, 128, torch.bfloat16), (1024, 8, 64, torch.float32))
+    AotCase(
+        f"T={shape[0]} N={shape[1]} H={shape[2]} {str(shape[3])[6:]}{'' if shape[4] else ' no rotation'}",
+        lambda a=shape: _aot_call(*a),
+        _EXPECTS,
+    )
+    for shape in (
+        (32768, 12, 128, torch.bfloat16, True),
+        (32768, 40, 128, torch.bfloat16, True),
+        (1024, 8, 64, torch.float32, True),
+        (32768, 12, 128, torch.bfloat16, False),
+    )
 )

@@ -29,7 +29,6 @@ FORWARD = Table(
     {
         (SM80, 2, 64): AttentionConfig(64, 64, 8, 3),
         (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
-        (SM80, 2, 256): AttentionConfig(64, 32, 8, 1),
         (SM80, 4, 32): AttentionConfig(32, 32, 8, 1),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1, maxnreg=128),
         (SM80, 4, 128): AttentionConfig(32, 32, 8, 1),
@@ -40,7 +39,6 @@ QUERY = Table(
     {
         (SM80, 2, 64): AttentionConfig(64, 64, 8, 2),
         (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
-        (SM80, 2, 256): AttentionConfig(64, 32, 8, 1),
         (SM80, 4, 32): AttentionConfig(32, 16, 4, 1),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
         (SM80, 4, 128): AttentionConfig(32, 32, 16, 1, maxnreg=128),
@@ -50,8 +48,7 @@ KEY = Table(
     "window_attention.KEY",
     {
         (SM80, 2, 128): AttentionConfig(32, 64, 8, 2),
-        (SM80, 2, 256): AttentionConfig(32, 32, 8, 1),
-        (SM80, 4, 32): AttentionConfig(32, 32, 8, 1),
+        (SM80, 4, 32): AttentionConfig(32, 32, 8, 1, maxnreg=128),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1, maxnreg=128),
         (SM80, 4, 128): AttentionConfig(16, 32, 8, 1),
     },
@@ -153,6 +150,5 @@ AOT_CASES = (
     _aot_case(torch.bfloat16, 128, ("dot",), ("dot", "tma")),
     _aot_case(torch.float16, 128, ("dot",), ("dot", "tma"), tested=False),
     _aot_case(torch.bfloat16, 64, ("dot",), ("dot", "tma"), tested=False),
-    _aot_case(torch.bfloat16, 256, ("dot",), ("dot",), tested=False),
     *(_aot_case(torch.float32, width, (), (), tested=width == 64) for width in (32, 64, 128)),
 )
