@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from uvg_engine.media.files import replacing
+from uvg_engine.files import replacing
 
 _GAP = 4
 _FONT = 15

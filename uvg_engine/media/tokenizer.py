@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from uvg_engine.media.files import replacing
+from uvg_engine.files import replacing
 
 _PIECES = re.compile(r"\w+(?:['-]\w+)*|[^\w\s]")
 _NO_SPACE_BEFORE = frozenset(",.;:!?")

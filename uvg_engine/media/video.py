@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from uvg_engine.media.files import replacing
+from uvg_engine.files import replacing
 
 _log = logging.getLogger(__name__)
 

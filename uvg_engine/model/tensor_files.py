@@ -8,7 +8,7 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from uvg_engine.files import replacing
 
 PathLike = str | os.PathLike[str]
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -177,21 +179,6 @@ def difference(wanted: Any, got: Any) -> str:
         if names:
             parts.append(f"{label} {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})")
     return ", ".join(parts) or "no difference"
-
-
-@contextlib.contextmanager
-def replacing(path: PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends, or is removed when it fails."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.chmod(temporary, 0o644)  # safetensors leaves 0600
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_weights(state: Mapping[str, Tensor], path: PathLike, nested: str | None = None) -> None:

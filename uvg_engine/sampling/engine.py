@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.files import replacing
 from uvg_engine.media import codec_from_config, text_encoder_from_config, tokenizer_from_config
-from uvg_engine.media.files import replacing
 from uvg_engine.model import UniViGU
 from uvg_engine.model.checkpoint import from_pretrained, save_pretrained
 from uvg_engine.model.patches import patch_grid

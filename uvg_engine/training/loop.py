@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from uvg_engine.media.files import replacing
+from uvg_engine.files import replacing
 from uvg_engine.model.patches import patch_grid
 from uvg_engine.model.text_init import text_from_video
 from uvg_engine.model.univigu import UniViGU

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import zipfile
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from uvg_engine.files import replacing
 
 _NAME = re.compile(r"step_(\d{8})\.pt")
 _KEYS = {"config", "step", "model", "ema", "ema_updates", "optimizer", "codec", "tokenizer", "rng"}
@@ -25,17 +26,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     for left in folder.glob(".step_*.tmp"):
         left.unlink()
     path = folder / f"step_{step:08d}.pt"
-    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         raise OSError(f"{path} must be writable, got {type(error).__name__}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
     return path
