@@ -4,6 +4,8 @@ import importlib
 import os
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,15 @@ from uvg_engine.backends import native
 from uvg_engine.reference import philox
 
 needs_core = pytest.mark.skipif(native.cpu() is None, reason=str(native.why_not()))
+
+
+@pytest.mark.parametrize("name", ["_cpu", "_cuda"])
+def test_a_module_that_is_there_loads(name):
+    """Else all that needs it would be skipped, and the rest pass."""
+    folder = Path(native.__file__).parents[1]
+    there = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"{name}{suffix}").exists()]
+    reason = {"_cpu": native.why_not, "_cuda": native.why_not_cuda}[name]()
+    assert not there or reason is None
 
 
 @needs_core
