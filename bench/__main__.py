@@ -28,18 +28,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     about = machine(args.device)
+    wrong: list[Line] = []
+
+    def told(given: argparse.Namespace) -> Iterator[Line]:
+        for line in _lines(given):
+            if "wrong" in line:
+                wrong.append(line)
+            print(json.dumps(line | about) if args.json else _text(line), flush=True)
+            yield line
+
     if args.record:
         how = (["--threads", str(args.threads)] if args.threads else []) + ["--cpu-time"] * args.cpu_time
         about["clock"] = "CPU time" if args.cpu_time else "wall"
-        print(record(lambda given: _told(_lines(_parse(given))), how, about))
-        return 0
-    if not args.json:
-        print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    wrong = False
-    for line in _lines(args):
-        wrong |= "wrong" in line
-        print(json.dumps(line | about) if args.json else _text(line), flush=True)
-    return int(wrong)
+        print(record(lambda given: told(_parse(given)), how, about))
+    else:
+        if not args.json:
+            print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+        for _ in told(args):
+            pass
+    return int(bool(wrong))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -70,12 +77,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args.what = args.what or what
     args.size = args.size or (["digits"] if args.quick else [])
     return args
-
-
-def _told(lines: Iterator[Line]) -> Iterator[Line]:
-    for line in lines:
-        print(_text(line), flush=True)
-        yield line
 
 
 def _lines(args: argparse.Namespace) -> Iterator[Line]:

@@ -240,7 +240,8 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
 
 
 def _difference(got: tuple[Tensor, ...], truth: tuple[Tensor, ...], slack: float, agree: float) -> str:
-    """How a result differs from the truth, or nothing: floats within `slack` of the largest value, no NaN."""
+    """How a result differs from the truth, or nothing: floats within `slack` of the largest finite value, the same
+    infinities, no NaN."""
     for place, (a, b) in enumerate(zip(got, truth, strict=True)):
         if a is None or b is None:
             if a is not b:
@@ -254,6 +255,10 @@ def _difference(got: tuple[Tensor, ...], truth: tuple[Tensor, ...], slack: float
                 return f"output {place} equals the reference in {share:.1%} only: not timed"
             continue
         finite = b.isfinite()
+        if not torch.equal(a[~finite].float(), b[~finite].float()):
+            return f"output {place} differs from the reference where that is infinite: not timed"
+        if not finite.any():
+            continue
         worst = float((a[finite].float() - b[finite].float()).abs().max())
         if not worst <= slack * float(b[finite].float().abs().max()):
             return f"output {place} differs from the reference by {worst:.3g}: not timed"

@@ -9,11 +9,12 @@ import torch
 
 from bench import gpu_check, report
 from bench.__main__ import main
-from bench.one_case import OPS, Options, bench_case, cases
+from bench.one_case import OPS, Options, _difference, bench_case, cases
 from bench.peers import PEERS
 from bench.timing import Clock, Roof, Timing
 from uvg_engine import backends
 
+NAN, INF = float("nan"), float("inf")
 CLOCK = Clock(seconds=0.0, min_rounds=2)
 
 
@@ -63,6 +64,37 @@ def test_a_wrong_result_is_told_and_not_timed(monkeypatch):
     wrong = [line for line in lines if "wrong" in line]
     assert {(line["backend"], line["pass"]) for line in wrong} == {("sdpa", "forward"), ("sdpa", "forward+backward")}
     assert all("ms" not in line for line in wrong)
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_a_wrong_result_fails_the_run(monkeypatch, record, capsys):
+    line = {"op": "linear", "shape": "", "dtype": "float32", "pass": "forward", "backend": "cpu"}
+    seen = []
+    monkeypatch.setattr("bench.__main__.record", lambda run, how, about: seen.extend(run([])))
+    for more, code in (({"missing": "no"}, 0), ({"wrong": "by 2"}, 1)):
+        monkeypatch.setattr("bench.__main__._lines", lambda args, more=more: iter([line | more]))
+        assert main(["--record"] * record) == code
+    assert "wrong: by 2" in capsys.readouterr().out and len(seen) == 2 * record
+
+
+@pytest.mark.parametrize(
+    "got, truth, wrong",
+    [
+        ([1.0, INF], [1.0, INF], ""),
+        ([-INF, -INF], [-INF, -INF], ""),
+        ([], [], ""),
+        ([1.0, 2.0], [1.0, 2.0001], ""),
+        ([1.0, 2.0], [1.0, 2.1], "by 0.1"),
+        ([1.0, 5.0], [1.0, INF], "where that is infinite"),
+        ([1.0, -INF], [1.0, INF], "where that is infinite"),
+        ([1.0, NAN], [1.0, -INF], "where that is infinite"),
+        ([1.0, NAN], [1.0, 2.0], "by nan"),
+        ([INF, 2.0], [1.0, 2.0], "by inf"),
+    ],
+)
+def test_what_is_a_difference(got, truth, wrong):
+    told = _difference((torch.tensor(got),), (torch.tensor(truth),), 1e-4, 1.0)
+    assert wrong in told and bool(told) == bool(wrong)
 
 
 def test_lines_say_where_and_how(capsys):
