@@ -109,3 +109,12 @@ def test_shapes_that_do_not_fit_are_told():
         ours.flash_attn_varlen_func(x[0], x[0], x[0], bounds, bounds.long(), 3, 3)
     with pytest.raises(ValueError, match="block_table must be None"):
         ours.flash_attn_varlen_func(x[0], x[0], x[0], bounds, bounds, 3, 3, block_table=bounds)
+
+
+@pytest.mark.parametrize("wrong", [[1, 3, 9], [-1, 3, 9], [0, 5, 3]])
+@pytest.mark.parametrize("which", ["cu_seqlens_q", "cu_seqlens_k"])
+def test_bounds_begin_with_0_and_do_not_fall(which, wrong):
+    x, bounds = torch.ones(9, 2, 8), torch.tensor([0, 3, 9]).int()
+    given = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds} | {which: torch.tensor(wrong).int()}
+    with pytest.raises(ValueError, match=rf"{which} must begin with 0 and not fall, got \[{wrong[0]}, "):
+        ours.flash_attn_varlen_func(x, x, x, max_seqlen_q=6, max_seqlen_k=6, **given)

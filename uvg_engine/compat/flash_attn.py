@@ -9,6 +9,7 @@ N heads, M heads of keys and values (N is a multiple of it), H head width, T pac
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ def flash_attn_varlen_func(
 
     cu_seqlens_q, cu_seqlens_k: int32 [B + 1], where each sample starts, and the end. max_seqlen_q, max_seqlen_k: the
     longest sample; our kernels do not need them. Returns out [T, N, H], with return_attn_probs also lse (fp32 [N, T])
-    and None. A sample without keys gives 0 and -inf. Raises ValueError as `flash_attn_func`, and on block_table.
+    and None. A sample without keys gives 0 and -inf, and so do rows past the end. Raises ValueError as
+    `flash_attn_func`, on block_table, and, of tensors on the CPU, on bounds that do not begin with 0, or that fall.
     """
     _refuse(dropout_p=dropout_p, causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes)
     _require(block_table is None, "block_table must be None: paged keys are not served", block_table)
@@ -85,6 +87,10 @@ def flash_attn_varlen_func(
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         ok = x.ndim == 1 and x.dtype == torch.int32 and len(x) == len(cu_seqlens_q) >= 1
         _require(ok, f"{name} must be an int32 (B + 1), the same B for both", f"{x.dtype} {tuple(x.shape)}")
+        if alone((x,)):  # on a device the host would have to wait for the values
+            bounds = x.tolist()
+            rising = bounds[0] == 0 and all(a <= b for a, b in itertools.pairwise(bounds))
+            _require(rising, f"{name} must begin with 0 and not fall", bounds)
     out, lse = _attend(q, k, v, _spans(cu_seqlens_q), _spans(cu_seqlens_k), softmax_scale)
     return (out, lse, None) if return_attn_probs else out
 
