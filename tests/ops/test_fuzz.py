@@ -14,6 +14,8 @@ import test_flash_attention
 import test_flow_noise
 import test_flow_step
 import test_gated_residual
+import test_gated_residual_norm
+import test_linear
 import test_linear_cross_entropy
 import test_linear_sample
 import test_modulated_layer_norm
@@ -22,8 +24,9 @@ import test_moe_dispatch
 import test_moe_mlp
 import test_moe_route
 import test_qk_norm_rope
+import test_window_attention
 import torch
-from harness import BF16, FP32, as_tuple, backends_of, poisoned, run
+from harness import BF16, FP32, as_tuple, backends_of, poisoned, run, spans
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,7 +35,7 @@ from uvg_engine import backends
 
 EXAMPLES, EXAMPLES_SIMULATED = 8, 1
 LIBRARIES = ("reference", "sdpa")  # torch's kernels
-TORCH_PRODUCTS = ("moe_mlp", "linear", "linear_cross_entropy")  # also on other backends, at least backward
+TORCH_BACKWARD = (("cpu", "linear"), ("cpu", "moe_mlp"))  # products of torch's beside kernels of ours
 SIZE = st.sampled_from((1, 2, 3, 5, 8, 15, 17, 31, 33, 64, 65, 97))
 LENGTHS = st.lists(st.sampled_from((0, 1, 2, 3, 7, 16, 33, 65)), min_size=1, max_size=5)
 
@@ -94,6 +97,43 @@ def routed(draw, module):
     return module.case("", rows, experts, top_k).make
 
 
+def tiled(lengths):
+    """Span table of runs that lie one after the other."""
+    return spans(*((sum(lengths[:i]), n) for i, n in enumerate(lengths)))
+
+
+@st.composite
+def layer(draw):
+    # a library sums few rows' long products in many parts, which errs less than the 2x rule can ask of others
+    lengths, depth, width = draw(LENGTHS), draw(SIZE.filter(lambda depth: depth < 64)), draw(SIZE)
+    activation = draw(st.sampled_from(("none", "gelu_tanh")))
+    more = {"activation": activation, "row_spans": tiled(lengths)}
+    return lambda g: test_linear.layer(g, sum(lengths), depth, width, **more)
+
+
+@st.composite
+def residual_norm(draw):
+    sets = (("gate", "shift", "scale"), ("gate", "weight", "bias"), ("shift", "scale"), ("gate",))
+    lengths, width, parts = draw(LENGTHS), draw(SIZE.filter(lambda width: width > 2)), draw(st.sampled_from(sets))
+    return lambda g: test_gated_residual_norm.fused(g, lengths, width, parts)
+
+
+@st.composite
+def window(draw):
+    near = st.tuples(*[st.integers(1, 4)] * 3)
+    grids, texts = (
+        draw(st.lists(near, min_size=1, max_size=3)),
+        draw(st.lists(st.integers(0, 9), min_size=3, max_size=3)),
+    )
+    sizes = [f * y * x for f, y, x in grids]
+    video = [(sum(sizes[:i]), *grid) for i, grid in enumerate(grids)]
+    text = [(sum(sizes) + sum(texts[:i]), texts[i]) for i in range(len(grids))]
+    rows = sum(sizes) + sum(texts[: len(grids)])
+    numbers = {"tile": draw(near), "radius": tuple(n - 1 for n in draw(near))}
+    heads, width = draw(st.integers(1, 3)), draw(SIZE)
+    return lambda g: test_window_attention.attention(g, rows, heads, width, video, text, **numbers)
+
+
 def shaped(make, *sizes):
     """A maker called with sizes drawn from these strategies."""
     return st.tuples(*sizes).map(lambda drawn: lambda g: make(g, *drawn))
@@ -104,6 +144,8 @@ OPS = {
     "flow_noise": (test_flow_noise, flow(test_flow_noise.corruption)),
     "flow_step": (test_flow_step, flow(test_flow_step.step)),
     "gated_residual": (test_gated_residual, shaped(test_gated_residual.gated, LENGTHS, SIZE)),
+    "gated_residual_norm": (test_gated_residual_norm, residual_norm()),
+    "linear": (test_linear, layer()),
     "linear_cross_entropy": (
         test_linear_cross_entropy,
         st.sampled_from((test_linear_cross_entropy.head, test_linear_cross_entropy.gkl)).flatmap(
@@ -123,6 +165,7 @@ OPS = {
     "moe_mlp": (test_moe_mlp, experts()),
     "moe_route": (test_moe_route, routed(test_moe_route)),
     "qk_norm_rope": (test_qk_norm_rope, rope()),
+    "window_attention": (test_window_attention, window()),
 }
 # What a batch behind this one repeats: arguments with an entry per row or sample, and spans with what they point into.
 # The other ops sum over all rows, or give them to a library's matrix product.
@@ -137,10 +180,13 @@ REPEATED = {
         {"latent_spans": "x", "token_spans": "tokens"},
     ),
     "gated_residual": (("h", "y", "gate"), {"spans": "h"}),
+    "gated_residual_norm": (("h", "y", "gate", "shift", "scale"), {"spans": "h", "norm_spans": "h"}),
+    "linear": (("x",), {"row_spans": "x"}),
     "linear_sample": (("x", *test_linear_sample.NAMES), {}),
     "modulated_layer_norm": (("x", "shift", "scale"), {"spans": "x"}),
     "moe_route": (("logits",), {}),
     "qk_norm_rope": (("q", "k"), {"rope_spans": "q"}),
+    "window_attention": (("q", "k", "v"), {"video_spans": "q", "text_spans": "q"}),
 }
 RUNS = [(op, backend) for op in sorted(OPS) for backend in backends_of(op)]
 
@@ -153,13 +199,16 @@ def suite_of(op):
 def twice(op, inputs):
     """The batch, and the same batch behind it."""
     names, spans = REPEATED[op]
-    both = {n: torch.cat([inputs[n]] * 2) for n in names if inputs[n] is not None}
+    both = {n: torch.cat([inputs[n]] * 2) for n in names if inputs.get(n) is not None}
+    tables: dict[int, Tensor] = {}  # one table that serves twice stays one
     for name, rows in spans.items():
-        if inputs[name] is None:
-            continue
-        moved = inputs[name].clone()
-        moved[..., 0] += len(inputs[rows])
-        both[name] = torch.cat([inputs[name], moved])
+        table = inputs.get(name)
+        if table is not None and id(table) not in tables:
+            moved = table.clone()
+            moved[..., 0] += len(inputs[rows])
+            tables[id(table)] = torch.cat([table, moved])
+        if table is not None:
+            both[name] = tables[id(table)]
     return inputs | both
 
 
@@ -170,18 +219,20 @@ def assert_same_bits(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
 
 def check(op: str, backend: str, make: Callable[..., Any], dtype: torch.dtype, strided: bool) -> None:
     suite = suite_of(op)
-    case = dataclasses.replace(suite.cases[0], name="fuzzed", make=make, ulps=1024)
+    case = dataclasses.replace(suite.cases[0], name="fuzzed", make=make, ulps=max(1024, suite.cases[0].ulps))
     inputs = case.inputs(dtype, strided)
     with poisoned():
         outputs, grads, douts = suite.assert_right(case, inputs, dtype, backend)
-        if backend not in LIBRARIES and op not in TORCH_PRODUCTS:
+        if backend not in LIBRARIES:
             threads = torch.get_num_threads()
             torch.set_num_threads(1 if threads > 1 else 2)
             try:
                 more, more_grads, _ = run(suite.function, case, inputs, douts)
             finally:
                 torch.set_num_threads(threads)
-            assert_same_bits((*more, *more_grads.values()), (*outputs, *grads.values()))
+            assert_same_bits(more, outputs)
+            if (backend, op) not in TORCH_BACKWARD:
+                assert_same_bits(tuple(more_grads.values()), tuple(grads.values()))
         if op in REPEATED:
             packed = {n: v.contiguous() if isinstance(v, Tensor) else v for n, v in inputs.items()}
             both, alone = (as_tuple(suite.function(**given)) for given in (twice(op, packed), packed))
@@ -210,5 +261,4 @@ def test_fuzzed(op, on):
 
 
 def test_every_op_is_fuzzed():
-    own = {"gated_residual_norm", "linear", "window_attention"}  # draw many shapes in tests of their own
-    assert set(backends.table("reference")) == set(OPS) | own
+    assert set(backends.table("reference")) == set(OPS)
