@@ -6,7 +6,7 @@ Letters: T rows, D width, N heads, H head width, U condition rows, S spans.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from uvg_engine import ops
 from uvg_engine.model.config import UniViGUConfig
-from uvg_engine.model.layout import Layout, tiles
+from uvg_engine.model.layout import Layout, Selection, tiles
 from uvg_engine.model.linear import linear
 from uvg_engine.ops import modulated_layer_norm
 
@@ -31,6 +31,12 @@ class Rows:
     dtype: torch.dtype  # of the matrix products
     spans: Tensor | None  # row spans when samples are isolated
     asking: Asking | None = None  # None: all rows attend to their condition
+
+    def select(self, selection: Selection, asking: Asking | None) -> Rows:
+        """What the blocks have to know of these samples."""
+        layout, modulation = selection.layout, self.modulation_S6D[selection.spans]
+        spans = None if self.spans is None else layout.row_spans.cpu()
+        return replace(self, layout=layout, modulation_S6D=modulation, spans=spans, asking=asking)
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,14 @@ class Asking:
         sample = torch.arange(layout.num_samples).repeat(2).repeat_interleave(layout.row_spans[:, 1].cpu().long())
         device = layout.row_spans.device
         return cls(torch.cat(rows).to(device), query_spans.to(device), table, sample.to(device))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The rows of the last block whose results are read: of the others it needs keys and values alone."""
+
+    selection: Selection
+    asking: Asking | None = None
 
 
 class Weight(nn.Module):
@@ -145,19 +159,31 @@ class Block(nn.Module):
         """h: residual stream [T, D]. Returns the new one."""
         return self.ask_condition(*self.mix(h, rows), rows, condition)
 
-    def mix(self, h: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Self-attention, which knows of no condition: the stream [T, D] after it, and its norm for `ask_condition`."""
-        layout, dtype, spans, attn = rows.layout, rows.dtype, rows.spans, self.attn1
+    def mix(
+        self, h: Tensor, rows: Rows, asks: Rows | None = None, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Self-attention, which knows of no condition: the stream [T, D] after it, and its norm for `ask_condition`.
+
+        asks, index: some of the rows and where they lie among all; then these alone ask, and the results are theirs.
+        """
+        layout, dtype, attn = rows.layout, rows.dtype, self.attn1
         shift, scale, gate = self.modulation(rows, 0)
         a = modulated_layer_norm(h, shift, scale, layout.row_spans).to(dtype)
-        q, k, v = (linear(layer, a, dtype, spans) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        q, k = ops.qk_norm_rope(
-            q, k, attn.norm_q.weight, attn.norm_k.weight, layout.rope_spans, rows.rope_table, attn.heads
-        )
-        y = linear(attn.to_out[0], attn.attend(q, k, v, layout.query_spans, layout.key_spans), dtype, spans)
-        norm = self.norm2
+        k, v = (linear(layer, a, dtype, rows.spans) for layer in (attn.to_k, attn.to_v))
+        weight_q, weight_k, table = attn.norm_q.weight, attn.norm_k.weight, rows.rope_table
+        if asks is None or index is None:
+            asks = rows
+            q = linear(attn.to_q, a, dtype, rows.spans)
+            q, k = ops.qk_norm_rope(q, k, weight_q, weight_k, layout.rope_spans, table, attn.heads)
+        else:
+            h, (_, _, gate) = h.index_select(0, index), self.modulation(asks, 0)
+            q = linear(attn.to_q, a.index_select(0, index), dtype, asks.spans)
+            q, _ = ops.qk_norm_rope(q, None, weight_q, None, asks.layout.rope_spans, table, attn.heads)
+            k, _ = ops.qk_norm_rope(k, None, weight_k, None, layout.rope_spans, table, attn.heads)
+        y = attn.attend(q, k, v, asks.layout.query_spans, layout.key_spans)
+        y, norm = linear(attn.to_out[0], y, dtype, asks.spans), self.norm2
         return ops.gated_residual_norm(
-            h, y, gate, layout.row_spans, weight=norm.weight, bias=norm.bias, eps=norm.eps, norm_dtype=dtype
+            h, y, gate, asks.layout.row_spans, weight=norm.weight, bias=norm.bias, eps=norm.eps, norm_dtype=dtype
         )
 
     def ask_condition(self, h: Tensor, n: Tensor, rows: Rows, condition: BlockCondition) -> Tensor:

@@ -108,9 +108,10 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Branches:
-    """Samples that part only at their conditions: sample k of `layout` goes on from sample samples[k] of another one.
+class Selection:
+    """Samples of another layout, as often as they are wanted and without the modalities that nobody reads.
 
+    layout: sample k is sample samples[k] of the other one; a modality that is left out has no rows, (0, 0, 0) or 0.
     samples: int64 [B]. spans: int64 [2B], rows: int64 [T]; where each span and row of `layout` comes from.
     """
 
@@ -120,15 +121,31 @@ class Branches:
     rows: Tensor
 
     @classmethod
-    def build(cls, source: Layout, layout: Layout, samples: Sequence[int]) -> Branches:
-        """Raises ValueError where a sample differs in size from the one that it goes on from."""
-        sizes = [(source.grids[i], source.text_lens[i]) for i in samples]
-        if sizes != list(zip(layout.grids, layout.text_lens, strict=True)):
-            raise ValueError(f"samples must have the sizes of those that they go on from, got {sizes}")
+    def build(cls, source: Layout, layout: Layout, samples: Sequence[int]) -> Selection:
+        """Raises ValueError where a modality is neither empty nor as long as in the sample that it comes from."""
+        for index, grid, length in zip(samples, layout.grids, layout.text_lens, strict=True):
+            fits = grid in (source.grids[index], (0, 0, 0)) and length in (source.text_lens[index], 0)
+            if not fits:
+                size = (source.grids[index], source.text_lens[index])
+                raise ValueError(
+                    f"samples must have the sizes of those that they go on from, {size}, got {grid, length}"
+                )
         spans, runs = [*samples, *(source.num_samples + i for i in samples)], source.row_spans.tolist()
-        rows = torch.cat([torch.arange(runs[i][0], sum(runs[i])) for i in spans])
+        lens = layout.row_spans[:, 1].tolist()
+        rows = torch.cat([torch.arange(runs[i][0], runs[i][0] + n) for i, n in zip(spans, lens, strict=True)])
         device = source.row_spans.device
         return cls(layout, torch.tensor(samples, device=device), torch.tensor(spans, device=device), rows.to(device))
+
+    @classmethod
+    def of_read(cls, source: Layout, video: Sequence[bool], text: Sequence[bool]) -> Selection:
+        """Every sample once, with the modalities that are read."""
+        layout = Layout.build(
+            [grid if reads else (0, 0, 0) for grid, reads in zip(source.grids, video, strict=True)],
+            [length if reads else 0 for length, reads in zip(source.text_lens, text, strict=True)],
+            source.cond_lens,
+            device=source.row_spans.device,
+        )
+        return cls.build(source, layout, range(source.num_samples))
 
 
 def tiles(lens: Sequence[int], first: int = 0) -> list[tuple[int, int]]:

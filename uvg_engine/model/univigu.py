@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from uvg_engine.model.blocks import Asking, Block, BlockCondition, Rows, Weight
+from uvg_engine.model.blocks import Asking, Block, BlockCondition, Reading, Rows, Weight
 from uvg_engine.model.config import UniViGUConfig
 from uvg_engine.model.embeddings import ConditionEmbedder, TextRope, TimeEmbedding
-from uvg_engine.model.layout import Branches, Grid, Layout, tiles
+from uvg_engine.model.layout import Grid, Layout, Selection, tiles
 from uvg_engine.model.linear import affine, linear
 from uvg_engine.model.patches import patch_grid, patchify, unpatchify
 from uvg_engine.ops import modulated_layer_norm, require
@@ -164,11 +164,10 @@ class UniViGU(nn.Module):
         condition: ConditionKV,
         *,
         isolate: bool = False,
-        want_velocity: bool = True,
-        want_text: bool = True,
         time_tables: tuple[TimeTable, TimeTable] | None = None,
         asking: Asking | None = None,
-        branches: Branches | None = None,
+        branches: Selection | None = None,
+        reading: Reading | None = None,
     ) -> PackedOutput:
         """One forward over a batch of samples of any sizes and jobs.
 
@@ -177,50 +176,68 @@ class UniViGU(nn.Module):
         not depend on its neighbours (on in sampling; costs time only where the backend's products need it).
         time_tables: of time_v and time_t, where they were computed before. asking: which rows attend to a condition.
         branches: samples that go on from those of `layout` after the first self-attention; condition, asking and the
-        result are then theirs.
-        Returns PackedOutput; a part that is not wanted, or that no sample has, is None.
+        result are then theirs. reading: the modalities of these samples whose results are read (None: all).
+        Returns PackedOutput of the samples, in order; a part that nobody reads, or that no sample has, is None.
         """
         dtype, config = self.dtype, self.config
-        all_spans = layout.row_spans.cpu() if isolate else None
-        video_spans = all_spans[: layout.num_samples] if all_spans is not None else None
+        spans = layout.row_spans.cpu() if isolate else None
         if time_tables is None:
-            time_tables = (
-                self.time_embedding_v(time_v, dtype, isolate),
-                self.time_embedding_t(time_t, dtype, isolate),
-            )
+            time_tables = self.time_embedding_v(time_v, dtype, isolate), self.time_embedding_t(time_t, dtype, isolate)
         (temb_v, modulation_v), (temb_t, modulation_t) = time_tables
-        modulation = torch.cat([modulation_v, modulation_t])
-        rows = Rows(layout, self._rope_table(layout), modulation, dtype, all_spans, asking)
-        video = affine(*self._patch_linear(), patchify(latents, layout, config), dtype, video_spans)
+        rows = Rows(
+            layout,
+            self._rope_table(layout),
+            torch.cat([modulation_v, modulation_t]),
+            dtype,
+            spans,
+            asking if branches is None else None,
+        )
+        patches = patchify(latents, layout, config)
+        video = affine(*self._patch_linear(), patches, dtype, _video(spans))
         h = torch.cat([video.float(), self.vocab_embed(tokens).float()])
-        (block, block_condition), *others = zip(self.blocks, condition, strict=True)
-        h, n = block.mix(h, rows)
+        for index, (block, block_condition) in enumerate(zip(self.blocks, condition, strict=True)):
+            read = reading if index == len(self.blocks) - 1 else None
+            if index == 0 or read is None:
+                h, n = block.mix(h, rows)
+            if index == 0 and branches is not None:
+                rows, h, n = rows.select(branches, asking), h[branches.rows], n[branches.rows]
+            if read is not None:
+                read_rows, place = rows.select(read.selection, read.asking), read.selection.rows
+                if index == 0:
+                    h, n = h[place], n[place]
+                else:
+                    h, n = block.mix(h, rows, read_rows, place)
+                rows = read_rows
+            h = block.ask_condition(h, n, rows, block_condition)
         if branches is not None:
-            sizes = [math.prod(grid) * config.patch_volume * config.in_channels for grid in layout.grids]
-            pieces, layout, samples = latents.split(sizes), branches.layout, branches.samples
-            latents = torch.cat([pieces[i] for i in samples.tolist()])
-            h, n = h[branches.rows], n[branches.rows]
+            samples = branches.samples
             temb_v, temb_t, time_v = temb_v[samples], temb_t[samples], time_v[samples]
-            all_spans = layout.row_spans.cpu() if isolate else None
-            video_spans = all_spans[: layout.num_samples] if all_spans is not None else None
-            rows = Rows(layout, rows.rope_table, modulation[branches.spans], dtype, all_spans, asking)
-        h = block.ask_condition(h, n, rows, block_condition)
-        for block, block_condition in others:
-            h = block(h, rows, block_condition)
         velocity = text_hidden = None
-        if want_velocity and layout.num_video:
-            shift, scale = (self.scale_shift_table_v.float() + temb_v[:, None]).unbind(1)
-            normed = modulated_layer_norm(h[: layout.num_video], shift, scale, layout.row_spans[: layout.num_samples])
-            patches = linear(self.video_head.proj_out, normed, dtype, video_spans)
-            velocity = unpatchify(patches.float(), layout, config)
+        if rows.layout.num_video:
+            velocity = self._video_velocity(h[: rows.layout.num_video], rows, temb_v)
             if config.prediction == "sample":
-                velocity = _velocity(latents, velocity, layout, time_v, config)
-        if want_text and layout.num_text:
-            shift, scale = (self.scale_shift_table_t.float() + temb_t[:, None]).unbind(1)
-            weight = self.text_head.norm_final.weight
-            text = modulated_layer_norm(h[layout.num_video :], shift, scale, layout.text_spans, weight=weight, eps=1e-5)
-            text_hidden = text.to(dtype)
+                kept = range(layout.num_samples) if branches is None else branches.samples.tolist()
+                velocity = _velocity(
+                    _latents_of(latents, layout, rows.layout, kept, config), velocity, rows.layout, time_v, config
+                )
+        if rows.layout.num_text:
+            text_hidden = self._text_hidden(h[rows.layout.num_video :], rows, temb_t)
         return PackedOutput(velocity, text_hidden)
+
+    def _video_velocity(self, h: Tensor, rows: Rows, temb: Tensor) -> Tensor:
+        """The video head: flat [N]."""
+        layout = rows.layout
+        shift, scale = (self.scale_shift_table_v.float() + temb[:, None]).unbind(1)
+        normed = modulated_layer_norm(h, shift, scale, layout.row_spans[: layout.num_samples])
+        patches = linear(self.video_head.proj_out, normed, rows.dtype, _video(rows.spans))
+        return unpatchify(patches.float(), layout, self.config)
+
+    def _text_hidden(self, h: Tensor, rows: Rows, temb: Tensor) -> Tensor:
+        """What the vocabulary head multiplies."""
+        shift, scale = (self.scale_shift_table_t.float() + temb[:, None]).unbind(1)
+        weight = self.text_head.norm_final.weight
+        text = modulated_layer_norm(h, shift, scale, rows.layout.text_spans, weight=weight, eps=1e-5)
+        return text.to(rows.dtype)
 
     def forward(
         self,
@@ -290,9 +307,26 @@ class UniViGU(nn.Module):
         return self.rotary_emb_text.table(max((*layout.text_lens, *(max(grid) for grid in layout.grids), 1)))
 
 
+def _video(spans: Tensor | None) -> Tensor | None:
+    """The spans of the video rows among those of both modalities."""
+    return None if spans is None else spans[: len(spans) // 2]
+
+
+def _latents_of(latents: Tensor, layout: Layout, read: Layout, samples: Sequence[int], config: UniViGUConfig) -> Tensor:
+    """Of the latents of `layout` those of the samples whose video is read, sample k of `read` being samples[k]."""
+    if read is layout:
+        return latents
+    pieces = latents.split(_values(layout, config))
+    return torch.cat([pieces[i][:n] for i, n in zip(samples, _values(read, config), strict=True)])
+
+
+def _values(layout: Layout, config: UniViGUConfig) -> list[int]:
+    """Latent values of each sample."""
+    return [math.prod(grid) * config.patch_volume * config.in_channels for grid in layout.grids]
+
+
 def _velocity(latents: Tensor, sample: Tensor, layout: Layout, time_v: Tensor, config: UniViGUConfig) -> Tensor:
     """(x - x0) / sigma from a prediction x0 of the clean latents; all flat [N]."""
     sigma = (time_v / 1000).clamp_min(_LOWEST_SIGMA)
-    values = [math.prod(grid) * config.patch_volume * config.in_channels for grid in layout.grids]
-    counts = torch.tensor(values, device=time_v.device)
+    counts = torch.tensor(_values(layout, config), device=time_v.device)
     return (latents - sample) / sigma.float().repeat_interleave(counts, output_size=len(latents))

@@ -11,6 +11,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from uvg_engine.flow import Step
 from uvg_engine.model import Layout, UniViGU
-from uvg_engine.model.blocks import Asking, BlockCondition
-from uvg_engine.model.layout import TEXT, VIDEO, Branches, tiles
+from uvg_engine.model.blocks import Asking, BlockCondition, Reading
+from uvg_engine.model.layout import TEXT, VIDEO, Selection, tiles
 from uvg_engine.model.univigu import ConditionKV, TimeTable
 from uvg_engine.ops import flow_source, flow_step, jump_coins, linear_sample
 from uvg_engine.sampling.prepare import Prepared
@@ -76,6 +77,26 @@ class State:
         return self.coins[self.step]
 
 
+@dataclass(frozen=True)
+class Packed:
+    """What the model has to know of a composition of the batch. layout: of `branches` of it, where there are some."""
+
+    composition: list[Branch]
+    layout: Layout
+    condition: ConditionKV
+    asking: Asking | None
+    asks: list[bool]
+    branches: Selection | None
+
+    def reading(self, video: list[bool], text: list[bool]) -> Reading | None:
+        """Of these modalities of the samples; None where that is all there is."""
+        layout = self.layout if self.branches is None else self.branches.layout
+        read = Selection.of_read(layout, video, text)
+        if read.layout.num_rows == layout.num_rows:
+            return None
+        return Reading(read, None if self.asking is None else Asking.build(read.layout, self.asks))
+
+
 class Loop:
     """Advances states of one engine. Holds what outlives a step: the null condition, the head, the last layout."""
 
@@ -86,7 +107,8 @@ class Loop:
         self._null_kv: ConditionKV | None = None
         head = self.model.text_head.linear
         self._head = [p.detach().to(self.model.dtype) for p in (head.weight, head.bias)]
-        self._packed: tuple[list[Branch], Layout, ConditionKV, Asking | None, Branches | None] | None = None
+        self._packed: Packed | None = None
+        self._reading: tuple[Packed, list[bool], list[bool], Reading | None] | None = None
         self._tables: weakref.WeakValueDictionary[tuple, TimeTables] = weakref.WeakValueDictionary()  # by times
 
     @torch.no_grad()
@@ -102,27 +124,28 @@ class Loop:
     def _forward(self, states: list[State]) -> None:
         everyone = states + [s for s in states if self._is_guided(s)]
         branches = [(s.serial, i < len(states)) for i, s in enumerate(everyone)]
-        layout, condition, asking, parting = self._pack(states, everyone, branches)
-        savings, first = self.savings, everyone if parting is None else states
-        drawing = torch.cat([self._drawing(s) for s in states])
+        drawing = [self._drawing(s) for s in states]
+        read_video, read_text = self._read(everyone, drawing)
+        packed = self._pack(states, everyone, branches)
+        first = everyone if packed.branches is None else states
         out = self.model.packed(
             torch.cat([s.latents for s in first]),
             torch.cat([s.tokens for s in first]),
-            layout,
+            packed.layout,
             self._floats([s.now.video_time for s in first]),
             self._floats([s.now.text_time for s in first]),
-            condition,
+            packed.condition,
             isolate=True,
-            want_velocity=not savings.skip_unread or any(s.now.video_moves for s in states),
-            want_text=not savings.skip_unread or bool(drawing.any()),
             time_tables=self._time_tables(first),
-            asking=asking,
-            branches=parting,
+            asking=packed.asking,
+            branches=packed.branches,
+            reading=self._reading_of(packed, read_video, read_text),
         )
         velocities: dict[Branch, Tensor] = {}
         if out.velocity is not None:
-            velocities = dict(zip(branches, out.velocity.split([len(s.latents) for s in everyone]), strict=True))
-        self._step(states, velocities, self._draw(states, drawing, out.text_hidden))
+            sizes = [len(s.latents) if reads else 0 for s, reads in zip(everyone, read_video, strict=True)]
+            velocities = dict(zip(branches, out.velocity.split(sizes), strict=True))
+        self._step(states, velocities, self._draw(states, drawing, read_text, out.text_hidden))
 
     def _is_guided(self, state: State) -> bool:
         """Whether the unconditional branch is computed."""
@@ -130,17 +153,21 @@ class Loop:
             return state.prepared.request.kind != "caption"
         return state.now.video_moves and state.prepared.job.guidance != 1
 
-    def _pack(
-        self, states: list[State], everyone: list[State], branches: list[Branch]
-    ) -> tuple[Layout, ConditionKV, Asking | None, Branches | None]:
-        """What the model has to know of this composition of the batch; the last one is kept."""
-        if self._packed is not None and self._packed[0] == branches and self.savings.condition_cache:
-            return self._packed[1:]
-        parts = [self._condition(s, conditional) for s, (_, conditional) in zip(everyone, branches, strict=True)]
+    def _read(self, everyone: list[State], drawing: list[Tensor]) -> tuple[list[bool], list[bool]]:
+        """Of each sample, whether its velocity and whether its text are read."""
+        if not self.savings.skip_unread:
+            return [True] * len(everyone), [True] * len(everyone)
+        unconditional = [False] * (len(everyone) - len(drawing))
+        return [s.now.video_moves for s in everyone], [*(bool(d.any()) for d in drawing), *unconditional]
+
+    def _pack(self, states: list[State], everyone: list[State], composition: list[Branch]) -> Packed:
+        """The last one is kept."""
+        if self._packed is not None and self._packed.composition == composition and self.savings.condition_cache:
+            return self._packed
+        parts = [self._condition(s, conditional) for s, (_, conditional) in zip(everyone, composition, strict=True)]
         layout = self._layout(everyone, [len(part[0].k) for part in parts])
-        asking, condition = None, []
-        if any(part[0].constant is not None for part in parts):
-            asking = Asking.build(layout, [part[0].constant is None for part in parts])
+        asks = [part[0].constant is None for part in parts]
+        asking, condition = None if all(asks) else Asking.build(layout, asks), []
         for block in zip(*parts, strict=True):
             k, v = torch.cat([c.k for c in block]), torch.cat([c.v for c in block])
             constant = None
@@ -148,12 +175,19 @@ class Loop:
                 idle = k.new_zeros(1, k.shape[1])
                 constant = torch.cat([idle if c.constant is None else c.constant for c in block])
             condition.append(BlockCondition(k, v, constant))
-        parting = None
+        branches = None
         if self.savings.share_first_attention and len(everyone) > len(states):
             alone, places = self._layout(states, [0] * len(states)), {s.serial: i for i, s in enumerate(states)}
-            parting, layout = Branches.build(alone, layout, [places[s.serial] for s in everyone]), alone
-        self._packed = (branches, layout, condition, asking, parting)
-        return layout, condition, asking, parting
+            branches, layout = Selection.build(alone, layout, [places[s.serial] for s in everyone]), alone
+        self._packed = Packed(composition, layout, condition, asking, asks, branches)
+        return self._packed
+
+    def _reading_of(self, packed: Packed, video: list[bool], text: list[bool]) -> Reading | None:
+        """`Packed.reading`; the last one is kept."""
+        last = self._reading
+        if last is None or last[0] is not packed or last[1:3] != (video, text):
+            self._reading = last = (packed, video, text, packed.reading(video, text))
+        return last[3]
 
     def _layout(self, states: list[State], cond_lens: list[int]) -> Layout:
         return Layout.build(
@@ -199,12 +233,16 @@ class Loop:
             return torch.full((len(state.tokens),), not self.savings.skip_unread)
         return state.coins_now if self.savings.lazy_head else torch.ones_like(state.coins_now)
 
-    def _draw(self, states: list[State], drawing: Tensor, hidden: Tensor | None) -> Tensor:
-        """Tokens drawn where `drawing`, of the conditional branches (they come first); elsewhere 0."""
-        device = self.model.device
-        drawn = torch.zeros(len(drawing), dtype=torch.int64)
-        if hidden is None or not bool(drawing.any()):
+    def _draw(self, states: list[State], drawing: list[Tensor], reads: list[bool], hidden: Tensor | None) -> Tensor:
+        """Tokens drawn where `drawing`, of the conditional branches (they come first); elsewhere 0.
+
+        hidden: of the states whose text is read, one after the other.
+        """
+        device, wanted = self.model.device, torch.cat(drawing)
+        drawn = torch.zeros(len(wanted), dtype=torch.int64)
+        if hidden is None or not bool(wanted.any()):
             return drawn.to(device)
+        place = torch.cat([torch.full_like(d, r) for d, r in zip(drawing, reads)]).cumsum(0) - 1  # in `hidden`
         lens = torch.tensor([len(s.tokens) for s in states])
         heats = [0.0 if s.now.argmax else float(s.prepared.temperature) for s in states]
 
@@ -215,10 +253,10 @@ class Loop:
         places = torch.cat([torch.arange(len(s.tokens)) for s in states])
         heat = per_token(heats, torch.float64)
         for temperature in sorted(set(heats)):
-            index = torch.nonzero(drawing & (heat == temperature)).flatten()
+            index = torch.nonzero(wanted & (heat == temperature)).flatten()
             if len(index):
                 names = [x[index].to(device) for x in (seeds, steps, places)]
-                ids = linear_sample(hidden[index.to(device)], *self._head, *names, temperature=temperature)
+                ids = linear_sample(hidden[place[index].to(device)], *self._head, *names, temperature=temperature)
                 drawn[index] = ids.cpu()
         return drawn.to(device)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Savings:
-    """Which savings are on. Off changes no result: bitwise, but to rounding for drop_padding and constant_condition.
+    """Which savings are on. Off changes no result: bitwise, but to rounding for drop_padding, constant_condition and,
+    where attention is a library's, skip_unread.
 
     lazy_head: the jump coins are tossed first; the text head is evaluated only where they say jump.
     skip_idle: a step in which no token of a caption jumps leaves its state as it is: no forward at all. Over N steps a
@@ -20,7 +21,8 @@ class Savings:
         block's self-attention once for both.
     time_tables: time embeddings and modulations of all steps of a job at its start, each time once.
     skip_unguided: no unconditional branch where guidance is 1 or the video does not move.
-    skip_unread: no video head where no sample of the batch reads it (captions); no text head for clean prompts.
+    skip_unread: of rows whose result nobody reads (the video of captions, clean prompts, text of unconditional branches
+        and of steps without a jump) the last block computes keys and values alone, and no head.
     drop_padding: pads of a clean prompt are not computed. Off, they are masked keys, and matrix products get more rows.
     """
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from uvg_engine.model.blocks import Reading
+from uvg_engine.model.layout import Selection
 from uvg_engine.model.univigu import UniViGU
 from uvg_engine.ops import linear_cross_entropy
 from uvg_engine.training.batch import Batch
@@ -31,7 +33,10 @@ def compute_losses(model: UniViGU, batch: Batch, stage: Stage, loss: str = "ce")
     layout = batch.layout
     condition = model.condition_kv(batch.cond, layout.cond_lens)
     want_text = layout.num_text > 0 and stage.text != "none"
-    out = model.packed(batch.latents, batch.tokens, layout, batch.time_v, batch.time_t, condition, want_text=want_text)
+    reading = None
+    if layout.num_text and not want_text:
+        reading = Reading(Selection.of_read(layout, [True] * layout.num_samples, [False] * layout.num_samples))
+    out = model.packed(batch.latents, batch.tokens, layout, batch.time_v, batch.time_t, condition, reading=reading)
     nan = torch.tensor(float("nan"))
     total, video, text = batch.latents.new_zeros(()), nan, nan
     count = batch.video_weight.sum()
