@@ -32,7 +32,8 @@ void latents(const Params& p) {
         std::memcpy(to(out) + chunk.first, from(p.x) + chunk.first, size);
       continue;
     }
-    const float* c = p.coefs + chunk.span * kCoefs;
+    float c[kCoefs];  // a copy, which no store can change
+    std::memcpy(c, p.coefs + chunk.span * kCoefs, sizeof c);
     const float guidance = p.guidance[chunk.span];
     const bool guided = p.v_uncond != nullptr && guidance != 1.0f;
     columns(chunk.rows, [&](int64_t i, int64_t n) {
