@@ -69,3 +69,32 @@ def test_vmap_maps(plain):
         torch.vmap(ops.gated_residual)(h, y), ops.gated_residual(h.flatten(0, 1), y.flatten(0, 1)).view_as(h)
     )
     assert not plain[0]
+
+
+def test_a_subclass_with_a_torch_function_sees_the_op():
+    seen = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    ops.gated_residual(rows(0).as_subclass(Watched), rows(1))
+    assert "uvg.gated_residual.default" in seen
+
+
+def test_a_torch_that_cannot_tell_dispatches(plain, monkeypatch):
+    monkeypatch.setattr(_registry, "_CAN_TELL", False)
+    ops.gated_residual(rows(0), rows(1))
+    assert plain == [False]
+
+
+def test_forward_mode_is_refused():
+    with pytest.raises(NotImplementedError, match="gated_residual has no forward-mode derivative"):
+        torch.func.jvp(ops.gated_residual, (rows(0), rows(1)), (rows(2), rows(3)))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(rows(0), rows(1))
+        with pytest.raises(NotImplementedError, match="gated_residual has no forward-mode derivative"):
+            ops.gated_residual(dual, rows(2))
+        assert torch.equal(ops.gated_residual(rows(0), rows(1)), rows(0) + rows(1))

@@ -8,6 +8,7 @@ is NaN here. Whatever takes `backend` runs on every backend that has the op (con
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from uvg_engine import backends, ops
 from uvg_engine.backends import native, triton
@@ -330,6 +332,15 @@ class DifferentiableOpSuite(OpSuite):
             leaf = inputs[name].detach().requires_grad_()
             outputs = [o for o in as_tuple(self.function(**(inputs | {name: leaf}))) if o.requires_grad]
             assert torch.equal(torch.autograd.grad(outputs, leaf, [d.to(FP32) for d in douts])[0], want)
+
+    def test_under_activation_checkpointing(self, backend: str) -> None:
+        """Where each saved tensor may be asked for once."""
+        case = self.cases[0]
+        inputs = case.inputs(FP32)
+        want = run(self.function, case, inputs)
+        got = run(functools.partial(checkpoint, self.function, use_reentrant=False), case, inputs, want[2])
+        for a, b in zip((*got[0], *got[1].values()), (*want[0], *want[1].values()), strict=True):
+            assert torch.equal(a, b)
 
     def test_a_second_derivative_is_refused(self, backend: str) -> None:
         case = self.cases[0]

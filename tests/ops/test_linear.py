@@ -151,6 +151,7 @@ def test_keeping_packed_weights_changes_no_bit(on_cpu, dtype):
 def test_packed_weights_go_with_their_weight(on_cpu):
     made = layer(torch.Generator().manual_seed(0), 30, 40, 70)
     weights, x = torch.stack([made["weight"]] * 2).float(), made["x"].float()
+    gc.collect()  # of what other tests left
     before = packed_weights.kept_bytes()
     linear(x, weights[0])
     one = packed_weights.kept_bytes() - before
@@ -163,6 +164,32 @@ def test_packed_weights_go_with_their_weight(on_cpu):
     del weights
     gc.collect()
     assert packed_weights.kept_bytes() == before
+
+
+def test_a_write_to_one_row_is_seen(on_cpu):
+    """By the version: none of the values that are looked at is in it."""
+    x, weight = (
+        value.float() for value in (torch.ones(3, 40), layer(torch.Generator().manual_seed(0), 1, 40, 700)["weight"])
+    )
+    linear(x, weight)
+    weight[335].mul_(2)
+    assert torch.equal(linear(x, weight), linear(x, weight.clone()))
+
+
+def test_a_write_behind_torchs_back_can_be_told(on_cpu):
+    x, weight = torch.ones(3, 40), layer(torch.Generator().manual_seed(0), 1, 40, 700)["weight"].float()
+    stale = linear(x, weight)
+    weight.numpy()[335] *= 2
+    assert torch.equal(linear(x, weight), stale), "told without need: the docs of packed_weights can be simpler"
+    packed_weights.forget(weight)
+    assert torch.equal(linear(x, weight), linear(x, weight.clone())) and not torch.equal(linear(x, weight), stale)
+
+
+def test_views_of_ever_new_sizes_do_not_pile_up(on_cpu):
+    weight, before = torch.randn(4096, 64), packed_weights.kept_bytes()
+    for rows in range(4096, 64, -64):
+        linear(weight[:1], weight[:rows])
+    assert packed_weights.kept_bytes() - before < 4 * weight.nbytes + (1 << 20)
 
 
 def test_nothing_is_kept_where_a_gradient_is_wanted(on_cpu):

@@ -1,8 +1,11 @@
 """Weights in the form that the products of the cpu backend read: made once and kept as long as the weight lives.
 
-A packed weight hangs on the weight's storage and goes with it. It is made again when the weight was written to, which
-its version tells, and, for writes that the version does not see (`weight.data`, other libraries), a sample of its
-values. `UVG_PACKED_WEIGHTS=0` or `kept(False)` packs for every call instead: slower, the same bits.
+A packed weight hangs on the weight's storage and goes with it; together they take about twice the memory. It is made
+again when the weight was written to, which its version tells. Writes that the version does not see (`weight.data`,
+`weight.numpy()`, other libraries) are seen where they change one of 64 values that are looked at, as a new checkpoint
+does; after one that may change few values or only in part of the weight, call `forget(weight)`. `UVG_PACKED_WEIGHTS=0`
+or `kept(False)` packs for every call instead: slower, the same bits. So it is for weights made under inference_mode,
+which have no version, and for those that are stored in another dtype than that of the products.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ _NAME = "_uvg_packed_weights"  # of the attribute of a storage
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _keep = os.environ.get("UVG_PACKED_WEIGHTS", "1") != "0"
 _bytes = 0
+_MOST, _MOST_MORE = 2, 1 << 20  # kept of one storage: times its bytes, and bytes for the padding of many small weights
 
 
 @dataclass(eq=False)
@@ -48,6 +52,11 @@ def kept_bytes() -> int:
     return _bytes
 
 
+def forget(weight: Tensor) -> None:
+    """Drop what is kept of a weight and of all others in its storage: it was written to behind torch's back."""
+    weight.untyped_storage().__dict__.pop(_NAME, None)
+
+
 def packed(weight: Tensor, keep: bool) -> Tensor:
     """int32 words of a weight [F, D] or of several [E, F, D], one after the other, in fp32 or bf16, for the instruction
     set in use. keep: for later calls too."""
@@ -58,7 +67,11 @@ def packed(weight: Tensor, keep: bool) -> Tensor:
     found, version = store.get(key), weight._version
     mark = native.core().weight_mark(weight.data_ptr(), weight.nbytes)
     if found is None or found.version != version or found.mark != mark:
-        found = store[key] = _Packed(_pack(weight), version, mark)
+        store.pop(key, None)
+        made = _Packed(_pack(weight), version, mark)
+        if sum(p.words.nbytes for p in store.values()) > _MOST * weight.untyped_storage().nbytes() + _MOST_MORE:
+            store.clear()  # views of ever new sizes
+        found = store[key] = made
         _count(found.words.nbytes)
         weakref.finalize(found, _count, -found.words.nbytes)
     return found.words

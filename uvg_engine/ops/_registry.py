@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C import _dispatch_keys
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from uvg_engine import backends
 
@@ -73,6 +74,8 @@ def _register(
 
     def call(*args: Any) -> Any:
         if not alone(args):
+            if _CAN_TELL and not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+                _refuse_tangents(name, args)
             return op(*args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return direct(*args)
@@ -81,9 +84,23 @@ def _register(
     return call
 
 
-_PLAIN = {_dispatch_keys(torch.empty(0)).raw_repr()}  # of CPU tensors that are nothing but memory
-with torch.inference_mode():
-    _PLAIN.add(_dispatch_keys(torch.empty(0)).raw_repr())
+# What tells that nobody looks on is private to torch. A torch without one of these dispatches every call.
+_NEEDED = (
+    (torch._C, "_any_requires_grad"),
+    (torch._C, "_dispatch_keys"),
+    (torch._C, "_get_tracing_state"),
+    (torch._C, "_len_torch_dispatch_stack"),
+    (torch._C, "_len_torch_function_stack"),
+    (getattr(torch._C, "_autograd", None), "_profiler_enabled"),
+    (getattr(torch._C, "_functorch", None), "peek_interpreter_stack"),
+    (forward_ad, "_current_level"),
+)
+_CAN_TELL = all(hasattr(place, name) for place, name in _NEEDED)
+_PLAIN: set[int] = set()  # dispatch keys of CPU tensors that are nothing but memory
+if _CAN_TELL:
+    _PLAIN.add(torch._C._dispatch_keys(torch.empty(0)).raw_repr())
+    with torch.inference_mode():
+        _PLAIN.add(torch._C._dispatch_keys(torch.empty(0)).raw_repr())
 
 
 def alone(args: tuple[Any, ...]) -> bool:
@@ -92,18 +109,29 @@ def alone(args: tuple[Any, ...]) -> bool:
     Such a call goes to the backend without torch's dispatcher, which costs more than a small kernel.
     """
     if (
-        torch.compiler.is_compiling()
+        not _CAN_TELL
+        or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
     ):
         return False
     for x in args:
-        if isinstance(x, Tensor) and _dispatch_keys(x).raw_repr() not in _PLAIN:
+        if type(x) is Tensor or type(x) is Parameter:
+            if torch._C._dispatch_keys(x).raw_repr() not in _PLAIN:
+                return False
+        elif isinstance(x, Tensor):  # a subclass, which may have a __torch_function__
             return False
     return True
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Torch would drop them without a word."""
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
+        raise NotImplementedError(f"{name} has no forward-mode derivative")
 
 
 def _packed(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -36,7 +36,8 @@ def linear(
     span's rows do not depend on the other spans. Returns [T, F] in x's dtype; sums are in fp32 at least.
 
     The cpu backend keeps a weight in the form its kernel reads for as long as the weight lives, unless a gradient is
-    wanted (`uvg_engine.backends.packed_weights`). Raises ValueError on a shape, dtype, activation or spans that it does
+    wanted or the weight was made under inference_mode; a write that torch's version counter does not see must be told
+    (`uvg_engine.backends.packed_weights`). Raises ValueError on a shape, dtype, activation or spans that it does
     not serve.
     """
     require_floating("x", x, "T, D")
@@ -94,8 +95,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, dy: Tensor, dpre: Any) -> tuple[Any, ...]:
-    dx, dweight, dbias = _bwd(dy, *ctx.saved_tensors, ctx.activation)
-    return dx, dweight, None if ctx.saved_tensors[3] is None else dbias, None, None, None
+    pre, x, weight, bias = ctx.saved_tensors  # once: checkpointing recomputes them at the first look
+    dx, dweight, dbias = _bwd(dy, pre, x, weight, bias, ctx.activation)
+    return dx, dweight, None if bias is None else dbias, None, None, None
 
 
 autograd("linear", _backward, _setup)
