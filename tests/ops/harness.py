@@ -91,11 +91,11 @@ def with_gaps(x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN (integers: the largest) inside."""
+def poisoned(warn_only: bool = False) -> Iterator[None]:
+    """torch.empty gives NaN (integers: the largest) inside. warn_only: of a library's op that is not deterministic."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
     try:
         yield
     finally:
