@@ -51,6 +51,7 @@ class TestFlashAttention(DifferentiableOpSuite):
         case("cross", 19, 13, TWO, CROSS, 3, 7),
         case("shared-keys", 19, 13, TWO, table(((0, 13),), ((0, 13),)), 2, 8),
         case("overlapping-keys", 19, 13, TWO, table(((0, 9),), ((3, 9),)), 1, 8),
+        case("keys-named-twice", 19, 13, TWO, table(((0, 9), (4, 5)), ((2, 3), (2, 3))), 1, 8),
         case("no-keys-for-one", 19, 13, TWO, table(((0, 0),), ((2, 11),)), 2, 8),
         case("no-queries-for-one", 19, 13, table(((0, 0),), ((3, 11),)), CROSS, 2, 8),
         case("no-queries", 0, 5, table(((0, 0),)), table(((0, 5),)), 2, 8),

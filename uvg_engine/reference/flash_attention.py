@@ -53,6 +53,6 @@ def backward(
         dp = torch.einsum("qnh,knh->nqk", dout, v)
         ds = p * (dp - (dout * out).sum(-1).T[..., None]) * scale
         dq[rows] += torch.einsum("nqk,knh->qnh", ds, k)
-        dk[keys] += torch.einsum("nqk,qnh->knh", ds, q)
-        dv[keys] += torch.einsum("nqk,qnh->knh", p, dout)
+        dk.index_add_(0, keys, torch.einsum("nqk,qnh->knh", ds, q))  # a key may be named twice
+        dv.index_add_(0, keys, torch.einsum("nqk,qnh->knh", p, dout))
     return dq.to(q_TNH.dtype), dk.to(k_UNH.dtype), dv.to(v_UNH.dtype)
