@@ -252,6 +252,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("linear_cross_entropy", &cross_entropy);
   m.def("linear_sample", &sample);
   bind_flow(m);
+  bind_int8(m);
   bind_moe_routing(m);
   m.def("build_info", &build_info, "Version, compiler, instruction sets compiled in, OpenMP or not.");
 }

@@ -20,4 +20,5 @@ void run(void (*kernel)(const Params&), const Params& params) {
 }
 
 void bind_flow(pybind11::module_& m);         // flow_step, flow_noise
+void bind_int8(pybind11::module_& m);         // the ops whose products are in bytes
 void bind_moe_routing(pybind11::module_& m);  // moe_route, moe_dispatch, moe_combine

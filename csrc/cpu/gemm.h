@@ -6,7 +6,7 @@
 
 #include "common/row_chunks.h"
 #include "cpu/gelu.h"
-#include "cpu/tile.h"
+#include "cpu/int8.h"
 
 namespace uvg {
 namespace UVG_ISA {
@@ -21,28 +21,33 @@ using Halves = Singles<BFloat16>;
 #endif
 
 // A product over some rows. Rows of x, out and pre lie x_row, out_row values apart.
-template <typename T>
+template <typename F>
 struct Product {
-  const T* x;              // [rows, depth]
-  const uint32_t* packed;  // [width, depth] by pack_weight
-  const T* bias;           // [width] or null
+  using T = typename F::Value;
+  const typename F::Left* x;  // [rows, depth], with their tails
+  const uint32_t* packed;     // [width, depth] by pack_weight
+  const T* bias;              // [width] or null
   int64_t rows, depth, width, x_row, out_row;
   bool gelu;
   T* out;  // [rows, width]
   T* pre;  // [rows, width]: before the activation, or null
 };
 
-// Words of a packed weight.
+// Words of a packed row with its tail, and of a packed weight.
+template <typename F>
+constexpr int64_t tailed_words(int64_t depth) {
+  return row_words<F>(depth) + F::kTail;
+}
 template <typename F>
 constexpr int64_t weight_words(int64_t width, int64_t depth) {
-  return round_up(width, kPanel) * row_words<F>(depth);
+  return round_up(width, kPanel) * tailed_words<F>(depth);
 }
 
 // Whether a row of x is a row of dwords as it stands.
 template <typename F>
-bool lies_ready(const Product<typename F::Value>& p) {
-  return F::kRaw && p.depth % F::kPer == 0 && p.x_row % F::kPer == 0 &&
-         reinterpret_cast<uintptr_t>(p.x) % sizeof(uint32_t) == 0;
+bool lies_ready(const Product<F>& p) {
+  return F::kTail != 0 || (F::kRaw && p.depth % F::kPer == 0 && p.x_row % F::kPer == 0 &&
+                           reinterpret_cast<uintptr_t>(p.x) % sizeof(uint32_t) == 0);
 }
 
 // How a product is cut into tasks that threads take one by one.
@@ -66,7 +71,7 @@ struct Tasks {
 };
 
 // One block of the depth for one tile: where it starts, and what becomes of the sums.
-template <typename T>
+template <typename F>
 struct Step {
   const uint32_t* left;
   int64_t left_row;
@@ -74,13 +79,30 @@ struct Step {
   int64_t depth;
   float* sums;  // [rows, kPanel], carried from block to block
   bool first, last;
-  const Product<T>* product;
+  const Product<F>* product;
   int64_t row, column;
 };
 
+template <typename F>
+UVG_INLINE Vec value_of(const Product<F>&, Vec sum, int64_t, int64_t) {
+  return sum;
+}
+
+// A sum of byte * byte less the row's offset, times the scales of the row and of sixteen columns.
+template <typename F>
+UVG_INLINE Vec value_of(const Product<F>& p, VecInts sum, int64_t row, int64_t column) {
+  const int64_t words = row_words<F>(p.depth), first = column / kPanel * kPanel;
+  const uint32_t* tails = p.packed + first * tailed_words<F>(p.depth) + words * kPanel + (column - first);
+  Tail tail;
+  std::memcpy(&tail, p.x + row * p.x_row + words * F::kPer, sizeof tail);
+  sum -= reinterpret_cast<VecInts>(load_bits(tails + kPanel)) * tail.number;
+  return __builtin_convertvector(sum, Vec) * reinterpret_cast<Vec>(load_bits(tails)) * tail.scale;
+}
+
 template <typename F, int R, int V>
-UVG_NOINLINE void gemm_tile(const Step<typename F::Value>& s) {
-  Vec sum[R][V] = {};
+UVG_NOINLINE void gemm_tile(const Step<F>& s) {
+  using Sum = typename F::Sum;
+  Sum sum[R][V] = {};
 #pragma GCC unroll 2
   for (int64_t k = 0; k < s.depth; ++k) {
     VecBits right[V];
@@ -98,16 +120,16 @@ UVG_NOINLINE void gemm_tile(const Step<typename F::Value>& s) {
 #pragma GCC unroll 6
     for (int64_t r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) sum[r][j] += load(s.sums + r * kPanel + j * kLanes);
+      for (int j = 0; j < V; ++j) sum[r][j] += reinterpret_cast<Sum>(load(s.sums + r * kPanel + j * kLanes));
   }
   if (!s.last) {
 #pragma GCC unroll 6
     for (int64_t r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) store(s.sums + r * kPanel + j * kLanes, sum[r][j]);
+      for (int j = 0; j < V; ++j) store(s.sums + r * kPanel + j * kLanes, reinterpret_cast<Vec>(sum[r][j]));
     return;
   }
-  const Product<typename F::Value>& p = *s.product;
+  const Product<F>& p = *s.product;
 #pragma GCC unroll 4
   for (int j = 0; j < V; ++j) {
     const int64_t column = s.column + j * kLanes, left = p.width - column;
@@ -115,7 +137,7 @@ UVG_NOINLINE void gemm_tile(const Step<typename F::Value>& s) {
 #pragma GCC unroll 6
     for (int64_t r = 0; r < R; ++r) {
       const int64_t at = (s.row + r) * p.out_row + column;
-      const Vec value = sum[r][j] + bias;
+      const Vec value = value_of(p, sum[r][j], s.row + r, column) + bias;
       if (p.pre != nullptr) store(p.pre + at, value, left);
       store(p.out + at, p.gelu ? gelu(value) : value, left);
     }
@@ -123,7 +145,7 @@ UVG_NOINLINE void gemm_tile(const Step<typename F::Value>& s) {
 }
 
 template <typename F, int R>
-void gemm_tile_of([[maybe_unused]] int64_t vecs, const Step<typename F::Value>& s) {
+void gemm_tile_of([[maybe_unused]] int64_t vecs, const Step<F>& s) {
 #if defined(__AVX512F__)
   if (vecs >= 4) return gemm_tile<F, R, 4>(s);
   if (vecs == 3) return gemm_tile<F, R, 3>(s);
@@ -134,28 +156,26 @@ void gemm_tile_of([[maybe_unused]] int64_t vecs, const Step<typename F::Value>& 
 
 // Room that a thread needs for its tasks, in dwords.
 template <typename F>
-int64_t gemm_room(const Product<typename F::Value>& p, const Tasks& tasks) {
+int64_t gemm_room(const Product<F>& p, const Tasks& tasks) {
   const int64_t sums = depth_of<F>(p.depth) > kDepthBlock ? tasks.row_block * kPanel : 0;
-  return sums + (lies_ready<F>(p) ? 0 : tasks.row_block * row_words<F>(p.depth));
+  return sums + (lies_ready(p) ? 0 : tasks.row_block * row_words<F>(p.depth));
 }
 
 template <typename F>
-void gemm_task(const Product<typename F::Value>& p, const Tasks& tasks, int64_t task, float* room) {
-  using T = typename F::Value;
+void gemm_task(const Product<F>& p, const Tasks& tasks, int64_t task, float* room) {
   const int64_t first_row = task % tasks.row_blocks * tasks.row_block;
   const int64_t rows = p.rows - first_row < tasks.row_block ? p.rows - first_row : tasks.row_block;
-  const int64_t depth = depth_of<F>(p.depth), words = row_words<F>(p.depth);
+  const int64_t depth = depth_of<F>(p.depth);
   const int64_t depth_blocks = depth > 0 ? (depth + kDepthBlock - 1) / kDepthBlock : 1;
   const uint32_t* left = reinterpret_cast<const uint32_t*>(p.x + first_row * p.x_row);
   int64_t left_row = p.x_row / F::kPer;
-  if (!lies_ready<F>(p)) {
-    auto* packed = reinterpret_cast<uint32_t*>(room + (depth_blocks > 1 ? tasks.row_block * kPanel : 0));
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < words; c += kLanes)
-        store_bits(packed + r * words + c,
-                   F::dwords(p.x + (first_row + r) * p.x_row, c * F::kPer, p.depth - c * F::kPer));
-    left = packed;
-    left_row = words;
+  if constexpr (F::kTail == 0) {
+    if (!lies_ready(p)) {
+      auto* packed = reinterpret_cast<uint32_t*>(room + (depth_blocks > 1 ? tasks.row_block * kPanel : 0));
+      pack_rows<F>({p.x + first_row * p.x_row, p.x_row, nullptr, rows}, p.depth, rows, packed);
+      left = packed;
+      left_row = row_words<F>(p.depth);
+    }
   }
   const int64_t first_panel = task / tasks.row_blocks * tasks.panel_group;
   const int64_t end = first_panel + tasks.panel_group < tasks.panels ? first_panel + tasks.panel_group : tasks.panels;
@@ -164,9 +184,9 @@ void gemm_task(const Product<typename F::Value>& p, const Tasks& tasks, int64_t 
     for (int64_t b = 0; b < depth_blocks; ++b) {
       const int64_t from = depth * b / depth_blocks, to = depth * (b + 1) / depth_blocks;
       for (int64_t r = 0; r < rows;) {
-        const Step<T> step{left + r * left_row + from,
+        const Step<F> step{left + r * left_row + from,
                            left_row,
-                           p.packed + column * words + from * kPanel,
+                           p.packed + column * tailed_words<F>(p.depth) + from * kPanel,
                            to - from,
                            room + r * kPanel,
                            b == 0,
@@ -188,7 +208,7 @@ void gemm_task(const Product<typename F::Value>& p, const Tasks& tasks, int64_t 
 }
 
 template <typename F>
-void gemm(const Product<typename F::Value>& p, int threads) {
+void gemm(const Product<F>& p, int threads) {
   const Tasks tasks(p.rows, p.width, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

@@ -31,13 +31,16 @@ UVG_INLINE VecBits load_bits(const uint32_t* p) {
 
 UVG_INLINE void store_bits(uint32_t* p, VecBits v) { std::memcpy(p, &v, sizeof v); }
 
-// T: type of the tensor. All formats have: kPer values to a dword, depth of a row of `width` values, one
-// multiply-accumulate, storing kTileVecs * kLanes results as a left operand, rounded as they will be read, and the
-// exponential that is exact enough for them: power(x) = e^(x * kUnit). kRaw: tensors lie in memory as dwords already.
+// Value: type of the tensor; Left: of the left operand's rows. All formats have: kPer values to a dword, depth of a row
+// of `width` values, kTail dwords behind a packed row, one multiply-accumulate of Sum. Those of floats also store
+// kTileVecs * kLanes results as a left operand, rounded as they will be read, and have the exponential that is exact
+// enough for them: power(x) = e^(x * kUnit). kRaw: tensors lie in memory as dwords already.
 template <typename T>
 struct Singles {
   using Value = T;
-  static constexpr int64_t kPer = 1;
+  using Left = T;
+  using Sum = Vec;
+  static constexpr int64_t kPer = 1, kTail = 0;
   static constexpr bool kRaw = sizeof(T) == sizeof(uint32_t);
   static constexpr float kUnit = 1.0f;
 
@@ -76,7 +79,9 @@ struct Singles {
 #if defined(__AVX512BF16__)
 struct Pairs {
   using Value = BFloat16;
-  static constexpr int64_t kPer = 2;
+  using Left = BFloat16;
+  using Sum = Vec;
+  static constexpr int64_t kPer = 2, kTail = 0;
   static constexpr bool kRaw = true;
   static constexpr float kUnit = 0.693147181f;
 

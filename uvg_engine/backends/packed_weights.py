@@ -57,18 +57,18 @@ def forget(weight: Tensor) -> None:
     weight.untyped_storage().__dict__.pop(_NAME, None)
 
 
-def packed(weight: Tensor, keep: bool) -> Tensor:
+def packed(weight: Tensor, keep: bool, op: str = "linear") -> Tensor:
     """int32 words of a weight [F, D] or of several [E, F, D], one after the other, in fp32 or bf16, for the instruction
-    set in use. keep: for later calls too."""
+    set in use. keep: for later calls too. op: that reads it, "linear" or "linear_int8"."""
     if not (keep and _keep and weight.is_contiguous()) or weight.is_inference():
-        return _pack(weight)
+        return _pack(weight, op)
     store = weight.untyped_storage().__dict__.setdefault(_NAME, {})
-    key = (weight.storage_offset(), weight.shape, weight.dtype)
+    key = (weight.storage_offset(), weight.shape, weight.dtype, op)
     found, version = store.get(key), weight._version
     mark = native.core().weight_mark(weight.data_ptr(), weight.nbytes)
     if found is None or found.version != version or found.mark != mark:
         store.pop(key, None)
-        made = _Packed(_pack(weight), version, mark)
+        made = _Packed(_pack(weight, op), version, mark)
         if sum(p.words.nbytes for p in store.values()) > _MOST * weight.untyped_storage().nbytes() + _MOST_MORE:
             store.clear()  # views of ever new sizes
         found = store[key] = made
@@ -77,12 +77,16 @@ def packed(weight: Tensor, keep: bool) -> Tensor:
     return found.words
 
 
-def _pack(weight: Tensor) -> Tensor:
+def _pack(weight: Tensor, op: str) -> Tensor:
     weight, number, core = weight.contiguous(), _DTYPES[weight.dtype], native.core()
     *stack, rows, depth = weight.shape
-    words = torch.empty(math.prod(stack), core.linear_words(rows, depth, number), dtype=torch.int32)
+    count, pack = {
+        "linear": (core.linear_words, core.linear_pack),
+        "linear_int8": (core.linear_int8_words, core.linear_int8_pack),
+    }[op]
+    words = torch.empty(math.prod(stack), count(rows, depth, number), dtype=torch.int32)
     for one, out in zip(weight.view(len(words), rows, depth), words, strict=True):
-        core.linear_pack(one.data_ptr(), rows, depth, number, torch.get_num_threads(), out.data_ptr())
+        pack(one.data_ptr(), rows, depth, number, torch.get_num_threads(), out.data_ptr())
     return words
 
 

@@ -30,6 +30,15 @@ def moe_mlp(
     in `linear`. Source: the FFN of Wan2.1, one per modality (Uni-ViGU). Raises ValueError on a shape or dtype it does
     not serve, offsets that do not ascend, or spans that do not tile the rows.
     """
+    require_experts(x, w1, b1, w2, b2, group_offsets)
+    if row_spans is not None:
+        require_spans("row_spans", row_spans)
+    for_backward = torch.is_grad_enabled() and any(value.requires_grad for value in (x, w1, b1, w2, b2))
+    return _fwd(x, w1, b1, w2, b2, group_offsets, row_spans, for_backward)[0]
+
+
+def require_experts(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor) -> None:
+    """Shapes and dtypes are those of `moe_mlp`."""
     require_floating("x", x, "T, D")
     require_floating("w1", w1, "E, F, D")
     experts, hidden, width = w1.shape[0], w1.shape[1], x.shape[1]
@@ -38,20 +47,21 @@ def moe_mlp(
     require_shape("w2", w2, (experts, width, hidden), x.dtype)
     require_shape("b2", b2, (experts, width), x.dtype)
     require_shape("group_offsets", group_offsets, (experts + 1,), torch.int32)
-    if row_spans is not None:
-        require_spans("row_spans", row_spans)
-    for_backward = torch.is_grad_enabled() and any(value.requires_grad for value in (x, w1, b1, w2, b2))
-    return _fwd(x, w1, b1, w2, b2, group_offsets, row_spans, for_backward)[0]
+
+
+def require_groups(group_offsets: Tensor, rows: int) -> None:
+    """Groups tile the rows. Reads values: for the `check` of `define`."""
+    bounds = group_offsets.tolist()
+    ok = bounds[0] == 0 and bounds[-1] == rows and bounds == sorted(bounds)
+    require(ok, f"group_offsets must ascend from 0 to T = {rows}", bounds)
 
 
 def _check(
     x: Tensor, w1: Any, b1: Any, w2: Any, b2: Any, group_offsets: Tensor, row_spans: Tensor | None, for_backward: Any
 ) -> None:
-    bounds, rows = group_offsets.tolist(), x.shape[0]
-    ok = bounds[0] == 0 and bounds[-1] == rows and bounds == sorted(bounds)
-    require(ok, f"group_offsets must ascend from 0 to T = {rows}", bounds)
+    require_groups(group_offsets, x.shape[0])
     if row_spans is not None:
-        require_tiles("row_spans", row_spans, rows)
+        require_tiles("row_spans", row_spans, x.shape[0])
 
 
 def _fake(

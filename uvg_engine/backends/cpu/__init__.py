@@ -12,11 +12,13 @@ from uvg_engine.backends.cpu import (
     gated_residual_norm,
     linear,
     linear_cross_entropy,
+    linear_int8,
     linear_sample,
     modulated_layer_norm,
     moe_combine,
     moe_dispatch,
     moe_mlp,
+    moe_mlp_int8,
     moe_route,
     qk_norm_rope,
 )
@@ -33,6 +35,7 @@ TABLE = {
     "linear_cross_entropy": Kernel(
         linear_cross_entropy.forward, linear_cross_entropy.backward, linear_cross_entropy.refuses
     ),
+    "linear_int8": Kernel(linear_int8.forward, refuses=linear_int8.refuses),
     "linear_sample": Kernel(linear_sample.forward, refuses=linear_sample.refuses),
     "modulated_layer_norm": Kernel(
         modulated_layer_norm.forward, modulated_layer_norm.backward, modulated_layer_norm.refuses
@@ -40,6 +43,7 @@ TABLE = {
     "moe_combine": Kernel(moe_combine.forward, moe_combine.backward, moe_combine.refuses),
     "moe_dispatch": Kernel(moe_dispatch.forward, moe_dispatch.backward, moe_dispatch.refuses),
     "moe_mlp": Kernel(moe_mlp.forward, moe_mlp.backward, moe_mlp.refuses),
+    "moe_mlp_int8": Kernel(moe_mlp_int8.forward, refuses=moe_mlp_int8.refuses),
     "moe_route": Kernel(moe_route.forward, moe_route.backward, moe_route.refuses),
     "qk_norm_rope": Kernel(qk_norm_rope.forward, qk_norm_rope.backward, qk_norm_rope.refuses),
 }

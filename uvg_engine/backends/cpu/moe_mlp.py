@@ -16,6 +16,12 @@ def refuses(x: Tensor, w1: Tensor, *rest) -> str | None:
     return refuses_tensors(x)
 
 
+def new_room(rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
+    """For hidden rows between the two products: as many as are done at once."""
+    fitting = max(_FEWEST_ROWS, _ROOM_BYTES // max(1, hidden * dtype.itemsize))
+    return torch.empty((max(1, min(rows, fitting)), hidden), dtype=dtype)
+
+
 def forward(
     x: Tensor,
     w1: Tensor,
@@ -30,15 +36,14 @@ def forward(
     x = x if x.stride(1) == 1 else x.contiguous()
     b1, b2, bounds = b1.contiguous(), b2.contiguous(), group_offsets.tolist()
     (rows, width), hidden = x.shape, w1.shape[1]
-    room_rows = max(1, min(rows, max(_FEWEST_ROWS, _ROOM_BYTES // max(1, hidden * x.element_size()))))
-    room = torch.empty((room_rows, hidden), dtype=x.dtype)
+    room = new_room(rows, hidden, x.dtype)
     y = torch.empty((rows, width), dtype=x.dtype)
     pre = torch.empty((rows, hidden), dtype=x.dtype) if for_backward else None
     words1, words2 = packed(w1, not for_backward), packed(w2, not for_backward)
     native.core().moe_mlp(
         *(x.data_ptr(), words1.data_ptr(), b1.data_ptr(), words2.data_ptr(), b2.data_ptr(), bounds),
         *(width, hidden, x.stride(0), DTYPES[x.dtype], torch.get_num_threads()),
-        *(room.data_ptr(), room_rows, y.data_ptr(), at(pre)),
+        *(room.data_ptr(), len(room), y.data_ptr(), at(pre)),
     )
     return y, pre
 
