@@ -21,6 +21,7 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same bit
 Size = Annotated[str | None, typer.Option(help="FRAMESxHEIGHTxWIDTH in pixels; default: the model's own.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Trajectory = Annotated[Path | None, typer.Option(help="A .png that shows how noise became the result.")]
+Precision = Annotated[str, typer.Option(help="full, or int8: the blocks' products in bytes, faster and less exact.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: as torch finds.")]
 
@@ -33,11 +34,12 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_engine(model: str, device: str, threads: int | None) -> Engine:
-    """The engine of --model, --device and --threads. Raises ValueError on a device or a model that is not there."""
+def load_engine(model: str, device: str, threads: int | None, precision: str) -> Engine:
+    """The engine of these options. Raises ValueError on a device or a model that is not there."""
     import torch
 
     from uvg_engine.sampling import Engine
+    from uvg_engine.sampling.engine import PRECISIONS
 
     set_threads(threads)
     try:
@@ -50,8 +52,10 @@ def load_engine(model: str, device: str, threads: int | None) -> Engine:
         raise ValueError("--device cuda needs a GPU that torch can use, found none (uvg doctor tells more)")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device must be one of the {torch.cuda.device_count()} GPUs, got {device!r}")
+    if precision not in PRECISIONS or (precision != "full" and chosen.type != "cpu"):
+        raise ValueError(f"--precision must be full, or int8 on the CPU, got {precision!r}")
     try:
-        return Engine.from_pretrained(model, device=chosen)
+        return Engine.from_pretrained(model, device=chosen, precision=precision)
     except ValueError as error:
         raise ValueError(f"--model {model}: {error}") from error
 

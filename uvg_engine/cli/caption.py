@@ -24,6 +24,7 @@ def caption(
     size: opt.Size = None,
     trajectory: opt.Trajectory = None,
     json: opt.Json = False,
+    precision: opt.Precision = "full",
     device: opt.Device = "cpu",
     threads: opt.Threads = None,
 ) -> None:
@@ -35,7 +36,7 @@ def caption(
         "temperature": temperature,
         **opt.parse_size(size),
     }
-    engine = opt.load_engine(model, device, threads)
+    engine = opt.load_engine(model, device, threads, precision)
     start = time.perf_counter()
     with Progress("caption", unit="steps") as bar:
         own |= {"seeds": seed, "trajectory": _SHOWN_STEPS if trajectory else False}

@@ -35,11 +35,12 @@ def evaluate(
     guidance: opt.Guidance = None,
     batch: Annotated[int, typer.Option(min=1, help="Clips given to the model at once; changes no result.")] = 50,
     json: opt.Json = False,
+    precision: opt.Precision = "full",
     device: opt.Device = "cpu",
     threads: opt.Threads = None,
 ) -> None:
     """Measure captions, videos and both on held-out handwriting, half of it in combinations never trained on."""
-    engine = opt.load_engine(model, device, threads)
+    engine = opt.load_engine(model, device, threads, precision)
     from uvg_engine.evaluation import evaluate as measure
 
     with Progress("eval", unit="steps") as bar:

@@ -33,12 +33,13 @@ def generate(
     size: opt.Size = None,
     trajectory: opt.Trajectory = None,
     json: opt.Json = False,
+    precision: opt.Precision = "full",
     device: opt.Device = "cpu",
     threads: opt.Threads = None,
 ) -> None:
     """Make a video from each prompt."""
     own = {"num_steps": steps, "guidance": guidance, "shift": shift, "solver": solver, **opt.parse_size(size)}
-    _sample("generate", prompts, output, model, seed, trajectory, json, device, threads, own)
+    _sample("generate", prompts, output, model, seed, trajectory, json, precision, device, threads, own)
 
 
 def joint(
@@ -55,13 +56,14 @@ def joint(
     size: opt.Size = None,
     trajectory: opt.Trajectory = None,
     json: opt.Json = False,
+    precision: opt.Precision = "full",
     device: opt.Device = "cpu",
     threads: opt.Threads = None,
 ) -> None:
     """Make a video and its detailed caption in one process, from each prompt."""
     own = {"num_steps": steps, "guidance": guidance, "shift": shift, "solver": solver, **opt.parse_size(size)}
     own |= {"text_rule": text_rule, "temperature": temperature}
-    _sample("joint", prompts, output, model, seed, trajectory, json, device, threads, own)
+    _sample("joint", prompts, output, model, seed, trajectory, json, precision, device, threads, own)
 
 
 def _sample(
@@ -72,6 +74,7 @@ def _sample(
     seed: int | None,
     trajectory: Path | None,
     json: bool,
+    precision: str,
     device: str,
     threads: int | None,
     own: dict[str, Any],
@@ -81,7 +84,7 @@ def _sample(
     drawn = pictures(trajectory, len(prompts), taken=files)
     if not all(prompt.strip() for prompt in prompts):
         note("an empty prompt asks for nothing, so anything may come")
-    engine = opt.load_engine(model, device, threads)
+    engine = opt.load_engine(model, device, threads, precision)
     from uvg_engine.media import write_video
 
     start = time.perf_counter()

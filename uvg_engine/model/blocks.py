@@ -31,6 +31,7 @@ class Rows:
     dtype: torch.dtype  # of the matrix products
     spans: Tensor | None  # row spans when samples are isolated
     asking: Asking | None = None  # None: all rows attend to their condition
+    int8: bool = False  # products of the rows with the blocks' weights in bytes
 
     def select(self, selection: Selection, asking: Asking | None) -> Rows:
         """What the blocks have to know of these samples."""
@@ -119,10 +120,12 @@ class MoeMlp(nn.Module):
         self.w2 = nn.Parameter(torch.empty(experts, dim, hidden))
         self.b2 = nn.Parameter(torch.zeros(experts, dim))
 
-    def forward(self, x: Tensor, offsets: Tensor, dtype: torch.dtype, spans: Tensor | None) -> Tensor:
-        """x: [T, D]; offsets: int32 [E+1]; spans: of the rows of both modalities, where they are isolated."""
-        w1, b1, w2, b2 = (w.to(dtype) for w in (self.w1, self.b1, self.w2, self.b2))
-        return ops.moe_mlp(x.to(dtype), w1, b1, w2, b2, offsets, row_spans=spans)
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """x: [T, D], rows of both modalities."""
+        values = (w.to(rows.dtype) for w in (x, self.w1, self.b1, self.w2, self.b2))
+        if rows.int8:
+            return ops.moe_mlp_int8(*values, rows.layout.group_offsets)
+        return ops.moe_mlp(*values, rows.layout.group_offsets, row_spans=rows.spans)
 
 
 _EXPERT_KEYS = (("w1", "net.0.proj.weight"), ("b1", "net.0.proj.bias"), ("w2", "net.2.weight"), ("b2", "net.2.bias"))
@@ -166,22 +169,22 @@ class Block(nn.Module):
 
         asks, index: some of the rows and where they lie among all; then these alone ask, and the results are theirs.
         """
-        layout, dtype, attn = rows.layout, rows.dtype, self.attn1
+        layout, dtype, int8, attn = rows.layout, rows.dtype, rows.int8, self.attn1
         shift, scale, gate = self.modulation(rows, 0)
         a = modulated_layer_norm(h, shift, scale, layout.row_spans).to(dtype)
-        k, v = (linear(layer, a, dtype, rows.spans) for layer in (attn.to_k, attn.to_v))
+        k, v = (linear(layer, a, dtype, rows.spans, int8=int8) for layer in (attn.to_k, attn.to_v))
         weight_q, weight_k, table = attn.norm_q.weight, attn.norm_k.weight, rows.rope_table
         if asks is None or index is None:
             asks = rows
-            q = linear(attn.to_q, a, dtype, rows.spans)
+            q = linear(attn.to_q, a, dtype, rows.spans, int8=int8)
             q, k = ops.qk_norm_rope(q, k, weight_q, weight_k, layout.rope_spans, table, attn.heads)
         else:
             h, (_, _, gate) = h.index_select(0, index), self.modulation(asks, 0)
-            q = linear(attn.to_q, a.index_select(0, index), dtype, asks.spans)
+            q = linear(attn.to_q, a.index_select(0, index), dtype, asks.spans, int8=int8)
             q, _ = ops.qk_norm_rope(q, None, weight_q, None, asks.layout.rope_spans, table, attn.heads)
             k, _ = ops.qk_norm_rope(k, None, weight_k, None, layout.rope_spans, table, attn.heads)
         y = attn.attend(q, k, v, asks.layout.query_spans, layout.key_spans)
-        y, norm = linear(attn.to_out[0], y, dtype, asks.spans), self.norm2
+        y, norm = linear(attn.to_out[0], y, dtype, asks.spans, int8=int8), self.norm2
         return ops.gated_residual_norm(
             h, y, gate, asks.layout.row_spans, weight=norm.weight, bias=norm.bias, eps=norm.eps, norm_dtype=dtype
         )
@@ -192,35 +195,31 @@ class Block(nn.Module):
         shift, scale, gate = self.modulation(rows, 1)
         y = self._cross(n, rows, condition)
         h, f = ops.gated_residual_norm(h, y, None, None, shift, scale, layout.row_spans, norm_dtype=rows.dtype)
-        y = self.experts(f, layout.group_offsets, rows.dtype, rows.spans)
+        y = self.experts(f, rows)
         return ops.gated_residual(h, y, gate, layout.row_spans)
 
     def _cross(self, n: Tensor, rows: Rows, condition: BlockCondition) -> Tensor:
         """Cross-attention of normed rows [T, D] to their condition."""
         layout, asking = rows.layout, rows.asking
         if asking is None:
-            return self._ask(n, condition, layout.query_spans, layout.cond_spans, rows.dtype, rows.spans)
+            return self._ask(n, condition, layout.query_spans, rows, rows.spans)
         assert condition.constant is not None
         y = condition.constant.index_select(0, asking.sample)
         if not len(asking.index):
             return y
         n = n.index_select(0, asking.index)
-        asked = self._ask(n, condition, asking.query_spans, layout.cond_spans, rows.dtype, asking.spans)
+        asked = self._ask(n, condition, asking.query_spans, rows, asking.spans)
         return y.index_copy(0, asking.index, asked)
 
     def _ask(
-        self,
-        n: Tensor,
-        condition: BlockCondition,
-        query_spans: Tensor,
-        cond_spans: Tensor,
-        dtype: torch.dtype,
-        spans: Tensor | None,
+        self, n: Tensor, condition: BlockCondition, query_spans: Tensor, rows: Rows, spans: Tensor | None
     ) -> Tensor:
+        """Of those rows n that attend, which lie in query_spans and spans."""
         cross = self.attn2
-        q, _ = ops.qk_norm_rope(linear(cross.to_q, n, dtype, spans), None, cross.norm_q.weight, None)
-        y = cross.attend(q, condition.k, condition.v, query_spans, cond_spans)
-        return linear(cross.to_out[0], y, dtype, spans)
+        q = linear(cross.to_q, n, rows.dtype, spans, int8=rows.int8)
+        q, _ = ops.qk_norm_rope(q, None, cross.norm_q.weight, None)
+        y = cross.attend(q, condition.k, condition.v, query_spans, rows.layout.cond_spans)
+        return linear(cross.to_out[0], y, rows.dtype, spans, int8=rows.int8)
 
 
 def _publish_experts(module: Block, state: dict[str, Any], prefix: str, metadata: Any) -> None:

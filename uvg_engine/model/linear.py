@@ -21,7 +21,15 @@ def affine(
 
 
 def linear(
-    layer: nn.Linear, x: Tensor, dtype: torch.dtype, row_spans: Tensor | None = None, activation: str = "none"
+    layer: nn.Linear,
+    x: Tensor,
+    dtype: torch.dtype,
+    row_spans: Tensor | None = None,
+    activation: str = "none",
+    int8: bool = False,
 ) -> Tensor:
-    """`affine` with a layer's weights."""
+    """`affine` with a layer's weights; int8: the product in bytes, whose rows need no spans to be independent."""
+    if int8:
+        x, weight, bias = (each.to(dtype) for each in (x, layer.weight, layer.bias))
+        return ops.linear_int8(x, weight, bias, activation=activation)
     return affine(layer.weight, layer.bias, x, dtype, row_spans, activation)

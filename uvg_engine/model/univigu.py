@@ -55,14 +55,16 @@ class UniViGU(nn.Module):
     """The model. State-dict keys are those of the published checkpoint.
 
     compute_dtype: dtype of the matrix products (None: that of the weights); statistics, modulation and the residual
-    stream are fp32. Build under `torch.device("meta")` to allocate nothing. Source: arXiv 2604.08121 on Wan2.1 (arXiv
-    2503.20314).
+    stream are fp32. Where `int8` is set to True, the blocks multiply rows with their weights in bytes
+    (`ops.linear_int8`, `ops.moe_mlp_int8`): for sampling on the CPU, without gradients. Build under
+    `torch.device("meta")` to allocate nothing. Source: arXiv 2604.08121 on Wan2.1 (arXiv 2503.20314).
     """
 
     def __init__(self, config: UniViGUConfig, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.int8 = False
         dim, patch = config.dim, config.patch
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch, stride=patch)
         self.vocab_embed = nn.Embedding(config.vocab, dim)
@@ -191,6 +193,7 @@ class UniViGU(nn.Module):
             dtype,
             spans,
             asking if branches is None else None,
+            self.int8,
         )
         patches = patchify(latents, layout, config)
         video = affine(*self._patch_linear(), patches, dtype, _video(spans))

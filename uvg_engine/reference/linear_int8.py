@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from uvg_engine.reference.spans import accumulation_dtype
-
 LEAST_RANGE = 1e-30  # of the values of a row: with less its scale would have no inverse
 
 
@@ -36,20 +34,13 @@ def signed(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     return (x * (most / span)).round(), span / most + _poison(x)
 
 
+def forward(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, activation: str) -> Tensor:
+    """Returns y [T, F] in x's dtype. After the bytes all is in fp64, where their sums are exact."""
+    (x, x_scale), (weight, scale) = unsigned(x_TD), signed(weight_FD)
+    y = (x.double() @ weight.double().T) * scale.double().T * x_scale.double()
+    y = y if bias_F is None else y + bias_F.double()
+    return (functional.gelu(y, approximate="tanh") if activation == "gelu_tanh" else y).to(x_TD.dtype)
+
+
 def _poison(x_TD: Tensor) -> Tensor:
     return (x_TD * 0).sum(1, keepdim=True)
-
-
-def product(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, activation: str) -> Tensor:
-    """act(x W^T + b) in fp32 at least: rows of x by their range, rows of W by their largest value, sums exact."""
-    dtype = accumulation_dtype(x_TD.dtype)
-    (x, x_scale), (weight, scale) = unsigned(x_TD), signed(weight_FD)
-    sums = x.double() @ weight.double().T
-    y = sums.to(dtype) * scale.to(dtype).T * x_scale.to(dtype)
-    y = y if bias_F is None else y + bias_F.to(dtype)
-    return functional.gelu(y, approximate="tanh") if activation == "gelu_tanh" else y
-
-
-def forward(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, activation: str) -> Tensor:
-    """Returns y [T, F] in x's dtype."""
-    return product(x_TD, weight_FD, bias_F, activation).to(x_TD.dtype)
