@@ -5,13 +5,14 @@ Ours computes the condition's keys and values in every call, as the others do; s
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.case import Case, Peer, Size, normal
+from bench.case import BOTH, FORWARD, IN_BYTES, Case, Peer, Size, normal
 from bench.ops.qk_norm_rope import angles
 from bench.plain_block import PlainBlock
 from uvg_engine.model import CONFIGS, Layout
@@ -24,9 +25,9 @@ CONDITION = 512  # rows of the condition, as Wan has them
 class Ours(nn.Module):
     """A block and what it knows of its one sample."""
 
-    def __init__(self, size: Size, dtype: torch.dtype) -> None:
+    def __init__(self, size: Size, dtype: torch.dtype, int8: bool = False) -> None:
         super().__init__()
-        self.size, self.dtype = size, dtype
+        self.size, self.dtype, self.int8 = size, dtype, int8
         self.block = Block(CONFIGS[size.model]).to(dtype)
         for parameter in self.block.parameters():
             parameter.data = normal(dtype, *parameter.shape, scale=0.02, leaf=False)
@@ -36,7 +37,7 @@ class Ours(nn.Module):
         """h [T, D] fp32, cond [U, D], modulation [2, 6, D] fp32 -> [T, D]. weights: the block's own parameters."""
         size = self.size
         layout = Layout.build([size.grid], [size.text], [CONDITION], device=h.device)
-        rows = Rows(layout, self.table.to(h.device), modulation, self.dtype, None)
+        rows = Rows(layout, self.table.to(h.device), modulation, self.dtype, None, int8=self.int8)
         return self.block(h, rows, self.block.condition_kv(cond, self.dtype, None))
 
 
@@ -45,9 +46,9 @@ def table(size: Size) -> Tensor:
     return rope_table(head, max(*size.grid, size.text), inverse_frequencies(head))
 
 
-def make(size: Size, dtype: torch.dtype) -> tuple[Any, ...]:
+def make(size: Size, dtype: torch.dtype, int8: bool) -> tuple[Any, ...]:
     """(block, h, condition, time's modulations, weights); the weights want gradients."""
-    ours = Ours(replace(size, samples=1), dtype)
+    ours = Ours(replace(size, samples=1), dtype, int8)
     h = normal(torch.float32, ours.size.rows, size.width, leaf=False)
     condition = normal(dtype, CONDITION, size.width, leaf=False)
     return ours, h, condition, normal(torch.float32, 2, 6, size.width, leaf=False), *ours.parameters()
@@ -61,6 +62,12 @@ def torch_peer(size: Size, ours: Ours, h: Tensor, cond: Tensor, modulation: Tens
     block.video, block.text = video, text  # angles stay in fp32
     streams = (x[None].to(ours.dtype) for x in h.split([size.video, size.text]))
     return Peer(block, (*streams, cond[None], modulation), lambda outs: torch.cat(outs, 1)[0].float())
+
+
+def full_peer(size: Size, ours: Ours, *inputs: Tensor) -> Peer:
+    full = copy.copy(ours)  # the same block
+    full.int8 = False
+    return Peer(full, inputs)
 
 
 class Wan(nn.Module):
@@ -95,7 +102,7 @@ def work(size: Size, item: int) -> tuple[float, float]:
     return products + attention, item * (8 * width**2 + 4 * width * hidden)
 
 
-def case(name: str, text: bool) -> Case:
+def case(name: str, text: bool, int8: bool = False) -> Case:
     def sized(size: Size) -> Size:
         return replace(size, samples=1, text=size.text if text else 0)
 
@@ -104,15 +111,17 @@ def case(name: str, text: bool) -> Case:
     return Case(
         lambda ours, *inputs: ours(*inputs),
         shape=lambda size: f"{size.model} Lv={size.video} Lt={sized(size).text} D={size.width} Lc={CONDITION}",
-        make=lambda size, dtype: make(sized(size), dtype),
+        make=lambda size, dtype: make(sized(size), dtype, int8),
         work=lambda size, item: work(sized(size), item),
-        peers={first: lambda size, *inputs: peer(sized(size), *inputs)},
+        peers={first: lambda size, *inputs: peer(sized(size), *inputs), **({"full": full_peer} if int8 else {})},
         compiled_by=("inductor", "openvino"),
         name=name,
         sizes=("1.3b-2560", "1.3b-8192"),
+        passes=(FORWARD,) if int8 else (FORWARD, BOTH),
+        slack=IN_BYTES if int8 else None,
         truth=lambda size: first,
         whole=True,
     )
 
 
-CASES = (case("with text", True), case("as Wan", False))
+CASES = (case("with text", True), case("as Wan", False), case("int8", True, int8=True))

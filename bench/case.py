@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from uvg_engine.model import CONFIGS, Layout
 
+IN_BYTES = 3e-2  # slack of what has its products in bytes
 FORWARD, BACKWARD, BOTH = PASSES = ("forward", "backward", "forward+backward")
 
 
@@ -97,7 +98,8 @@ class Case:
     one. name: of this variant of the op. sizes: those it is timed at if none is asked for. truth: what the others must
     equal, a backend or a peer (where the reference would take too long). whole: made of many ops, so that "uvg" is
     what serves by itself. draws: the result is random, so that a peer's differs. agree: share of whole numbers in a
-    result that have to equal the reference's.
+    result that have to equal the reference's. slack: how far results may be apart, as a share of the largest value, in
+    place of the dtype's own.
     """
 
     call: Callable[..., Any]
@@ -114,6 +116,7 @@ class Case:
     whole: bool = False
     draws: bool = False
     agree: float = 1.0
+    slack: float | None = None
 
 
 def normal(dtype: torch.dtype, *shape: int, scale: float = 1.0, leaf: bool = True) -> Tensor:

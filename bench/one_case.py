@@ -147,7 +147,7 @@ class Pass:
 
     def wrong(self, contender: Contender, first: Tensor, full: tuple[Tensor, ...]) -> str:
         """How the result differs from the truth, or nothing: all outputs or gradients of ours, the first of a peer."""
-        slack = SLACK[self.dtype]
+        slack = SLACK[self.dtype] if self.case.slack is None else self.case.slack
         if contender.ours and full:
             return _difference(_tensors(contender.call()), full, slack, self.case.agree)
         got = contender.first()

@@ -113,6 +113,7 @@ def _needs_function(name: str) -> Missing:
 
 PEERS = {
     "torch": Library(),
+    "full": Library(passes=(FORWARD,)),  # our own op or block, not in bytes, beside the one in bytes
     "torch.linear_cross_entropy": Library(_needs_function("linear_cross_entropy")),
     "inductor": Library(adapt=_inductor),
     "openvino": Library(_needs("openvino", "cpu"), (FORWARD,), _openvino),

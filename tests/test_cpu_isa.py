@@ -61,6 +61,17 @@ def results(width, dtype, *, products=True):
     return [out.detach() for out in (*outs, *steps_of_both_streams(x.flatten(), y.flatten(), gate[:, :1]))], grads
 
 
+def test_bytes_are_the_same_in_every_instruction_set(isa_restored):
+    """Whole numbers that bytes hold as they are: sums without any rounding."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randint(256, (11, 3100), generator=g).float(), torch.randint(-127, 128, (70, 3100), generator=g)
+    x[:, 0], x[:, 1], weight[:, 0] = 0, 255, 127
+    for isa in usable():
+        native.core().use_isa(isa)
+        with backends.force("cpu"):
+            assert torch.equal(ops.linear_int8(x, weight.float()), (x.long() @ weight.long().T).float())
+
+
 def steps_of_both_streams(x, velocity, numbers):
     """Results of flow_noise and flow_step on three samples, one thread's work and more."""
     lengths = SPANS * (len(x) // ROWS)

@@ -17,11 +17,13 @@ import test_gated_residual
 import test_gated_residual_norm
 import test_linear
 import test_linear_cross_entropy
+import test_linear_int8
 import test_linear_sample
 import test_modulated_layer_norm
 import test_moe_combine
 import test_moe_dispatch
 import test_moe_mlp
+import test_moe_mlp_int8
 import test_moe_route
 import test_qk_norm_rope
 import test_window_attention
@@ -152,6 +154,7 @@ OPS = {
             lambda make: shaped(make, SIZE, SIZE, st.sampled_from((1, 7, 129, 1030)))
         ),
     ),
+    "linear_int8": (test_linear_int8, shaped(test_linear.layer, SIZE, SIZE, SIZE)),
     "linear_sample": (
         test_linear_sample,
         shaped(test_linear_sample.head, SIZE, SIZE, st.sampled_from((1, 7, 1024, 2050))),
@@ -163,6 +166,7 @@ OPS = {
     "moe_combine": (test_moe_combine, routed(test_moe_combine)),
     "moe_dispatch": (test_moe_dispatch, routed(test_moe_dispatch)),
     "moe_mlp": (test_moe_mlp, experts()),
+    "moe_mlp_int8": (test_moe_mlp_int8, experts()),
     "moe_route": (test_moe_route, routed(test_moe_route)),
     "qk_norm_rope": (test_qk_norm_rope, rope()),
     "window_attention": (test_window_attention, window()),
@@ -182,6 +186,7 @@ REPEATED = {
     "gated_residual": (("h", "y", "gate"), {"spans": "h"}),
     "gated_residual_norm": (("h", "y", "gate", "shift", "scale"), {"spans": "h", "norm_spans": "h"}),
     "linear": (("x",), {"row_spans": "x"}),
+    "linear_int8": (("x",), {}),
     "linear_sample": (("x", *test_linear_sample.NAMES), {}),
     "modulated_layer_norm": (("x", "shift", "scale"), {"spans": "x"}),
     "moe_route": (("logits",), {}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import BF16, FP32, Case, Mistake, OpSuite, normal
+from harness import BF16, FP32, Case, Mistake, OpSuite
 from test_moe_mlp import experts, in_dtype, offsets
 
 from uvg_engine import backends

@@ -104,6 +104,10 @@ def _linear_cross_entropy(dtype: torch.dtype) -> None:
     ops.linear_cross_entropy(x, weight, bias, torch.zeros(_T, dtype=torch.int64))
 
 
+def _linear_int8(dtype: torch.dtype) -> None:
+    ops.linear_int8(torch.randn(_T, _D, dtype=dtype), torch.randn(2 * _D, _D, dtype=dtype), activation="gelu_tanh")
+
+
 def _linear_sample(dtype: torch.dtype) -> None:
     x, weight, bias = torch.randn(_T, _D, dtype=dtype), torch.randn(_V, _D, dtype=dtype), torch.zeros(_V, dtype=dtype)
     ops.linear_sample(x, weight, bias, *torch.zeros(3, _T, dtype=torch.int64))
@@ -123,11 +127,19 @@ def _moe_dispatch(dtype: torch.dtype) -> None:
     ops.moe_dispatch(torch.randn(_T, _D, dtype=dtype), torch.zeros(_T, _K, dtype=torch.int32), _E)
 
 
-def _moe_mlp(dtype: torch.dtype) -> None:
+def _experts(dtype: torch.dtype) -> tuple[Tensor, ...]:
     w1, w2 = torch.randn(_E, 2 * _D, _D, dtype=dtype), torch.randn(_E, _D, 2 * _D, dtype=dtype)
     b1, b2 = torch.zeros(_E, 2 * _D, dtype=dtype), torch.zeros(_E, _D, dtype=dtype)
     offsets = torch.tensor([0, _T // 2, _T], dtype=torch.int32)
-    ops.moe_mlp(torch.randn(_T, _D, dtype=dtype), w1, b1, w2, b2, offsets)
+    return torch.randn(_T, _D, dtype=dtype), w1, b1, w2, b2, offsets
+
+
+def _moe_mlp(dtype: torch.dtype) -> None:
+    ops.moe_mlp(*_experts(dtype))
+
+
+def _moe_mlp_int8(dtype: torch.dtype) -> None:
+    ops.moe_mlp_int8(*_experts(dtype))
 
 
 def _moe_route(dtype: torch.dtype) -> None:
@@ -153,11 +165,13 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "gated_residual_norm": _gated_residual_norm,
     "linear": _linear,
     "linear_cross_entropy": _linear_cross_entropy,
+    "linear_int8": _linear_int8,
     "linear_sample": _linear_sample,
     "modulated_layer_norm": _modulated_layer_norm,
     "moe_combine": _moe_combine,
     "moe_dispatch": _moe_dispatch,
     "moe_mlp": _moe_mlp,
+    "moe_mlp_int8": _moe_mlp_int8,
     "moe_route": _moe_route,
     "qk_norm_rope": _qk_norm_rope,
     "window_attention": _window_attention,

@@ -122,10 +122,10 @@ class MoeMlp(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """x: [T, D], rows of both modalities."""
-        values = (w.to(rows.dtype) for w in (x, self.w1, self.b1, self.w2, self.b2))
+        x, w1, b1, w2, b2 = (value.to(rows.dtype) for value in (x, self.w1, self.b1, self.w2, self.b2))
         if rows.int8:
-            return ops.moe_mlp_int8(*values, rows.layout.group_offsets)
-        return ops.moe_mlp(*values, rows.layout.group_offsets, row_spans=rows.spans)
+            return ops.moe_mlp_int8(x, w1, b1, w2, b2, rows.layout.group_offsets)
+        return ops.moe_mlp(x, w1, b1, w2, b2, rows.layout.group_offsets, row_spans=rows.spans)
 
 
 _EXPERT_KEYS = (("w1", "net.0.proj.weight"), ("b1", "net.0.proj.bias"), ("w2", "net.2.weight"), ("b2", "net.2.bias"))

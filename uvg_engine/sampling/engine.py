@@ -86,8 +86,8 @@ class Engine:
 
         A name without a separator is first looked for in the package. dtype: of the weights (None: as stored).
         compute_dtype: of the matrix products (None: that of the weights). precision: "full", or "int8" for the blocks'
-        products in bytes, faster on a CPU with AVX-512 VNNI and less exact (docs/sampling.md). Paths in engine.json may be
-        relative to the folder. Raises ValueError on a folder that lacks a file or holds one that does not fit.
+        products in bytes, faster on a CPU with AVX-512 VNNI and less exact (docs/sampling.md). Paths in engine.json may
+        be relative to the folder. Raises ValueError on a folder that lacks a file or holds one that does not fit.
         """
         require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}", precision)
         on_cpu = torch.device(device).type == "cpu"
