@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench import cuda_launches, occupancy, roofline
 from bench.pages import with_part
 from uvg_engine.backends import native
 
@@ -21,6 +22,7 @@ COUNTED = ("HMMA", "LDSM", "LDGSTS", "LDG.128", "STG.128", "LDL", "STL")
 _FUNCTION = re.compile(r"Function : (\S+)")
 _USAGE = re.compile(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)")
+_BOUNDS = re.compile(r"\.entry (\w+)\([^{]*?\.minnctapersm (\d+)")
 _ELF = re.compile(r"^arch = (sm_\w+)", re.M)
 
 
@@ -32,6 +34,7 @@ class Kernel:
     arch: str
     registers: int
     stack: int  # bytes of a thread
+    meant: int  # blocks of a multiprocessor that __launch_bounds__ asks for, 1 without
     instructions: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -75,7 +78,8 @@ def kernels() -> list[Kernel]:
             assert arch is not None
             usage[name, arch.group(1)] = int(registers), int(stack)
     names = _demangled(sorted({name for name, _ in usage}))
-    found = {key: Kernel(names[key[0]], key[1], *values) for key, values in usage.items()}
+    meant = {name: int(blocks) for name, blocks in _BOUNDS.findall(_run(cuobjdump, "-ptx", library))}
+    found = {key: Kernel(names[key[0]], key[1], *values, meant.get(key[0], 1)) for key, values in usage.items()}
     current, arch_name = None, ""
     for line in _run(cuobjdump, "-sass", library).splitlines():
         if header := _ELF.match(line):
@@ -90,16 +94,41 @@ def kernels() -> list[Kernel]:
     return sorted(found.values(), key=lambda k: (k.name, k.arch))
 
 
+def occupancies(all_kernels: list[Kernel]) -> list[int]:
+    """Blocks of each kernel that a multiprocessor holds, launched as for the published model's widths."""
+    held = {}
+    for chip in roofline.CHIPS:
+        arch = f"sm_{chip.capability[0]}{chip.capability[1]}"
+        mine = [k for k in all_kernels if k.arch == arch]
+        launches = [occupancy.Launch(*_launch(k)) for k in mine]
+        held |= {
+            (k.name, k.arch): n
+            for k, n in zip(mine, occupancy.blocks_per_sm(chip.capability, chip.shared, launches), strict=True)
+        }
+    return [held[k.name, k.arch] for k in all_kernels]
+
+
+def _launch(kernel: Kernel) -> tuple[int, int, int]:
+    threads, shared = cuda_launches.launch_of(kernel.name)
+    return threads, kernel.registers, shared
+
+
 def table(all_kernels: list[Kernel]) -> str:
     """Markdown: a line for each kernel, values of the architectures beside each other."""
+    blocks = dict(zip(((k.name, k.arch) for k in all_kernels), occupancies(all_kernels), strict=True))
     archs = sorted({k.arch for k in all_kernels}, key=lambda a: int(re.sub(r"\D", "", a)))
-    lines = [f"| kernel | registers, {', '.join(archs)} | {' | '.join(COUNTED)} |", "|---" * (2 + len(COUNTED)) + "|"]
+    head = ("kernel", "threads", "shared", "blocks meant", "blocks", f"registers, {', '.join(archs)}", *COUNTED)
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in dict.fromkeys(k.name for k in all_kernels):
         by_arch = {k.arch: k for k in all_kernels if k.name == name}
         mine = [by_arch[arch] for arch in archs if arch in by_arch]
         counts = [", ".join(str(k.instructions[what]) for k in mine) for what in COUNTED]
         counts = [c if c.strip("0, ") else "-" for c in counts]
-        lines.append(f"| `{name}` | {', '.join(str(k.registers) for k in mine)} | {' | '.join(counts)} |")
+        threads, shared = cuda_launches.launch_of(name)
+        held = ", ".join(str(blocks[name, k.arch]) for k in mine)
+        registers = ", ".join(str(k.registers) for k in mine)
+        told = (f"`{name}`", str(threads), str(shared), str(mine[0].meant), held, registers, *counts)
+        lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from bench.one_case import OPS
 from bench.peers import PEERS
 from bench.timing import machine
 from uvg_engine import backends
+from uvg_engine.backends import gpu_limits
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"ok": False, "reason": f"torch {torch.__version__} sees no CUDA device here"}))
         return 1
     end = time.monotonic() + ALL_LASTS
-    about = machine("cuda") | {"cuda": torch.version.cuda, "capability": list(torch.cuda.get_device_capability())}
+    about = machine("cuda") | {"cuda": torch.version.cuda, "limits": limits()}
     found: dict[str, Any] = {"machine": about, "peers": peers(), "backends": served(), "tests": run_tests()}
     found["bench"], found["not timed"] = ([], {}) if args.no_bench else run_bench(end)
     wrong = [line for line in found["bench"] if "wrong" in line]
@@ -45,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path.write_text(report(found))
     print(json.dumps({"ok": found["ok"], "report": str(path.relative_to(ROOT))}))
     return 0 if found["ok"] else 1
+
+
+def limits() -> Any:
+    """Of the GPU in use, as cuda-python tells them, or why it does not."""
+    found, reason = gpu_limits.limits()
+    return reason or dataclasses.asdict(found[torch.cuda.current_device()])
 
 
 def peers() -> dict[str, str]:

@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bench import occupancy
+from uvg_engine.backends import gpu_limits
+
 if TYPE_CHECKING:
     from bench.aot import Compiled
 
@@ -34,19 +37,25 @@ CHIPS = (
     Chip("H200", (9, 0), 132, 4.8e12, 989e12, 233_472),
     Chip("B200", (10, 0), 148, 8.0e12, 2250e12, 233_472),
 )
-_REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32  # of a multiprocessor, the same on all of them
-_RESERVED = 1024  # bytes of shared memory that the system takes of each block
+_TENSOR = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192}  # dense bf16 FLOP of a multiprocessor in a clock
+
+
+def chips() -> tuple[Chip, ...]:
+    """The data sheets, and the GPUs of this machine by what cuda-python reads from them."""
+    return (*CHIPS, *(chip_of(one) for one in gpu_limits.limits()[0] if one.capability in _TENSOR))
+
+
+def chip_of(found: gpu_limits.Limits) -> Chip:
+    """A GPU's peaks by its clocks: its data sheet's, where that counts with the same clocks."""
+    tensor = float(_TENSOR[found.capability]) * found.num_sms * found.clock
+    name = f"{found.name} (here)"
+    return Chip(name, found.capability, found.num_sms, found.bandwidth, tensor, found.shared_per_sm)
 
 
 def blocks_per_sm(compiled: Compiled, chip: Chip) -> int:
-    """Blocks that a multiprocessor holds at once: the least of what registers, shared memory and warps allow."""
-    per_warp = -(-compiled.registers * 32 // 256) * 256
-    return min(
-        _REGISTERS // (per_warp * compiled.warps),
-        chip.shared // (compiled.shared + _RESERVED),
-        _WARPS // compiled.warps,
-        _BLOCKS,
-    )
+    """Blocks that a multiprocessor holds at once."""
+    launch = occupancy.Launch(32 * compiled.warps, compiled.registers, compiled.shared)
+    return occupancy.blocks_per_sm(chip.capability, chip.shared, [launch])[0]
 
 
 def predicted(compiled: Compiled, chip: Chip) -> tuple[float, str]:
@@ -68,12 +77,12 @@ def table(compiled: Sequence[Compiled]) -> Iterator[str]:
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     for one in compiled:
-        chips = [chip for chip in CHIPS if chip.capability == one.capability]
-        held = blocks_per_sm(one, chips[0])
+        mine = [chip for chip in chips() if chip.capability == one.capability]
+        held = blocks_per_sm(one, mine[0])
         mix = one.sass()
         spills = one.stack + mix["LDL"] + mix["STL"]
         times = "; ".join(
-            f"{c.name} {seconds * 1e6:.0f} us, {bound}" for c in chips for seconds, bound in [predicted(one, c)]
+            f"{c.name} {seconds * 1e6:.0f} us, {bound}" for c in mine for seconds, bound in [predicted(one, c)]
         )
         told = " ".join(f"{name} {count}" for name, count in mix.most_common(6))
         yield (

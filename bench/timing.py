@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 import statistics
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from uvg_engine.backends import gpu_limits
 
 MIN_SAMPLE = 2e-3  # seconds: quicker calls are repeated until a sample lasts this long
 MIN_ROUNDS, MAX_ROUNDS = 5, 1000
@@ -46,7 +49,8 @@ class Timing:
 @dataclass(frozen=True)
 class Clock:
     """How calls are timed. device: "cpu" or "cuda". seconds: for each contender. cpu_time: seconds of this process's
-    cores instead of the wall's, which others at work on the machine disturb less; for one thread only."""
+    cores instead of the wall's, which others at work on the machine disturb less; for one thread only. On cuda the
+    device's events time each call alone, after its L2 cache was overwritten."""
 
     device: str = "cpu"
     seconds: float = 1.0
@@ -55,18 +59,13 @@ class Clock:
 
     def once(self, call: Callable[[], Any], repeats: int = 1) -> float:
         """Seconds of a call."""
+        if self.device == "cuda":
+            return _once_on_gpu(call, repeats)
         now = time.process_time if self.cpu_time else time.perf_counter
-        self.wait()
         start = now()
         for _ in range(repeats):
             call()
-        self.wait()
         return (now() - start) / repeats
-
-    def wait(self) -> None:
-        """For the device to be done."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
     def alternate(self, contenders: Mapping[str, Callable[[], Any]]) -> dict[str, Timing]:
         """Time the contenders in turns, about `seconds` each; which of them begins changes from round to round."""
@@ -83,6 +82,30 @@ class Clock:
     def _repeats(self, call: Callable[[], Any]) -> int:
         call()  # warms caches and allocators
         return max(1, min(1000, round(MIN_SAMPLE / max(self.once(call), 1e-7))))
+
+
+def _once_on_gpu(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds of a call by the device's own clock; before each the L2 cache is overwritten, as it is in a model."""
+    flush = _flush_buffer()
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in marks:
+        flush.zero_()
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return sum(begin.elapsed_time(end) for begin, end in marks) / 1e3 / repeats  # elapsed_time: milliseconds
+
+
+UNKNOWN_L2 = 128 << 20  # bytes, where cuda-python tells nothing: no GPU known to us has more
+
+
+@functools.cache
+def _flush_buffer() -> torch.Tensor:
+    """Twice the L2 cache of the GPU in use."""
+    found, _ = gpu_limits.limits()
+    l2 = found[torch.cuda.current_device()].l2 if found else UNKNOWN_L2
+    return torch.empty(2 * l2, dtype=torch.uint8, device="cuda")
 
 
 # (M, K, N) of torch's products; on the CPU those of the 1.3B model's experts were no quicker than the cube of 2048
@@ -129,6 +152,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         **{name: version(name) for name in PACKAGES if find_spec(name)},
         "date": str(datetime.date.today()),
         "commit": _commit(),
+        **({"clocks": gpu_limits.clocks(torch.cuda.current_device())} if device == "cuda" else {}),
     }
 
 

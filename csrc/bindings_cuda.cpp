@@ -6,6 +6,7 @@
 #include "uvg/flow_noise.h"
 #include "uvg/flow_step.h"
 #include "uvg/gated_residual.h"
+#include "uvg/gated_residual_norm.h"
 #include "uvg/linear_sample.h"
 #include "uvg/modulated_layer_norm.h"
 #include "uvg/moe_combine.h"
@@ -50,6 +51,15 @@ void read(Fields& f, GatedResidualParams& p) {
   f UVG_FIELD(h) UVG_FIELD(y) UVG_FIELD(gate) UVG_FIELD(spans);
   f UVG_FIELD(rows) UVG_FIELD(width) UVG_FIELD(num_spans) UVG_FIELD(dtype_h) UVG_FIELD(dtype_y);
   f UVG_FIELD(out) UVG_FIELD(dout) UVG_FIELD(dy) UVG_FIELD(dgate) UVG_FIELD(partial);
+}
+
+void read(Fields& f, GatedResidualNormParams& p) {
+  f UVG_FIELD(h) UVG_FIELD(y) UVG_FIELD(gate) UVG_FIELD(shift) UVG_FIELD(scale) UVG_FIELD(spans);
+  f UVG_FIELD(weight) UVG_FIELD(bias) UVG_FIELD(rows) UVG_FIELD(width) UVG_FIELD(num_spans) UVG_FIELD(eps);
+  f UVG_FIELD(dtype_h) UVG_FIELD(dtype_y) UVG_FIELD(dtype_normed);
+  f UVG_FIELD(out) UVG_FIELD(normed) UVG_FIELD(mean) UVG_FIELD(rstd) UVG_FIELD(dout) UVG_FIELD(dnormed);
+  f UVG_FIELD(dh) UVG_FIELD(dy) UVG_FIELD(dgate) UVG_FIELD(dshift) UVG_FIELD(dscale) UVG_FIELD(dweight);
+  f UVG_FIELD(dbias) UVG_FIELD(row_means) UVG_FIELD(partial);
 }
 
 void read(Fields& f, LinearSampleParams& p) {
@@ -115,6 +125,8 @@ void define_kernels(py::module_& m) {
   define(m, "flow_step_forward", &cuda::flow_step_forward);
   define(m, "gated_residual_forward", &cuda::gated_residual_forward);
   define(m, "gated_residual_backward", &cuda::gated_residual_backward);
+  define(m, "gated_residual_norm_forward", &cuda::gated_residual_norm_forward);
+  define(m, "gated_residual_norm_backward", &cuda::gated_residual_norm_backward);
   define(m, "linear_sample_forward", &cuda::linear_sample_forward);
   define(m, "modulated_layer_norm_forward", &cuda::modulated_layer_norm_forward);
   define(m, "modulated_layer_norm_backward", &cuda::modulated_layer_norm_backward);
@@ -139,6 +151,13 @@ PYBIND11_MODULE(_cuda_sim, m) {
   m.def("reset_counters", [] { sim::counters() = {}; });
   m.def("counters", [] { return sim::counters().totals(); });
   m.def("counters_by_line", [] { return sim::counters().by_line(); });
+  m.def("launches", [] {
+    py::list out;
+    for (const sim::Launch& l : sim::counters().launches) {
+      out.append(py::make_tuple(py::make_tuple(l.grid_x, l.grid_y, l.grid_z), l.threads, l.shared_bytes));
+    }
+    return out;
+  });
   uvg::define_kernels(m);
 }
 #else

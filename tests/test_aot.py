@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if backend.interpreting():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from bench import aot, roofline
+from bench import aot, occupancy, roofline
 from uvg_engine.kernels import _configs, _launch
 
 CAPABILITIES = sorted(aot.SHARED_LIMIT)
@@ -118,6 +118,7 @@ def test_what_is_right_has_no_fault():
     assert list(made(expects=("wide", "tma"), ptx=WIDE).faults()) == []
 
 
+@pytest.mark.skipif(occupancy.missing() is not None, reason=str(occupancy.missing()))
 def test_occupancy_and_roof_by_hand():
     chip = roofline.CHIPS[0]
     assert roofline.blocks_per_sm(made(registers=64), chip) == 4  # 65,536 registers by 8 warps of 2,048

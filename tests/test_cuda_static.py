@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from bench import cuda_static
+from bench import cuda_static, occupancy
 from uvg_engine.backends import native
 
 pytestmark = [
@@ -40,11 +40,19 @@ def test_products_run_on_tensor_cores(kernels):
 
 def test_rows_move_16_bytes_at_a_time(kernels):
     """The instantiations for aligned rows; the others take single elements."""
-    row_ops = ("modulated_layer_norm: ", "gated_residual: ", "qk_norm_rope: ")
+    row_ops = ("modulated_layer_norm: ", "gated_residual: ", "gated_residual_norm: ", "qk_norm_rope: ")
     wide = [k for k in kernels if k.name.startswith(row_ops) and k.vector and k.vector > 1 and "column" not in k.name]
     assert wide
     for k in wide:
         assert k.instructions["LDG.128"] and k.instructions["STG.128"], k.name
+
+
+@pytest.mark.skipif(occupancy.missing() is not None, reason=str(occupancy.missing()))
+def test_as_many_blocks_fit_as_are_meant(kernels):
+    """Registers and shared memory, by NVIDIA's calculator, launched as for the published model."""
+    held = cuda_static.occupancies(kernels)
+    crowded = [(k.name, k.arch, k.meant, n) for k, n in zip(kernels, held, strict=True) if n < k.meant]
+    assert crowded == [] and {k.meant for k in kernels} >= {2, 4}
 
 
 def test_registers_leave_room_for_the_blocks_that_are_meant(kernels):

@@ -77,13 +77,6 @@ __global__ void __launch_bounds__(kSampleThreads, 2) noise_kernel(Params p, int6
   }
 }
 
-template <typename T, int kVector>
-void run(const Params& p, gpu::Stream stream) {
-  const int64_t latent_blocks = sample_blocks(p.num_latents, kVector);
-  gpu::launch(noise_kernel<T, kVector>, {latent_blocks + sample_blocks(p.num_tokens, 1)}, kSampleThreads, 0, stream, p,
-              latent_blocks);
-}
-
 }  // namespace
 
 void flow_noise_forward(const Params& p, gpu::Stream stream) {
@@ -91,7 +84,8 @@ void flow_noise_forward(const Params& p, gpu::Stream stream) {
     using T = typename decltype(tag)::Type;
     constexpr int kVector = 16 / sizeof(T);
     const bool wide = p.num_latents % kVector == 0 && aligned({p.data, p.x, p.velocity});
-    wide ? run<T, kVector>(p, stream) : run<T, 1>(p, stream);
+    wide ? launch_streams(noise_kernel<T, kVector>, p, kVector, stream)
+         : launch_streams(noise_kernel<T, 1>, p, 1, stream);
   });
 }
 

@@ -90,13 +90,6 @@ __global__ void __launch_bounds__(kSampleThreads) step_kernel(Params p, int64_t 
   }
 }
 
-template <typename T, int kVector>
-void run(const Params& p, gpu::Stream stream) {
-  const int64_t latent_blocks = sample_blocks(p.num_latents, kVector);
-  gpu::launch(step_kernel<T, kVector>, {latent_blocks + sample_blocks(p.num_tokens, 1)}, kSampleThreads, 0, stream, p,
-              latent_blocks);
-}
-
 }  // namespace
 
 void flow_step_forward(const Params& p, gpu::Stream stream) {
@@ -105,7 +98,8 @@ void flow_step_forward(const Params& p, gpu::Stream stream) {
     constexpr int kVector = 4;  // eight 16-bit elements of six arrays are more than the registers hold on sm_80
     const bool wide = p.num_latents % kVector == 0 &&
                       aligned({p.x, p.v_cond, p.v_uncond, p.last, p.m1, p.m2, p.x_next, p.corrected, p.estimate});
-    wide ? run<T, kVector>(p, stream) : run<T, 1>(p, stream);
+    wide ? launch_streams(step_kernel<T, kVector>, p, kVector, stream)
+         : launch_streams(step_kernel<T, 1>, p, 1, stream);
   });
 }
 

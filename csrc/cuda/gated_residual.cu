@@ -1,19 +1,12 @@
 #include "uvg/gated_residual.h"
 
 #include "cuda/column_sums.h"
+#include "cuda/gate.h"
 
 namespace uvg::cuda {
 namespace {
 
 using Params = GatedResidualParams;
-
-// The gate of a row: one without a gate at all, zero where no span covers the row, as in the reference.
-template <int kVector>
-UVG_DEVICE void load_gate(float (&gate)[kVector], const Params& p, int64_t span, int64_t column) {
-  if (p.gate != nullptr && span >= 0) return load_vector(gate, p.gate + span * p.width + column);
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) gate[i] = p.gate == nullptr ? 1.0f : 0.0f;
-}
 
 template <typename H, typename Y, int kVector>
 __global__ void __launch_bounds__(kRowWarps* gpu::kWarp, 2) forward_kernel(Params p) {

@@ -1,35 +1,22 @@
 #include "uvg/modulated_layer_norm.h"
 
-#include "cuda/column_sums.h"
+#include "cuda/norm.h"
 
 namespace uvg::cuda {
 namespace {
 
 using Params = ModulatedLayerNormParams;
 
-template <int kVector>
-UVG_DEVICE void fill(float (&to)[kVector], float value) {
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) to[i] = value;
-}
+template <typename T>
+struct Rows {
+  template <int kVector>
+  static UVG_DEVICE void load_x(float (&to)[kVector], const Params& p, int64_t offset) {
+    load_vector(to, static_cast<const T*>(p.x) + offset);
+  }
 
-// The affine parts of one row at some columns; what is not there is one or zero.
-template <int kVector>
-struct Affine {
-  float weight[kVector], bias[kVector], scale[kVector], shift[kVector];  // scale has its 1 in it
-
-  UVG_DEVICE Affine(const Params& p, int64_t span, int64_t column) {
-    p.weight != nullptr ? load_vector(weight, p.weight + column) : fill(weight, 1.0f);
-    p.bias != nullptr ? load_vector(bias, p.bias + column) : fill(bias, 0.0f);
-    if (span < 0) {
-      fill(scale, 1.0f);
-      fill(shift, 0.0f);
-      return;
-    }
-    load_vector(scale, p.scale + span * p.width + column);
-    load_vector(shift, p.shift + span * p.width + column);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) scale[i] += 1.0f;
+  template <int kVector>
+  static UVG_DEVICE void load_dy(float (&to)[kVector], const Params& p, int64_t offset) {
+    load_vector(to, static_cast<const T*>(p.dy) + offset);
   }
 };
 
@@ -45,21 +32,14 @@ __global__ void __launch_bounds__(kRowWarps* gpu::kWarp, 2) forward_kernel(Param
   const auto kept = kept_row<T, kVector>(p.width);
   const T* x_row = static_cast<const T*>(p.x) + row * p.width;
   T* y = static_cast<T*>(p.y) + row * p.width;
-  float sum = 0.0f, squares = 0.0f;
+  float sum = 0.0f, mean, rstd;
   lane_columns<kVector>(p.width, [&](int64_t c) {
     float x[kVector];
     kept.load(x, x_row, c);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) sum += x[i];
   });
-  const float mean = gpu::warp_sum(sum) / static_cast<float>(p.width);
-  lane_columns<kVector>(p.width, [&](int64_t c) {
-    float x[kVector];
-    kept.again(x, c);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) squares += (x[i] - mean) * (x[i] - mean);
-  });
-  const float rstd = gpu::reciprocal_sqrt(gpu::warp_sum(squares) / static_cast<float>(p.width) + p.eps);
+  statistics<kVector>(kept, sum, p.width, p.eps, mean, rstd);
   lane_columns<kVector>(p.width, [&](int64_t c) {
     float x[kVector];
     kept.again(x, c);
@@ -113,59 +93,10 @@ __global__ void __launch_bounds__(kRowWarps* gpu::kWarp, 2) backward_kernel(Para
   });
 }
 
-// Per span: dshift sums dy, dscale sums dy * (xhat * weight + bias).
-template <typename T, int kVector>
-struct ModulationTerms {
-  static constexpr int kParts = 2;
-  Params p;
-
-  UVG_DEVICE void add(float (&sums)[kParts][kVector], int64_t, int64_t row, int64_t column) const {
-    float x[kVector], dy[kVector];
-    load_vector(x, static_cast<const T*>(p.x) + row * p.width + column);
-    load_vector(dy, static_cast<const T*>(p.dy) + row * p.width + column);
-    const float mean = gpu::load_global(p.mean + row), rstd = gpu::load_global(p.rstd + row);
-    const Affine<kVector> a(p, -1, column);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      sums[0][i] += dy[i];
-      sums[1][i] += dy[i] * ((x[i] - mean) * rstd * a.weight[i] + a.bias[i]);
-    }
-  }
-};
-
-// Over all rows: dbias sums dy * (1 + scale), dweight that times xhat.
-template <typename T, int kVector>
-struct AffineTerms {
-  static constexpr int kParts = 2;
-  Params p;
-
-  UVG_DEVICE void add(float (&sums)[kParts][kVector], int64_t, int64_t row, int64_t column) const {
-    float x[kVector], dy[kVector], scale[kVector];
-    load_vector(x, static_cast<const T*>(p.x) + row * p.width + column);
-    load_vector(dy, static_cast<const T*>(p.dy) + row * p.width + column);
-    const float mean = gpu::load_global(p.mean + row), rstd = gpu::load_global(p.rstd + row);
-    const int64_t span = p.scale == nullptr ? -1 : span_of_row_alone(p.spans, p.num_spans, 2, row);
-    span < 0 ? fill(scale, 0.0f) : load_vector(scale, p.scale + span * p.width + column);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const float g = dy[i] * (1.0f + scale[i]);
-      sums[0][i] += g;
-      sums[1][i] += g * ((x[i] - mean) * rstd);
-    }
-  }
-};
-
 template <typename T, int kVector>
 void backward(const Params& p, gpu::Stream stream) {
   launch_rows(backward_kernel<T, kVector>, p.rows, 2 * sizeof(T) * static_cast<size_t>(p.width), stream, p);
-  if (p.dscale != nullptr) {
-    const SpanTable table{p.spans, p.num_spans, 2, p.rows};
-    column_sums<kVector>(ModulationTerms<T, kVector>{p}, table, p.width, p.partial, Totals<2>{{p.dshift, p.dscale}},
-                         stream);
-  }
-  if (p.dweight == nullptr && p.dbias == nullptr) return;
-  column_sums<kVector>(AffineTerms<T, kVector>{p}, SpanTable{nullptr, 1, 2, p.rows}, p.width, p.partial,
-                       Totals<2>{{p.dbias, p.dweight}}, stream);
+  norm_parameter_sums<Rows<T>, kVector>(p, stream);
 }
 
 template <typename T, int kVector>

@@ -157,9 +157,10 @@ struct WeightTerms {
 template <typename T, int kVector>
 void run(const Params& p, bool is_backward, gpu::Stream stream) {
   const size_t row_bytes = sizeof(T) * static_cast<size_t>(p.width);
-  if (!is_backward) return launch_rows(forward_kernel<T, kVector>, p.rows, row_bytes, stream, p, 2);
-  launch_rows(backward_kernel<T, kVector>, p.rows, 2 * row_bytes, stream, p, 2);
-  for (int which = 0; which < 2; ++which) {
+  const int count = p.weight[1] == nullptr ? 1 : 2;
+  if (!is_backward) return launch_rows(forward_kernel<T, kVector>, p.rows, row_bytes, stream, p, count);
+  launch_rows(backward_kernel<T, kVector>, p.rows, 2 * row_bytes, stream, p, count);
+  for (int which = 0; which < count; ++which) {
     column_sums<kVector>(WeightTerms<T, kVector>{p, which}, SpanTable{nullptr, 1, 6, p.rows}, p.width, p.partial,
                          Totals<1>{{p.dweight[which]}}, stream);
   }
@@ -169,7 +170,8 @@ void choose(const Params& p, bool is_backward, gpu::Stream stream) {
   with_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     constexpr int kVector = 16 / sizeof(T);
-    bool whole = p.width / p.heads / 2 % kVector == 0;  // a chunk lies in one half of one head
+    // Where rows are rotated, a chunk lies in one half of one head.
+    bool whole = (p.spans == nullptr ? p.width : p.width / p.heads / 2) % kVector == 0;
     for (int i = 0; i < 2; ++i) whole &= aligned({p.x[i], p.weight[i], p.y[i], p.dy[i], p.dx[i]});
     whole ? run<T, kVector>(p, is_backward, stream) : run<T, 1>(p, is_backward, stream);
   });

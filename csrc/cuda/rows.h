@@ -69,36 +69,57 @@ UVG_DEVICE int64_t span_of_row_alone(const int32_t* spans, int64_t count, int st
   return found;
 }
 
-// A row that a lane reads more than once: its chunks stay in shared memory, where only the lane itself looks.
+// A row that a lane reads more than once: its chunks of one access stay in shared memory, where only the lane itself
+// looks. Of a vector of two chunks all first ones lie before all second ones: lanes read neighbouring 16 bytes.
 template <typename T, int kVector>
 struct KeptRow {
-  using Chunk = gpu::Pack<T, kVector>;
-  static_assert(sizeof(Chunk) <= 16, "a chunk is one access");
+  static constexpr int kPiece = kVector * sizeof(T) <= 16 ? kVector : static_cast<int>(16 / sizeof(T));
+  using Chunk = gpu::Pack<T, kPiece>;
 
   Chunk* chunks;
+  int64_t vectors;  // of a row
 
   UVG_DEVICE void load(float (&to)[kVector], const T* row, int64_t column) const {
-    const Chunk chunk = gpu::load_global(reinterpret_cast<const Chunk*>(row + column));
-    gpu::store_shared(chunks + column / kVector, chunk);
-    convert(to, chunk);
+#pragma unroll
+    for (int piece = 0; piece < kVector / kPiece; ++piece) {
+      const Chunk chunk = gpu::load_global(reinterpret_cast<const Chunk*>(row + column + piece * kPiece));
+      gpu::store_shared(place(column, piece), chunk);
+      convert(to, chunk, piece);
+    }
+  }
+
+  // Keeps what a lane has computed, and rounds it to what it kept.
+  UVG_DEVICE void keep(float (&values)[kVector], int64_t column) const {
+#pragma unroll
+    for (int piece = 0; piece < kVector / kPiece; ++piece) {
+      Chunk chunk;
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) chunk.at[i] = gpu::from_float<T>(values[piece * kPiece + i]);
+      gpu::store_shared(place(column, piece), chunk);
+      convert(values, chunk, piece);
+    }
   }
 
   UVG_DEVICE void again(float (&to)[kVector], int64_t column) const {
-    convert(to, gpu::load_shared(chunks + column / kVector));
+#pragma unroll
+    for (int piece = 0; piece < kVector / kPiece; ++piece) convert(to, gpu::load_shared(place(column, piece)), piece);
   }
 
  private:
-  static UVG_DEVICE void convert(float (&to)[kVector], const Chunk& chunk) {
+  UVG_DEVICE Chunk* place(int64_t column, int piece) const { return chunks + piece * vectors + column / kVector; }
+
+  static UVG_DEVICE void convert(float (&to)[kVector], const Chunk& chunk, int piece) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) to[i] = gpu::to_float(chunk.at[i]);
+    for (int i = 0; i < kPiece; ++i) to[piece * kPiece + i] = gpu::to_float(chunk.at[i]);
   }
 };
 
 // Kept row number `index` of `count` that this warp has.
 template <typename T, int kVector>
 UVG_DEVICE KeptRow<T, kVector> kept_row(int64_t width, int index = 0, int count = 1) {
-  auto* first = gpu::shared_memory<gpu::Pack<T, kVector>>();
-  return {first + (gpu::warp_in_block() * count + index) * (width / kVector)};
+  using Chunk = typename KeptRow<T, kVector>::Chunk;
+  auto* first = gpu::shared_memory<Chunk>();
+  return {first + (gpu::warp_in_block() * count + index) * (width / KeptRow<T, kVector>::kPiece), width / kVector};
 }
 
 // How many warps share a block, given what each keeps in shared memory.

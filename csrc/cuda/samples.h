@@ -31,4 +31,11 @@ class Owner {
   int64_t samples_, only_;
 };
 
+// Runs kernel(params, latent_blocks): blocks for all latents, `vector` a thread, then blocks for all tokens.
+template <typename Params>
+void launch_streams(void (*kernel)(Params, int64_t), const Params& p, int vector, gpu::Stream stream) {
+  const int64_t latent_blocks = sample_blocks(p.num_latents, vector);
+  gpu::launch(kernel, {latent_blocks + sample_blocks(p.num_tokens, 1)}, kSampleThreads, 0, stream, p, latent_blocks);
+}
+
 }  // namespace uvg::cuda

@@ -1,6 +1,7 @@
 #include "sim/fiber.h"
 
 #include <sys/mman.h>
+#include <ucontext.h>
 
 #include <cstddef>
 #include <new>
@@ -18,11 +19,11 @@ void* new_stack() {
 
 }  // namespace
 
+#if defined(__x86_64__) && !UVG_SIM_UCONTEXT
+
 Fiber::~Fiber() {
   if (stack_ != nullptr) munmap(stack_, kStack);
 }
-
-#if defined(__x86_64__)
 
 // Callee-saved registers go to the old stack and come from the new one.
 extern "C" void sim_switch(void** from, void* to);
@@ -55,23 +56,33 @@ void Fiber::start(void (*entry)()) {
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
-  stack_pointer_ = top;
+  context_ = top;
 }
 
-void Fiber::switch_between(Fiber& from, Fiber& to) { sim_switch(&from.stack_pointer_, to.stack_pointer_); }
+void Fiber::switch_between(Fiber& from, Fiber& to) { sim_switch(&from.context_, to.context_); }
 
 #else
 
-void Fiber::start(void (*entry)()) {
-  if (stack_ == nullptr) stack_ = new_stack();
-  getcontext(&context_);
-  context_.uc_stack.ss_sp = stack_;
-  context_.uc_stack.ss_size = kStack;
-  context_.uc_link = nullptr;
-  makecontext(&context_, entry, 0);
+Fiber::~Fiber() {
+  if (stack_ != nullptr) munmap(stack_, kStack);
+  delete static_cast<ucontext_t*>(context_);
 }
 
-void Fiber::switch_between(Fiber& from, Fiber& to) { swapcontext(&from.context_, &to.context_); }
+void Fiber::start(void (*entry)()) {
+  if (stack_ == nullptr) stack_ = new_stack();
+  if (context_ == nullptr) context_ = new ucontext_t;
+  auto* context = static_cast<ucontext_t*>(context_);
+  getcontext(context);
+  context->uc_stack.ss_sp = stack_;
+  context->uc_stack.ss_size = kStack;
+  context->uc_link = nullptr;
+  makecontext(context, entry, 0);
+}
+
+void Fiber::switch_between(Fiber& from, Fiber& to) {
+  if (from.context_ == nullptr) from.context_ = new ucontext_t;
+  swapcontext(static_cast<ucontext_t*>(from.context_), static_cast<ucontext_t*>(to.context_));
+}
 
 #endif
 

@@ -1,9 +1,6 @@
-// A stack of its own and a switch between two of them. x86-64: 15 lines of assembly; elsewhere ucontext.
+// A stack of its own and a switch between two of them. x86-64: 15 lines of assembly; elsewhere, and with
+// UVG_SIM_UCONTEXT, ucontext, whose every switch asks the kernel for the signal mask.
 #pragma once
-
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
 namespace sim {
 
@@ -21,11 +18,7 @@ class Fiber {
 
  private:
   void* stack_ = nullptr;
-#if defined(__x86_64__)
-  void* stack_pointer_ = nullptr;
-#else
-  ucontext_t context_;
-#endif
+  void* context_ = nullptr;  // a stack pointer, or a ucontext_t of this fiber's own
 };
 
 }  // namespace sim

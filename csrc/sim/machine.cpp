@@ -277,7 +277,7 @@ void Machine::run(Dim3 grid, Dim3 block, size_t shared_bytes, const std::functio
     throw std::invalid_argument("a block must have 1 to 1024 threads, got " + std::to_string(num_threads_));
   }
   new_launch();
-  ++counters().launches;
+  counters().launches.push_back({grid.x, grid.y, grid.z, num_threads_, static_cast<int64_t>(shared_bytes)});
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   std::vector<uint64_t> order(blocks);
   for (uint64_t i = 0; i < blocks; ++i) order[i] = reverse_ ? blocks - 1 - i : i;

@@ -26,11 +26,16 @@ struct LineTraffic {
   int64_t ideal = 0;         // the fewest that could carry the same bytes
 };
 
-using LineKey = std::tuple<Space, Kind, int, std::string>;  // bytes of one access, file:line
+using LineKey = std::tuple<Space, Kind, int, const char*, int>;  // bytes of one access; file and line
+
+struct Launch {
+  int64_t grid_x, grid_y, grid_z, threads, shared_bytes;
+};
 
 struct Counters {
   std::map<LineKey, LineTraffic> lines;
-  int64_t launches = 0, blocks = 0, barriers = 0, shuffles = 0, matrix_flops = 0;
+  std::vector<Launch> launches;  // in order
+  int64_t blocks = 0, barriers = 0, shuffles = 0, matrix_flops = 0;
 
   // Sums by name: "<space>_<kind>_bytes_<width>", "<space>_requests", "global_sectors", "global_sectors_ideal",
   // "shared_wavefronts", "shared_wavefronts_ideal", "launches", "blocks", "barriers", "shuffles", "matrix_flops".
@@ -58,10 +63,11 @@ class WarpTraffic {
     Space space;
     Kind kind;
     int bytes;
+    LineTraffic* line;
     uint32_t seen[32] = {};
     std::vector<Request> requests;
   };
-  static void count(const Site& site, const Request& request, LineTraffic* line);
+  static void count(const Site& site, const Request& request);
 
   std::vector<Site> sites_;
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import cuda_simulator
@@ -9,8 +10,10 @@ import pytest
 import torch
 from harness import BF16, FP32, normal, spans
 
+from bench import cuda_launches
 from uvg_engine import backends, ops
 from uvg_engine.backends import native
+from uvg_engine.cli import _op_calls
 
 ORDERS = ("reverse", "7", "8")
 
@@ -41,6 +44,13 @@ def residual(width, dtype=BF16):
     return ops.gated_residual(h, y.requires_grad_(), gate.requires_grad_(), table), [y, gate], dout
 
 
+def residual_norm(width, dtype=BF16):
+    h, y, dout, (gate, shift, scale), table = rows(width, dtype)
+    leaves = [v.requires_grad_() for v in (h, y, gate, shift, scale)]
+    out, normed = ops.gated_residual_norm(h, y, gate, table, shift, scale, table)
+    return out + normed, leaves, dout
+
+
 def rope(width, dtype=BF16):
     q, k, dq, *_ = rows(width, dtype)
     weights = [torch.ones(width, requires_grad=True) for _ in range(2)]
@@ -58,7 +68,13 @@ def attention(width, dtype=BF16):
     return ops.flash_attention(*leaves, table, table)[0], leaves, dout
 
 
-CALLS = {"modulated_layer_norm": norm, "gated_residual": residual, "qk_norm_rope": rope, "flash_attention": attention}
+CALLS = {
+    "modulated_layer_norm": norm,
+    "gated_residual": residual,
+    "gated_residual_norm": residual_norm,
+    "qk_norm_rope": rope,
+    "flash_attention": attention,
+}
 
 
 def results(call, width, dtype=BF16):
@@ -71,27 +87,31 @@ def results(call, width, dtype=BF16):
 @pytest.mark.parametrize("op", CALLS)
 def test_the_same_bits_in_every_order_of_threads(op):
     simulator = cuda_simulator.module()
-    want = results(CALLS[op], 128)
+    want = results(CALLS[op], 64)
     try:
         for order in ORDERS:
             simulator.set_order(order)
-            assert all(torch.equal(a, b) for a, b in zip(results(CALLS[op], 128), want, strict=True)), order
+            assert all(torch.equal(a, b) for a, b in zip(results(CALLS[op], 64), want, strict=True)), order
     finally:
         simulator.set_order("forward")
 
 
-def counted(op, width, dtype=BF16):
+def run_counted(op, width, dtype=BF16):
+    """(counters, launches as (grid, threads, bytes of shared memory)) of forward and backward."""
     simulator = cuda_simulator.module()
     simulator.reset_counters()
     results(CALLS[op], width, dtype)
-    return simulator.counters()
+    return simulator.counters(), simulator.launches()
+
+
+counted = functools.cache(run_counted)
 
 
 @needs_simulator
 @pytest.mark.parametrize("op", CALLS)
 def test_shared_memory_has_no_bank_conflicts(op):
     for width in (64, 128):
-        count = counted(op, width)
+        count, _ = counted(op, width)
         assert count["shared_wavefronts"] == count["shared_wavefronts_ideal"] > 0 or op == "gated_residual"
 
 
@@ -99,7 +119,7 @@ def test_shared_memory_has_no_bank_conflicts(op):
 @pytest.mark.parametrize("op", ["modulated_layer_norm", "gated_residual"])
 def test_rows_travel_in_whole_sectors_of_16_byte_accesses(op):
     """In fp32: beside bf16 rows a lane takes a parameter's 32 bytes in two accesses, each over all sectors."""
-    count = counted(op, 256, FP32)
+    count, _ = counted(op, 256, FP32)
     wide = sum(v for name, v in count.items() if name in ("global_load_bytes_16", "global_store_bytes_16"))
     moved = sum(v for name, v in count.items() if name.startswith("global_") and "_bytes_" in name)
     assert count["global_sectors"] == count["global_sectors_ideal"]
@@ -114,6 +134,64 @@ def test_attention_does_the_products_that_its_tiles_have_and_no_more():
         simulator.reset_counters()
         attention(128)
     assert simulator.counters()["matrix_flops"] == (1 + 2 * 2) * 4 * 64 * 64 * 128
+
+
+SUMS = "column_partials_kernel<{}Terms<BFloat16, 8>, 8>"
+LAUNCHES = {  # of forward and backward in bf16, heads of 128
+    "modulated_layer_norm": ("forward", "backward", SUMS.format("Modulation"), "column_totals_kernel<2>"),
+    "gated_residual": ("forward", "backward", SUMS.format("Gate"), "column_totals_kernel<1>"),
+    "gated_residual_norm": (
+        *("forward", "backward", SUMS.format("Gate"), "column_totals_kernel<1>"),
+        *(SUMS.format("Modulation"), "column_totals_kernel<2>"),
+    ),
+    "qk_norm_rope": ("forward", "backward", *[SUMS.format("Weight"), "column_totals_kernel<1>"] * 2),
+    "flash_attention": (
+        "flash_attention: forward_kernel<BFloat16, 128>",
+        *(f"flash_attention_backward: {name}_kernel<BFloat16, 128>" for name in ("delta", "dq", "dkv")),
+    ),
+}
+
+
+@needs_simulator
+@pytest.mark.parametrize("op", CALLS)
+def test_launches_are_those_of_the_static_report(op):
+    """What bench/cuda_launches.py says of threads and shared memory, from which occupancy is counted."""
+    _, launches = counted(op, 128)
+    told = [name if "kernel" in name else f"{op}: {name}_kernel<BFloat16, 8>" for name in LAUNCHES[op]]
+    assert [launch[1:] for launch in launches] == [cuda_launches.launch_of(name, 128) for name in told]
+
+
+FORWARDS = {
+    "linear_sample": ("linear_sample: weigh_kernel<BFloat16>", "linear_sample: pick_kernel<BFloat16>"),
+    "moe_route": ("moe_route: forward_kernel<BFloat16>",),
+    "moe_dispatch": ("moe_dispatch: sort_kernel", "moe_dispatch: copy_kernel<BFloat16, 8>"),
+    "moe_combine": ("places_kernel<MoeCombineParams>", "moe_combine: forward_kernel<BFloat16, 8>"),
+    "flow_noise": ("flow_noise: noise_kernel<BFloat16, 8>",),
+    "flow_step": ("flow_step: step_kernel<BFloat16, 4>",),
+}
+
+
+@needs_simulator
+@pytest.mark.parametrize("op", FORWARDS)
+def test_forward_launches_are_those_of_the_static_report(op):
+    """One launch for both streams of a flow op, among them."""
+    simulator = cuda_simulator.module()
+    simulator.reset_counters()
+    with cuda_simulator.running(), backends.force("cuda"), torch.no_grad():
+        _op_calls.CALLS[op](BF16)
+    launched = [launch[1:] for launch in simulator.launches()]
+    assert launched == [cuda_launches.launch_of(name) for name in FORWARDS[op]]
+
+
+@needs_simulator
+def test_grids_depend_on_shapes_alone(monkeypatch):
+    """The host knows no value of a span table: other spans, the same launches."""
+
+    ops_with_spans = [op for op in CALLS if op != "qk_norm_rope"]  # whose spans must fit their grids
+    before = [counted(op, 64)[1] for op in ops_with_spans]
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda rows, **how: tensor(rows, **how).sub_(1).clamp_(0))
+    assert [run_counted(op, 64)[1] for op in ops_with_spans] == before
 
 
 @needs_simulator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as jsons
 import os
 import platform
@@ -52,12 +53,22 @@ def examine() -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
+        "gpus": _gpus(),
         "native": _native(),
         "backends": {"order": list(backends.names()), "all": list(backends.ORDER)},
         "ops": _ops(devices),
         "packages": {name: _version(name) for name in _PACKAGES},
         "models": _models(),
     }
+
+
+def _gpus() -> dict[str, Any]:
+    """What cuda-python tells of the GPUs: limits and clocks, or why nothing."""
+    from uvg_engine.backends import gpu_limits
+
+    found, reason = gpu_limits.limits()
+    told = [dataclasses.asdict(one) | {"bandwidth": one.bandwidth} for one in found]
+    return {"reason": reason, "found": [one | {"clocks": gpu_limits.clocks(i)} for i, one in enumerate(told)]}
 
 
 def _native() -> dict[str, Any]:
@@ -162,6 +173,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("python", machine["python"]),
         ("torch", f"{torch['version']}, {torch['threads']} threads, {torch['cpu_capability']}"),
         ("GPU", ", ".join(torch["gpus"]) or "none that torch can use"),
+        *(("GPU limits", line) for line in _limits(report["gpus"])),
         ("native core", report["native"]["description"]),
         ("CUDA kernels", report["native"]["cuda"]["description"]),
         ("backends", f"asked in this order: {', '.join(report['backends']['order'])}"),
@@ -176,6 +188,21 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     if not report["models"]:
         facts.append(("model", "none in the package; --model takes a folder"))
     return facts
+
+
+def _limits(gpus: dict[str, Any]) -> list[str]:
+    """A line for each GPU, or the reason why there is none."""
+    return [gpus["reason"]] if gpus["reason"] else [_limits_line(one) for one in gpus["found"]]
+
+
+def _limits_line(one: dict[str, Any]) -> str:
+    clocks = one["clocks"]
+    now = clocks if isinstance(clocks, str) else f"now {clocks['sm']} of {clocks['sm_max']} MHz"
+    return (
+        f"{one['name']}, sm_{one['capability'][0]}{one['capability'][1]}, {one['num_sms']} multiprocessors with "
+        f"{one['shared_per_sm'] >> 10} KiB of shared memory, {one['memory'] / 2**30:.0f} GiB at "
+        f"{one['bandwidth'] / 1e9:.0f} GB/s, L2 {one['l2'] / 2**20:.0f} MiB, {now}"
+    )
 
 
 def _table(ops: dict[str, list[dict[str, Any]]]) -> Any:

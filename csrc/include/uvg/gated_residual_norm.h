@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "common/dtype.h"
 
@@ -35,9 +36,13 @@ struct GatedResidualNormParams {
   float* dscale;
   float* dweight;
   float* dbias;
+  float* row_means;  // cuda backward: [rows, 2] to work in
+  float* partial;    // cuda backward: [rows / 64 + max(spans, 1), 2, width] to work in
 };
 
 UVG_KERNEL(gated_residual_norm_forward, GatedResidualNormParams)
 UVG_KERNEL(gated_residual_norm_backward, GatedResidualNormParams)
+UVG_CUDA_KERNEL(gated_residual_norm_forward, GatedResidualNormParams)
+UVG_CUDA_KERNEL(gated_residual_norm_backward, GatedResidualNormParams)
 
 }  // namespace uvg

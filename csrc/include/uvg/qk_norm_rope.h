@@ -1,5 +1,5 @@
-// RMS norm of q and k over the full width, then rotary positions per head. All arrays are packed. On the CPU weight[1]
-// may be nullptr: there is no k.
+// RMS norm of q and k over the full width, then rotary positions per head. All arrays are packed.
+// weight[1] may be nullptr: there is no k. Without spans nothing is rotated.
 #pragma once
 
 #include <cstdint>

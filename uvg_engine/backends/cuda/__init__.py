@@ -9,6 +9,7 @@ from uvg_engine.backends.cuda import (
     flow_noise,
     flow_step,
     gated_residual,
+    gated_residual_norm,
     linear_sample,
     modulated_layer_norm,
     moe_combine,
@@ -22,6 +23,9 @@ TABLE = {
     "flow_noise": Kernel(flow_noise.forward, refuses=flow_noise.refuses),
     "flow_step": Kernel(flow_step.forward, refuses=flow_step.refuses),
     "gated_residual": Kernel(gated_residual.forward, gated_residual.backward, gated_residual.refuses),
+    "gated_residual_norm": Kernel(
+        gated_residual_norm.forward, gated_residual_norm.backward, gated_residual_norm.refuses
+    ),
     "linear_sample": Kernel(linear_sample.forward, refuses=linear_sample.refuses),
     "modulated_layer_norm": Kernel(
         modulated_layer_norm.forward, modulated_layer_norm.backward, modulated_layer_norm.refuses

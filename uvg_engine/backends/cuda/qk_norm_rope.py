@@ -5,52 +5,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.backends.cuda._tensors import as_floats, floats_like, launch, partial_sums, refuses_rows
+from uvg_engine.backends.cuda._tensors import as_floats, floats_like, launch, packed, partial_sums, refuses_rows
 
 
 def refuses(q: Tensor, k: Tensor | None, wq: Tensor, wk, spans, table: Tensor | None, *rest: object) -> str | None:
-    if k is None:
-        return "q without k"
-    if table is None:
-        return "rows without rotation"
-    if table.dtype != torch.float32:
+    if table is not None and table.dtype != torch.float32:
         return f"rope_table of {table.dtype}; have float32"
-    return refuses_rows(q, k)
+    return refuses_rows(q) if k is None else refuses_rows(q, k)
 
 
-def _fields(q: Tensor, k: Tensor, weights: list[Tensor], spans: Tensor, table: Tensor, heads: int, eps: float) -> dict:
-    """What forward and backward share; tensors are packed here, pairs are (for q, for k)."""
+def _fields(q: Tensor, k, weights: list, spans, table, heads: int, eps: float) -> dict[str, Any]:
+    """What forward and backward share; tensors are packed here, pairs are (for q, for k), None where there is no k."""
     rows, width = q.shape
     return {
-        "x": [q.contiguous(), k.contiguous()],
+        "x": [q.contiguous(), packed(k)],
         "weight": [as_floats(w) for w in weights],
-        "spans": spans.contiguous(),
-        "table": table.contiguous(),
+        "spans": packed(spans),
+        "table": packed(table),
         "rows": rows,
         "width": width,
         "heads": heads,
-        "num_spans": len(spans),
-        "positions": table.shape[1],
+        "num_spans": 0 if spans is None else len(spans),
+        "positions": 0 if table is None else table.shape[1],
         "eps": eps,
         "dtype": q.dtype,
     }
 
 
-def forward(q, k, weight_q, weight_k, rope_spans, rope_table, num_heads: int, eps: float) -> tuple[Tensor, ...]:
+def _like(pair: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if x is None else torch.empty_like(x) for x in pair]
+
+
+def forward(q, k, weight_q, weight_k, rope_spans, rope_table, num_heads: int, eps: float) -> tuple[Tensor | None, ...]:
     """Arguments and results as in reference.qk_norm_rope.forward."""
-    fields: dict[str, Any] = _fields(q, k, [weight_q, weight_k], rope_spans, rope_table, num_heads, eps)
-    y, rstd = [torch.empty_like(x) for x in fields["x"]], [floats_like(q, len(q)) for _ in range(2)]
+    fields = _fields(q, k, [weight_q, weight_k], rope_spans, rope_table, num_heads, eps)
+    y, rstd = _like(fields["x"]), [floats_like(q, len(q)), None if k is None else floats_like(q, len(q))]
     launch("qk_norm_rope_forward", q, **fields, y=y, rstd=rstd)
     return *y, *rstd
 
 
 def backward(
     dq, dk, rstd_q, rstd_k, q, k, weight_q, weight_k, rope_spans, rope_table, num_heads: int, eps: float
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """Arguments and results as in reference.qk_norm_rope.backward."""
     weights = [weight_q, weight_k]
-    fields: dict[str, Any] = _fields(q, k, weights, rope_spans, rope_table, num_heads, eps)
-    dx, dweight = [torch.empty_like(x) for x in fields["x"]], [floats_like(q, *w.shape) for w in weights]
-    saved = {"rstd": [rstd_q, rstd_k], "dy": [dq.contiguous(), dk.contiguous()]}
+    fields = _fields(q, k, weights, rope_spans, rope_table, num_heads, eps)
+    dx, dweight = _like(fields["x"]), [None if w is None else floats_like(q, *w.shape) for w in weights]
+    saved = {"rstd": [rstd_q, rstd_k], "dy": [dq.contiguous(), packed(dk)]}
     launch("qk_norm_rope_backward", q, **fields, **saved, dx=dx, dweight=dweight, partial=partial_sums(q, 1, 1))
-    return *dx, *(grad.to(w.dtype) for grad, w in zip(dweight, weights, strict=True))
+    return *dx, *(None if w is None else grad.to(w.dtype) for grad, w in zip(dweight, weights, strict=True))
