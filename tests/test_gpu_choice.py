@@ -16,6 +16,7 @@ def gpu(monkeypatch):
     monkeypatch.delenv("UVG_BACKENDS", raising=False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(triton, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def be(capability, *missing):
         monkeypatch.setattr(devices, "capability", lambda device: capability)
@@ -52,7 +53,7 @@ def served(op, args):
         ((12, 0), ("flash_attn", "cuda", "triton", "cudnn")),
     ],
 )
-def test_long_attention_goes_to_who_suits_the_chip(gpu, capability, order):
+def test_attention_goes_to_who_suits_the_chip(gpu, capability, order):
     """Each in turn serves where those before it are missing."""
     args = attention()
     for place, name in enumerate(order):
@@ -61,14 +62,13 @@ def test_long_attention_goes_to_who_suits_the_chip(gpu, capability, order):
         assert set(backends.asked("flash_attention", args)) == set(backends.ORDER)
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
-@pytest.mark.parametrize("rows, samples", [(choice.SHORT, 1), (8 * choice.SHORT, 8)])
-def test_short_attention_stays_with_the_kernels_that_read_spans(gpu, capability, rows, samples):
-    gpu(capability)
-    assert served("flash_attention", attention(rows, samples)) == "cuda"
-    assert served("flash_attention", attention(rows + 1, samples)) != "cuda"
-    gpu(capability, "cuda")
-    assert served("flash_attention", attention(rows, samples)) == "triton"
+@pytest.mark.parametrize("missing", [(), ("flash_attn_3",), ("flash_attn_3", "cudnn"), ("flash_attn", "cudnn")])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_neighbours_change_no_choice(gpu, capability, missing):
+    """Same request, same backend: rows, samples and spans of the batch do not count."""
+    gpu(capability, *missing)
+    batches = [attention(rows, samples, spans) for rows in (7, 4096) for samples in (1, 8) for spans in (1, 2)]
+    assert len({served("flash_attention", args) for args in batches}) == 1
 
 
 def test_the_shape_decides_who_is_left(gpu):
@@ -76,12 +76,11 @@ def test_the_shape_decides_who_is_left(gpu):
     assert served("flash_attention", attention(width=136)) == "flash_attn_3"
     gpu((9, 0), "flash_attn_3")
     assert served("flash_attention", attention()) == "cudnn"
-    assert served("flash_attention", attention(samples=2)) == "triton"
     assert served("flash_attention", attention(dtype=torch.float32)) == "triton"
     assert served("flash_attention", attention(dtype=torch.float64)) == "reference"
     gpu((9, 0), "flash_attn_3", "triton")
-    assert served("flash_attention", attention(samples=2, width=256)) == "flash_attn"
-    assert served("flash_attention", attention(samples=2, width=264)) == "reference"
+    assert served("flash_attention", attention(width=256)) == "flash_attn"
+    assert served("flash_attention", attention(width=264)) == "reference"
 
 
 def sample_args():
@@ -112,15 +111,15 @@ def test_an_op_without_a_rule_has_the_usual_order(gpu):
 
 
 def test_why_tells_order_reason_and_refusals(gpu):
-    gpu((9, 0), "flash_attn_3")
-    args = attention(samples=2, rows=8192)
+    gpu((9, 0), "flash_attn_3", "cudnn")
+    args = attention()
     assert backends.why("flash_attention", *args).splitlines() == [
         "asked: flash_attn_3, cudnn, triton, flash_attn, cuda, cpu, sdpa, reference",
-        "because: long flash_attention on sm_90 (untuned): FlashAttention-3 reaches 75 % of an H100's peak, cuDNN "
-        "comes near it, FlashAttention-2 reaches 35 % (arXiv 2407.08608); Triton's kernel has wgmma, the CUDA kernel "
-        "mma.sync",
+        "because: flash_attention of usual heads on sm_90 (untuned): FlashAttention-3 reaches 75 % of an H100's peak, "
+        "cuDNN comes near it, FlashAttention-2 reaches 35 % (arXiv 2407.08608); Triton's kernel has wgmma, the CUDA "
+        "kernel mma.sync",
         "flash_attn_3: flash_attn_3 is not installed",
-        "cudnn: 2 samples; cuDNN gets one, others would be calls of their own",
+        f"cudnn: torch {torch.__version__} has no cuDNN",
         "served by triton",
     ]
     assert backends.explain("flash_attention", *args)["cuda"] is None
@@ -174,7 +173,7 @@ def test_an_old_gpu_is_refused_by_everyone(gpu, name):
     assert served("flash_attention", attention()) == "reference"
 
 
-def test_what_the_libraries_refuse(gpu):
+def test_what_the_libraries_refuse(gpu, monkeypatch):
     gpu((8, 0))
     said = backends.explain("flash_attention", *attention())
     assert said["flash_attn_3"] == "compute capability 8.0; have 9.0" and said["flash_attn"] is None
@@ -186,6 +185,10 @@ def test_what_the_libraries_refuse(gpu):
         assert refuses(*attention(device="cpu")) == "tensors are on cpu"
     gpu((8, 0), "cudnn")
     assert cudnn.refuses(*attention()) == f"torch {torch.__version__} has no cuDNN"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for library in (flash_attn, flash_attn_3, cudnn):
+        assert library.refuses(*attention()).startswith("a CUDA graph is being captured")
+    assert served("flash_attention", attention()) == "cuda"
 
 
 def test_every_rule_names_backends_ops_and_says_what_nobody_measured():

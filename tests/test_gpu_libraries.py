@@ -223,9 +223,9 @@ def inputs(num_q, num_k):
 
 
 RUNS = [(library, case) for library in (flash_attn, flash_attn_3) for case in (ONE | MANY).values()]
-RUNS += [(cudnn, case) for case in ONE.values()]
+RUNS += [(cudnn, case) for case in (ONE | MANY).values()]
 IDS = [f"{lib.__name__.rpartition('.')[2]}-{name}" for lib in (flash_attn, flash_attn_3) for name in ONE | MANY]
-IDS += [f"cudnn-{name}" for name in ONE]
+IDS += [f"cudnn-{name}" for name in ONE | MANY]
 
 
 @pytest.mark.parametrize("library, case", RUNS, ids=IDS)
@@ -278,9 +278,10 @@ def test_a_table_is_read_once_until_it_is_written_to(monkeypatch):
 def test_cudnn_is_called_as_torch_declares_it():
     """The real ops take these arguments: their shape functions run."""
     q, k, v, dout = (torch.empty(rows, N, H, dtype=torch.bfloat16, device="meta") for rows in (7, 9, 9, 7))
-    out, lse = cudnn._attend(q, k, v, None, None, SCALE)
+    one = [samples.Packed(None, torch.tensor([0, rows]), (rows,)) for rows in (7, 9)]
+    out, lse = cudnn._attend(q, k, v, *one, SCALE)
     assert out.shape == q.shape and lse.shape == (N, 7) and lse.dtype == torch.float32
-    grads = cudnn._attend_back(dout, out, lse, q, k, v, None, None, SCALE)
+    grads = cudnn._attend_back(dout, out, lse, q, k, v, *one, SCALE)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 

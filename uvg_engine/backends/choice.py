@@ -1,5 +1,8 @@
 """In which order the backends are asked on an NVIDIA GPU: by op, compute capability and class of shape.
 
+The choice looks at nothing that a request's neighbours in a batch change: not at rows, samples or spans. Else the same
+request would meet another backend, and get other bits, in other company.
+
 Untuned: nothing here was measured by us. The reasons are published figures and what the kernels are made of. The first
 backend that does not refuse serves, so a library that is not installed costs nothing but its place. `UVG_BACKENDS` and
 `backends.force` go before this table.
@@ -15,7 +18,7 @@ import torch
 
 from uvg_engine.backends import devices
 
-SHORT = 512  # query rows of a sample, on average, up to which attention is short; untuned
+WIDE = 128  # head width above which the CUDA kernel and cuDNN serve no attention
 
 
 @dataclass(frozen=True)
@@ -33,25 +36,24 @@ class Rule:
 _ANY = (99, 0)
 _RULES = (
     Rule(
-        *("flash_attention", (8, 0), _ANY, "short", ("cuda", "triton")),
-        "our kernels read the span tables on the device; the libraries want them on the host and rows in one piece, "
-        "which weighs more than a short product",
+        *("flash_attention", (8, 0), _ANY, "wide", ("flash_attn_3", "flash_attn", "triton")),
+        "FlashAttention has tiles of its own for such heads, ours are Triton's general ones",
     ),
     Rule(
-        *("flash_attention", (8, 0), (9, 0), "long", ("flash_attn", "cuda", "triton")),
+        *("flash_attention", (8, 0), (9, 0), "usual", ("flash_attn", "cuda", "triton")),
         "FlashAttention-2 reaches 73 % of an A100's peak (arXiv 2307.08691); ours is made of the same instructions",
     ),
     Rule(
-        *("flash_attention", (9, 0), (10, 0), "long", ("flash_attn_3", "cudnn", "triton", "flash_attn", "cuda")),
+        *("flash_attention", (9, 0), (10, 0), "usual", ("flash_attn_3", "cudnn", "triton", "flash_attn", "cuda")),
         "FlashAttention-3 reaches 75 % of an H100's peak, cuDNN comes near it, FlashAttention-2 reaches 35 % (arXiv "
         "2407.08608); Triton's kernel has wgmma, the CUDA kernel mma.sync",
     ),
     Rule(
-        *("flash_attention", (10, 0), (12, 0), "long", ("cudnn", "triton", "flash_attn", "cuda")),
+        *("flash_attention", (10, 0), (12, 0), "usual", ("cudnn", "triton", "flash_attn", "cuda")),
         "cuDNN and Triton's kernel have tcgen05, the others mma.sync; FlashAttention-3 is for 9.0 alone",
     ),
     Rule(
-        *("flash_attention", (12, 0), _ANY, "long", ("flash_attn", "cuda", "triton")),
+        *("flash_attention", (12, 0), _ANY, "usual", ("flash_attn", "cuda", "triton")),
         "these GPUs have neither wgmma nor tcgen05: all are made of mma.sync",
     ),
     Rule(
@@ -70,11 +72,10 @@ class Order:
 
 
 def shape_class(op: str, args: tuple[Any, ...]) -> str:
-    """The class of a call's shape: "short" or "long" for attention, "" for what has no classes."""
+    """The class of a call's shape: "wide" or "usual" heads for attention, "" for what has no classes."""
     if op != "flash_attention":
         return ""
-    q, q_spans = args[0], args[3]
-    return "short" if len(q) <= SHORT * len(q_spans) else "long"
+    return "wide" if args[0].shape[-1] > WIDE else "usual"
 
 
 def order(op: str, args: tuple[Any, ...], everyone: tuple[str, ...]) -> Order:
@@ -86,7 +87,7 @@ def order(op: str, args: tuple[Any, ...], everyone: tuple[str, ...]) -> Order:
 
 @functools.lru_cache(maxsize=256)
 def _order(op: str, capability: devices.Capability, shape: str, everyone: tuple[str, ...]) -> Order:
-    what = f"{shape} {op}".strip() + f" on sm_{capability[0]}{capability[1]}"
+    what = f"{op}{f' of {shape} heads' if shape else ''} on sm_{capability[0]}{capability[1]}"
     for rule in _RULES:
         if rule.op == op and rule.since <= capability < rule.until and rule.shape == shape:
             rest = tuple(name for name in everyone if name not in rule.first)

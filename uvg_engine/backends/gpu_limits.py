@@ -100,10 +100,12 @@ def _limits_of(runtime: ModuleType, index: int) -> Limits:
 
 def clocks(index: int = 0) -> dict[str, int] | str:
     """Clocks of a GPU at this moment, in MHz: {"sm", "sm_max", "memory", "memory_max"}, or why they are not known."""
-    runtime, nvml = _binding("runtime"), _binding("nvml")
-    for module in (runtime, nvml):
-        if isinstance(module, str):
-            return module
+    runtime = _binding("runtime")
+    if isinstance(runtime, str):
+        return runtime
+    nvml = _binding("nvml")
+    if isinstance(nvml, str):
+        return nvml
     error, bus_id = runtime.cudaDeviceGetPCIBusId(32, index)
     if error != runtime.cudaError_t.cudaSuccess:
         return f"cuda-python finds no GPU {index}"

@@ -23,11 +23,16 @@ _NAME = "_uvg_table"  # of the attribute of a table's tensor
 @dataclass(frozen=True)
 class Packed:
     """Rows of all samples, one sample after the other. rows: int64, those to take, or None where the buffer lies so
-    already. bounds: int32 [B + 1], where each sample starts, and the end. longest: rows of the longest sample."""
+    already. bounds: int32 [B + 1], where each sample starts, and the end. lengths: rows of each sample."""
 
     rows: Tensor | None
     bounds: Tensor
-    longest: int
+    lengths: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        """Rows of the longest sample; 0 without one."""
+        return max(self.lengths, default=0)
 
     def take(self, x: Tensor, dim: int = 0) -> Tensor:
         """The rows of x, packed."""
@@ -77,9 +82,9 @@ def _packed(queries: Table, keys: Table, num_q: int, num_k: int, device: torch.d
     def pack(samples: list[tuple[tuple[int, int], ...]], count: int) -> Packed:
         rows = torch.tensor([r for s in samples for start, length in s for r in range(start, start + length)])
         whole = torch.equal(rows, torch.arange(count))
-        lengths = torch.tensor([0, *(size(s) for s in samples)])
-        bounds = lengths.cumsum(0, dtype=torch.int32).to(device)
-        return Packed(None if whole else rows.to(device), bounds, int(lengths.max()))
+        lengths = tuple(size(s) for s in samples)
+        bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+        return Packed(None if whole else rows.to(device), bounds, lengths)
 
     with torch.inference_mode(False):  # kept beyond the call
         return pack([q for q, _ in both], num_q), pack([k for _, k in both], num_k)
@@ -123,7 +128,7 @@ def backward(
 
 
 def refuses(q: Tensor, widest: int) -> str | None:
-    """Rules that the libraries share: an NVIDIA GPU of our age, 16-bit elements, heads of multiples of 8."""
+    """Rules that the libraries share: an NVIDIA GPU of our age, 16-bit elements, heads of multiples of 8, no graph."""
     if q.device.type != "cuda":
         return f"tensors are on {q.device.type}"
     if torch.version.hip:
@@ -132,6 +137,8 @@ def refuses(q: Tensor, widest: int) -> str | None:
         return f"dtype {q.dtype}; have bfloat16, float16"
     if q.shape[-1] % 8 or q.shape[-1] > widest:
         return f"head width {q.shape[-1]}; have multiples of 8 up to {widest}"
+    if torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured, and the library wants the span tables on the host"
     return devices.too_old(q.device)
 
 

@@ -50,7 +50,8 @@ def backward(
     """Arguments and results as in reference.qk_norm_rope.backward."""
     weights = [weight_q, weight_k]
     fields = _fields(q, k, weights, rope_spans, rope_table, num_heads, eps)
-    dx, dweight = _like(fields["x"]), [None if w is None else floats_like(q, *w.shape) for w in weights]
+    dx, dweight = _like(fields["x"]), [floats_like(q, *w.shape) for w in weights if w is not None]
     saved = {"rstd": [rstd_q, rstd_k], "dy": [dq.contiguous(), packed(dk)]}
-    launch("qk_norm_rope_backward", q, **fields, **saved, dx=dx, dweight=dweight, partial=partial_sums(q, 1, 1))
-    return *dx, *(None if w is None else grad.to(w.dtype) for grad, w in zip(dweight, weights, strict=True))
+    sums = {"dweight": [*dweight, None][:2], "partial": partial_sums(q, 1, 1)}
+    launch("qk_norm_rope_backward", q, **fields, **saved, dx=dx, **sums)
+    return *dx, dweight[0].to(weight_q.dtype), None if weight_k is None else dweight[1].to(weight_k.dtype)
