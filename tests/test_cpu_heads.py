@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cpu_isa import isa_restored, usable  # noqa: F401
+from test_cpu_isa import isa_restored, sizes_of_one_thread, usable  # noqa: F401
 
 from uvg_engine import backends, ops
 from uvg_engine.backends import native
@@ -50,6 +50,7 @@ def test_draws_in_every_instruction_set_with_any_threads(isa, dtype, temperature
 
 def losses_and_gradients(dtype, loss):
     x, weight, bias = head(dtype)
+    assert 150 * weight.numel() > sizes_of_one_thread()["HeadProducts"]
     x, weight, bias = x[:150].requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
     target = torch.arange(150) * 16 % 2500
     extra = {"current": target.roll(1), "rate": torch.linspace(0, 9, 150), "loss": "gkl"} if loss == "gkl" else {}

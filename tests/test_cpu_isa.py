@@ -3,6 +3,9 @@
 What each op computes is tested in tests/ops, in the instruction set in use; here the others are held against it.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from uvg_engine.model.embeddings import inverse_frequencies, rope_table
 
 pytestmark = pytest.mark.skipif(native.cpu() is None, reason=str(native.why_not()))
 HEADS, ROWS = 3, 300
+WIDE = 114  # so wide that every kernel takes more than one thread
 SPANS = torch.tensor([[0, 130], [130, 110], [240, 60]], dtype=torch.int32)
 ATTENTION_SPANS = torch.tensor([[[0, 130], [240, 60]], [[130, 110], [0, 0]]], dtype=torch.int32)
 ROPE_SPANS = torch.tensor([[0, 130, 0, 2, 5, 13], [130, 110, 0, 1, 10, 11], [240, 60, 1, 0, 0, 0]], dtype=torch.int32)
@@ -75,11 +79,11 @@ def test_bytes_are_the_same_in_every_instruction_set(isa_restored):
 def steps_of_both_streams(x, velocity, numbers):
     """Results of flow_noise and flow_step on three samples, one thread's work and more."""
     lengths = SPANS * (len(x) // ROWS)
-    share, seeds, tokens = numbers.sigmoid().flatten(), torch.tensor([5, -(2**40), 7]), torch.arange(ROWS)
-    noisy = ops.flow_noise(x, tokens, share, share, seeds, 3, lengths, SPANS, 1000)
+    share, seeds, tokens = numbers.sigmoid().flatten(), torch.tensor([5, -(2**40), 7]), torch.arange(len(x)) % 1000
+    noisy = ops.flow_noise(x, tokens, share, share, seeds, 3, lengths, lengths, 1000)
     coefs = torch.linspace(-1, 1, 30).view(3, 10)
     past = [velocity, 3 * share, coefs, x, velocity, x]
-    return *noisy, *ops.flow_step(x, velocity, *past, lengths, tokens, noisy[2], share, seeds, seeds + 1, SPANS)
+    return *noisy, *ops.flow_step(x, velocity, *past, lengths, tokens, noisy[2], share, seeds, seeds + 1, lengths)
 
 
 @pytest.fixture
@@ -100,6 +104,19 @@ def test_every_instruction_set_agrees_with_the_reference(isa, width, isa_restore
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * float(b.abs().max()))
 
 
+def sizes_of_one_thread():
+    """Up to which sizes the kernels stay in one thread, by name."""
+    text = (Path(__file__).parents[1] / "csrc/common/threads.h").read_text()
+    return {name: int(size) for name, size in re.findall(r"constexpr int64_t kAlone(\w+) = (\d+);", text)}
+
+
+def test_all_kernels_take_more_than_one_thread_in_the_test_of_threads():
+    limits = sizes_of_one_thread()
+    del limits["HeadProducts"]  # test_cpu_heads.py
+    sizes = dict.fromkeys(limits, ROWS * WIDE) | {"MoeRows": ROWS}
+    assert limits and all(sizes[name] > limit for name, limit in limits.items())
+
+
 @pytest.mark.parametrize("isa", usable())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_threads(isa, dtype, isa_restored):
@@ -110,7 +127,7 @@ def test_bits_do_not_depend_on_threads(isa, dtype, isa_restored):
             torch.set_num_threads(threads)
             with backends.force("cpu"):
                 # gradients without products: MKL's fp32 sums depend on the threads
-                seen.append((results(54, dtype)[0], results(54, dtype, products=False)[1]))
+                seen.append((results(WIDE, dtype)[0], results(WIDE, dtype, products=False)[1]))
     finally:
         torch.set_num_threads(before)
     for other in seen[1:]:

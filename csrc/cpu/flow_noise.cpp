@@ -1,6 +1,7 @@
 #include "uvg/flow_noise.h"
 
 #include "common/row_chunks.h"
+#include "common/threads.h"
 #include "cpu/random.h"
 
 namespace uvg {
@@ -9,15 +10,14 @@ namespace {
 
 using Params = FlowNoiseParams;
 
-constexpr int64_t kChunk = 8192;  // latent values that one thread does alone; untuned
-constexpr int64_t kBlock = 64;    // values of one `normals`; divides kChunk
+constexpr int64_t kBlock = 64;  // values of one `normals`; divides kAloneNoiseValues
 
 template <typename T>
 void latents(const Params& p) {
-  const RowChunks chunks(p.latent_spans, p.samples, 2, p.num_latents, kChunk);
+  const RowChunks chunks(p.latent_spans, p.samples, 2, p.num_latents, kAloneNoiseValues);
   const T* data = static_cast<const T*>(p.data);
   T *x = static_cast<T*>(p.x), *velocity = static_cast<T*>(p.velocity);
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.num_latents > kChunk)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.num_latents > kAloneNoiseValues)
   for (int64_t c = 0; c < chunks.size(); ++c) {
     const RowChunk chunk = chunks[c];
     if (chunk.span < 0) {
@@ -41,7 +41,7 @@ void latents(const Params& p) {
 
 void tokens(const Params& p) {
   const RowChunks chunks(p.token_spans, p.samples, 2, p.num_tokens);
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.num_tokens > kChunk)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.num_tokens > kAloneNoiseValues)
   for (int64_t c = 0; c < chunks.size(); ++c) {
     const RowChunk chunk = chunks[c];
     const int64_t* clean = p.tokens + chunk.first;

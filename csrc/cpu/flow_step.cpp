@@ -1,6 +1,7 @@
 #include "uvg/flow_step.h"
 
 #include "common/row_chunks.h"
+#include "common/threads.h"
 #include "cpu/random.h"
 
 namespace uvg {
@@ -9,7 +10,6 @@ namespace {
 
 using Params = FlowStepParams;
 
-constexpr int64_t kChunk = 16384;  // latent values that one thread does alone; untuned
 constexpr int64_t kCoefs = 10;
 
 // factor * value, nothing where the factor is 0. `value` is not asked for then: it may not be there.
@@ -20,10 +20,10 @@ inline Vec term(float factor, Value&& value) {
 
 template <typename T>
 void latents(const Params& p) {
-  const RowChunks chunks(p.latent_spans, p.samples, 2, p.num_latents, kChunk);
+  const RowChunks chunks(p.latent_spans, p.samples, 2, p.num_latents, kAloneStepValues);
   const auto from = [](const void* base) { return static_cast<const T*>(base); };
   const auto to = [](void* base) { return static_cast<T*>(base); };
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.num_latents > kChunk)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.num_latents > kAloneStepValues)
   for (int64_t b = 0; b < chunks.size(); ++b) {
     const RowChunk chunk = chunks[b];
     if (chunk.span < 0) {
@@ -58,7 +58,7 @@ void latents(const Params& p) {
 
 void tokens(const Params& p) {
   const RowChunks chunks(p.token_spans, p.samples, 2, p.num_tokens);
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.num_tokens > kChunk)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.num_tokens > kAloneStepValues)
   for (int64_t b = 0; b < chunks.size(); ++b) {
     const RowChunk chunk = chunks[b];
     const int64_t *now = p.tokens + chunk.first, *drawn = p.drawn + chunk.first;

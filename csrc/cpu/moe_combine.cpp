@@ -1,5 +1,6 @@
 #include "uvg/moe_combine.h"
 
+#include "common/threads.h"
 #include "cpu/vec.h"
 
 namespace uvg {
@@ -8,15 +9,13 @@ namespace {
 
 using Params = MoeCombineParams;
 
-constexpr int64_t kAlone = 16384;  // values up to which a second thread costs more than it brings; untuned
-
 void find_places(const Params& p) {
   for (int64_t r = 0; r < p.rows * p.top_k; ++r) p.places[p.order[r]] = static_cast<int32_t>(r);
 }
 
 template <typename T>
 void forward(const Params& p) {
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows * p.width > kAlone)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows * p.width > kAloneMoeValues)
   for (int64_t t = 0; t < p.rows; ++t) {
     const int32_t* places = p.places + t * p.top_k;
     const float* weights = p.weights + t * p.top_k;
@@ -32,7 +31,7 @@ void forward(const Params& p) {
 
 template <typename T>
 void backward(const Params& p) {
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows * p.width > kAlone)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows * p.width > kAloneMoeValues)
   for (int64_t t = 0; t < p.rows; ++t) {
     const T* dout = static_cast<const T*>(p.dout) + t * p.width;
     for (int64_t k = 0; k < p.top_k; ++k) {

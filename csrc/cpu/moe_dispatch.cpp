@@ -1,5 +1,6 @@
 #include "uvg/moe_dispatch.h"
 
+#include "common/threads.h"
 #include "cpu/vec.h"
 
 namespace uvg {
@@ -7,8 +8,6 @@ namespace UVG_ISA {
 namespace {
 
 using Params = MoeDispatchParams;
-
-constexpr int64_t kAlone = 16384;  // values up to which a second thread costs more than it brings; untuned
 
 // A stable counting sort of the slots by expert.
 void sort_slots(const Params& p) {
@@ -26,7 +25,7 @@ void sort_slots(const Params& p) {
 
 template <typename T>
 void backward(const Params& p) {
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows * p.width > kAlone)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows * p.width > kAloneMoeValues)
   for (int64_t t = 0; t < p.rows; ++t) {
     const int32_t* places = p.places + t * p.top_k;
     T* dx = static_cast<T*>(p.dx) + t * p.width;
@@ -44,7 +43,7 @@ void backward(const Params& p) {
 void moe_dispatch_forward(const Params& p) {
   sort_slots(p);
   const auto bytes = static_cast<size_t>(p.width) * (p.dtype == Dtype::kFloat32 ? 4 : 2);
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows * p.width > kAlone)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows * p.width > kAloneMoeValues)
   for (int64_t t = 0; t < p.rows; ++t)
     for (int64_t k = 0; k < p.top_k; ++k)
       std::memcpy(static_cast<char*>(p.grouped) + static_cast<size_t>(p.places[t * p.top_k + k]) * bytes,

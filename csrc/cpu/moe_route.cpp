@@ -1,5 +1,6 @@
 #include "uvg/moe_route.h"
 
+#include "common/threads.h"
 #include "cpu/vec.h"
 
 namespace uvg {
@@ -7,8 +8,6 @@ namespace UVG_ISA {
 namespace {
 
 using Params = MoeRouteParams;
-
-constexpr int64_t kAlone = 256;  // rows up to which a second thread costs more than it brings; untuned
 
 inline float number(float value) { return value; }
 
@@ -42,7 +41,7 @@ void select(const T* logits, int64_t experts, int64_t top_k, float* best, int32_
 
 template <typename T>
 void forward(const Params& p) {
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows > kAlone)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows > kAloneMoeRows)
   for (int64_t r = 0; r < p.rows; ++r) {
     float* weights = p.weights + r * p.top_k;
     select(static_cast<const T*>(p.logits) + r * p.experts, p.experts, p.top_k, weights, p.chosen + r * p.top_k);
@@ -55,7 +54,7 @@ void forward(const Params& p) {
 
 template <typename T>
 void backward(const Params& p) {
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows > kAlone)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows > kAloneMoeRows)
   for (int64_t r = 0; r < p.rows; ++r) {
     const float *weights = p.weights + r * p.top_k, *dweights = p.dweights + r * p.top_k;
     T* dlogits = static_cast<T*>(p.dlogits) + r * p.experts;

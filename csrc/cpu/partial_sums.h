@@ -3,13 +3,16 @@
 
 #include "common/row_chunks.h"
 #include "common/row_lists.h"
+#include "common/threads.h"
 #include "cpu/vec.h"
 
 namespace uvg {
 namespace UVG_ISA {
 
 // Threads worth starting for so many rows.
-inline int threads_for_rows(int threads, int64_t rows, int64_t width) { return rows * width < 32768 ? 1 : threads; }
+inline int threads_for_rows(int threads, int64_t rows, int64_t width) {
+  return rows * width <= kAloneRowValues ? 1 : threads;
+}
 
 class PartialSums {
  public:

@@ -15,6 +15,7 @@
 #include "common/cpu_features.h"
 #include "common/dtype.h"
 #include "common/philox.h"
+#include "common/threads.h"
 #include "tests/check.h"
 
 namespace uvg::test {
@@ -78,11 +79,13 @@ class Array {
 using Arrays = std::vector<Array>;
 using Truth = std::vector<std::vector<double>>;  // of the first arrays; the others have none
 
+// The largest difference as a share of the largest value; NaN where one is NaN.
 inline double worst(const Array& got, const std::vector<double>& want) {
   double far = 0, largest = 0;
   for (int64_t i = 0; i < got.size(); ++i) {
     const double difference = std::abs(got[i] - want[i]);
-    if (!(difference <= far)) far = difference;  // a NaN stays
+    if (std::isnan(difference)) return difference;
+    far = std::max(far, difference);
     largest = std::max(largest, std::abs(want[i]));
   }
   return far == 0 ? 0 : far / largest;

@@ -16,7 +16,7 @@ struct Spans {
 };
 
 const Spans kSmall = {{0, 5, 5, 0, 6, 30}, {1, 3, 4, 0, 4, 9}, 37, 14};
-const Spans kLarge = {{0, 70001, 70001, 3, 70004, 9}, {0, 33, 33, 40, 73, 1}, 70013, 74};
+const Spans kLarge = {{0, 70001, 70001, 3, 70004, 9}, {0, 9033, 9033, 8040, 17073, 1}, 70013, 17074};
 
 // Integers as floats, so that they are compared like the rest; they are small enough.
 Array floats(const std::vector<int64_t>& from) {
@@ -99,6 +99,9 @@ void check_step(const Spans& spans) {
 }  // namespace
 
 int main() {
+  for (int64_t size : {kLarge.num_latents, kLarge.num_tokens}) {
+    CHECK(size > kAloneStepValues && size > kAloneNoiseValues);
+  }
   for (const Spans& spans : {kSmall, kLarge}) {
     check_noise(spans, -1);
     check_noise(spans, 3);

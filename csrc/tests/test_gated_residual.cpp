@@ -51,7 +51,9 @@ void check(int64_t width, bool gated) {
 }  // namespace
 
 int main() {
-  for (int64_t width : {1, 17, 96, 131}) {
+  constexpr int64_t kThreaded = 259;
+  static_assert(kRows * kThreaded > kAloneRowValues);
+  for (int64_t width : {int64_t{1}, int64_t{17}, int64_t{96}, kThreaded}) {
     check(width, true);
     check(width, false);
   }

@@ -64,6 +64,8 @@ void check(int64_t width) {
 }  // namespace
 
 int main() {
-  for (int64_t width : {3, 17, 96, 131}) check(width);
+  constexpr int64_t kThreaded = 259;
+  static_assert(kRows * kThreaded > kAloneRowValues);
+  for (int64_t width : {int64_t{3}, int64_t{17}, int64_t{96}, kThreaded}) check(width);
   return finish("gated_residual_norm");
 }

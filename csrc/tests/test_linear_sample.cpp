@@ -40,6 +40,7 @@ int main() {
   check(1, 64, 1, 1.0);
   check(5, 33, 2100, 1.0);
   check(37, 40, 1030, 0.0);
-  check(8, 128, 1024, 0.5);
+  static_assert(33 * 120 * 1030 > kAloneHeadProducts);
+  check(33, 120, 1030, 0.5);
   return finish("linear_sample");
 }

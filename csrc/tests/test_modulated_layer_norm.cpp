@@ -69,7 +69,9 @@ void check(int64_t width, bool modulated, bool affine) {
 }  // namespace
 
 int main() {
-  for (int64_t width : {2, 17, 96, 131}) {
+  constexpr int64_t kThreaded = 259;
+  static_assert(kRows * kThreaded > kAloneRowValues);
+  for (int64_t width : {int64_t{2}, int64_t{17}, int64_t{96}, kThreaded}) {
     check(width, true, false);
     check(width, false, true);
     check(width, true, true);

@@ -82,10 +82,11 @@ void check_round_trip(int64_t rows, int64_t width, int64_t experts, int64_t top_
 
 int main() {
   check_route(1, 1, 1);
+  static_assert(300 > kAloneMoeRows && 301 * 57 > kAloneMoeValues);
   check_route(300, 9, 2);
   check_route(17, 67, 8);
   check_round_trip(1, 1, 1, 1);
-  check_round_trip(301, 33, 5, 2);
+  check_round_trip(301, 57, 5, 2);
   check_round_trip(40, 130, 8, 8);
   return finish("moe_routing");
 }

@@ -75,7 +75,9 @@ void check(int64_t head, bool rotated, int tensors) {
 }  // namespace
 
 int main() {
-  for (int64_t head : {2, 6, 32, 44}) check(head, true, 2);
+  constexpr int64_t kThreaded = 314;
+  static_assert(kRows * kHeads * kThreaded > kAloneRowValues);
+  for (int64_t head : {int64_t{2}, int64_t{6}, int64_t{32}, int64_t{44}, kThreaded}) check(head, true, 2);
   for (int64_t head : {6, 44}) check(head, true, 1), check(head, false, 1);
   return finish("qk_norm_rope");
 }
