@@ -52,8 +52,7 @@ const int32_t* RowLists::rows(int64_t list) const { return rows_ + first_[list];
 
 bool RowLists::shared() const { return shared_; }
 
-struct Scratch::Piece {
-  void* data;
+struct Scratch::Piece {  // the line before the memory that it hands out
   Piece* before;
 };
 
@@ -67,15 +66,15 @@ Scratch::~Scratch() {
   while (last_ != nullptr) {
     Piece* piece = last_;
     last_ = piece->before;
-    ::operator delete(piece->data, kLine);
-    delete piece;
+    ::operator delete(piece, kLine);
   }
 }
 
 uint32_t* Scratch::words(int64_t count) {
-  void* data = ::operator new(static_cast<size_t>(count) * sizeof(uint32_t), kLine);
-  last_ = new Piece{data, last_};
-  return static_cast<uint32_t*>(data);
+  constexpr auto line = static_cast<size_t>(kLine);
+  void* memory = ::operator new(line + static_cast<size_t>(count) * sizeof(uint32_t), kLine);
+  last_ = new (memory) Piece{last_};
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(memory) + line);
 }
 
 float* Scratch::floats(int64_t count) { return reinterpret_cast<float*>(words(count)); }

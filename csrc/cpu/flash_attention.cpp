@@ -1,10 +1,12 @@
 #include "uvg/flash_attention.h"
 
+#include "cpu/per_thread.h"
 #include "cpu/tile.h"
 
 // The scores of a tile never reach memory: scaled, exponentiated and rounded in registers, they are stored as the left
 // operand of the product with the values. The exponent's reference is 0 until a score asks for another one, so that
-// ordinary rows never rescale (figures: AGENTS.md).
+// ordinary rows never rescale (figures: AGENTS.md). It is a score as it comes out of the product: the difference of two
+// loses nothing, however large they are.
 namespace uvg {
 namespace UVG_ISA {
 namespace {
@@ -20,7 +22,7 @@ constexpr int64_t kKeys = F::kPer == 2 ? 512 : 256;  // keys of a block
 
 // Softmax of the rows of a block so far. x = (score - reference) * scale in the format's unit.
 struct RowState {
-  Vec* top;       // largest x of a block of keys, lane by lane, where one is asked for
+  Vec* top;       // largest score of a block of keys, or largest negated one where scale < 0, where one is asked for
   Vec* total;     // sum of e^x in fp32
   Vec* rounded;   // sum of e^x as the product reads it
   Vec* block[2];  // total and rounded of this block of keys alone
@@ -67,8 +69,9 @@ struct Workspace {
   uint32_t *queries, *probabilities, *work;
   float* out;
   RowState rows;
+  Packed<F> packed;  // `slots` of keys and values
 
-  Workspace(Scratch& scratch, const Params& p) {
+  Workspace(Scratch& scratch, const Params& p, int64_t slots) : packed(scratch, p, slots) {
     const int64_t words = row_words<F>(p.width);
     queries = scratch.words(kQueries * words);
     probabilities = scratch.words(kQueries * row_of_probabilities());
@@ -84,9 +87,11 @@ struct Workspace {
   }  // rows off one another's sets
 };
 
-// One tile of scores to probabilities and their sums, or, with kPeak, to the largest score of each row; keys from
-// `valid` on count nothing.
-template <typename F, bool kTail, bool kPeak>
+enum What { kPlain, kShifted, kPeak };
+
+// One tile of scores to probabilities and their sums, kPlain where all references are 0; or, with kPeak, to the largest
+// score of each row. Keys from `valid` on count nothing.
+template <typename F, bool kTail, What kWhat>
 UVG_NOINLINE void score(const uint32_t* queries, const uint32_t* panel, int64_t width, float scale, int64_t valid,
                         uint32_t* probabilities, int64_t column, const RowState& rows, int64_t first) {
   Vec x[kTileRows][kTileVecs] = {};
@@ -97,10 +102,10 @@ UVG_NOINLINE void score(const uint32_t* queries, const uint32_t* panel, int64_t 
     const Vec reference = splat(rows.reference[row]);
 #pragma GCC unroll 4
     for (int j = 0; j < kTileVecs; ++j) {
-      x[r][j] = x[r][j] * scale - reference;
+      x[r][j] = (kWhat == kShifted ? x[r][j] - reference : x[r][j]) * scale;
       if (kTail) x[r][j] = first_lanes(valid - j * kLanes) ? x[r][j] : splat(kNever);
     }
-    if (kPeak) {
+    if (kWhat == kPeak) {
       for (int j = 0; j < kTileVecs; ++j) rows.top[row] = x[r][j] > rows.top[row] ? x[r][j] : rows.top[row];
       continue;
     }
@@ -116,24 +121,39 @@ UVG_NOINLINE void score(const uint32_t* queries, const uint32_t* panel, int64_t 
   }
 }
 
+// Whether a row has no key yet that counts.
+bool fresh(const RowState& rows, int64_t r) { return largest(rows.total[r]) == 0.0f; }
+
 // Whether a block's sum asks for another reference: it is too large, or the first and too small.
-bool far(Vec total, bool first) {
-  const float most = largest(total);
-  return most > kHigh || (first && most < 1.0f / kHigh);
+bool far(const RowState& rows, int64_t r) {
+  const float most = largest(rows.block[0][r]);
+  return most > kHigh || (most < 1.0f / kHigh && fresh(rows, r));
 }
 
-// Rows of far scores take their largest one as reference; rows.top has it.
+// Rows of far scores take their largest one as reference; rows.top has it, and keeps it for them alone.
 template <typename F>
-void rebase(const RowState& rows, int64_t count, bool first, float* out, int64_t width) {
+void rebase(const RowState& rows, int64_t count, float scale, float* out, int64_t width) {
   for (int64_t r = 0; r < count; ++r) {
-    const float top = largest(rows.top[r]);
-    if (!far(rows.block[0][r], first) || top == kNever) continue;
-    rows.reference[r] += top;
-    if (first) continue;
-    const float shrink = F::power(splat(-top))[0];
+    const bool asks = far(rows, r);
+    const float top = largest(rows.top[r]), reference = scale < 0.0f ? -top : top;
+    rows.top[r] = splat(asks ? top : 0.0f);
+    if (!asks || top == kNever) continue;
+    const float shrink = F::power(splat((rows.reference[r] - reference) * scale))[0];
+    rows.reference[r] = reference;
+    if (fresh(rows, r)) continue;
     rows.total[r] *= shrink, rows.rounded[r] *= shrink;
     float* row = out + r * round_up(width, kLanes);
     for (int64_t i = 0; i < width; i += kLanes) store(row + i, load(row + i) * shrink);
+  }
+}
+
+// Of rows whose scores in a block are all -inf, nothing of the block counts: the exponential may not reach 0.
+void forget(const RowState& rows, int64_t count, uint32_t* probabilities, int64_t row) {
+  for (int64_t r = 0; r < count; ++r) {
+    const float total = sum(rows.block[0][r]);
+    if (rows.top[r][0] != kNever || total != total) continue;
+    rows.block[0][r] = rows.block[1][r] = Vec{};
+    std::memset(probabilities + r * row, 0, static_cast<size_t>(row) * sizeof *probabilities);
   }
 }
 
@@ -146,28 +166,32 @@ void attend(const Params& p, const Rows<typename F::Value>& queries, int64_t hea
   constexpr int64_t row = Workspace<F>::row_of_probabilities();
   const float scale = p.scale / F::kUnit;
   const RowState& rows = w.rows;
+  bool shifted = false;  // a row may have a reference
   pack_rows<F>(queries, p.width, padded, w.queries);
   for (int64_t r = 0; r < padded; ++r) rows.total[r] = rows.rounded[r] = Vec{}, rows.reference[r] = 0.0f;
   for (int64_t k = 0; k < num_keys; k += kKeys<F>) {
     const int64_t left = num_keys - k, here = left < kKeys<F> ? left : kKeys<F>;
-    const auto scores = [&](auto whole, auto tail) {
+    const auto scores = [&](auto whole, auto tail, float factor) {
       for (int64_t c = 0; c < here; c += kPanel)
         for (int64_t r = 0; r < padded; r += kTileRows)
-          (here - c < kPanel ? tail : whole)(w.queries + r * words, packed.keys + (k + c) * words, p.width, scale,
+          (here - c < kPanel ? tail : whole)(w.queries + r * words, packed.keys + (k + c) * words, p.width, factor,
                                              here - c, w.probabilities + r * row, c, rows, r);
     };
     const auto probabilities = [&] {
       for (int64_t r = 0; r < padded; ++r) rows.block[0][r] = rows.block[1][r] = Vec{};
-      scores(score<F, false, false>, score<F, true, false>);
+      shifted ? scores(score<F, false, kShifted>, score<F, true, kShifted>, scale)
+              : scores(score<F, false, kPlain>, score<F, true, kPlain>, scale);
     };
     probabilities();
     bool again = false;
-    for (int64_t r = 0; r < queries.count; ++r) again = again || far(rows.block[0][r], k == 0);
+    for (int64_t r = 0; r < queries.count; ++r) again = again || far(rows, r);
     if (again) {
       for (int64_t r = 0; r < padded; ++r) rows.top[r] = splat(kNever);
-      scores(score<F, false, true>, score<F, true, true>);
-      rebase<F>(rows, queries.count, k == 0, w.out, p.width);
+      scores(score<F, false, kPeak>, score<F, true, kPeak>, scale < 0.0f ? -1.0f : 1.0f);
+      rebase<F>(rows, queries.count, scale, w.out, p.width);
+      shifted = true;
       probabilities();
+      forget(rows, queries.count, w.probabilities, row);
     }
     for (int64_t r = 0; r < padded; ++r) rows.total[r] += rows.block[0][r], rows.rounded[r] += rows.block[1][r];
     multiply_all<F>(w.out, padded, p.width, w.probabilities, row, 1, packed.values, total, k / F::kPer,
@@ -176,7 +200,8 @@ void attend(const Params& p, const Rows<typename F::Value>& queries, int64_t hea
   auto* out = static_cast<typename F::Value*>(p.out);
   for (int64_t r = 0; r < queries.count; ++r) {
     const int64_t at = queries.index[r];
-    p.lse[head * p.rows_q + at] = __builtin_logf(sum(rows.total[r])) + rows.reference[r] * F::kUnit;
+    const float base = rows.reference[r] * p.scale;  // infinite: the largest score is, and its share is NaN
+    p.lse[head * p.rows_q + at] = __builtin_isinf(base) ? base : __builtin_logf(sum(rows.total[r])) + base;
     const float share = 1.0f / sum(rows.rounded[r]);
     const float* row_out = w.out + r * round_up(p.width, kLanes);
     columns(p.width, [&](int64_t i, int64_t n) {
@@ -205,13 +230,12 @@ void forward(const Params& p) {
   without_keys<T>(p, samples);
   for (int64_t s = 0; s < samples; ++s)
     if (p.keys->size(s) == 0) without_keys<T>(p, s);
-  Scratch common;
-  const Packed<F> shared(common, p, parts > 1 ? pairs : 0);
+  Scratch scratch;
+  const Packed<F> shared(scratch, p, parts > 1 ? pairs : 0);
+  const PerThread<Workspace<F>> workspaces(scratch, p.threads, p, parts > 1 ? 0 : 1);
 #pragma omp parallel num_threads(p.threads)
   {
-    Scratch scratch;
-    const Workspace<F> w(scratch, p);
-    const Packed<F> own(scratch, p, parts > 1 ? 0 : 1);
+    const Workspace<F>& w = workspaces.own();
     if (parts > 1) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < 2 * pairs; ++i) {
@@ -224,11 +248,11 @@ void forward(const Params& p) {
       const int64_t pair = task % pairs, s = pair / p.heads, head = pair % p.heads, first = task / pairs * part;
       const int64_t end = first + part, all = p.queries->size(s), last = end < all ? end : all;
       if (p.keys->size(s) == 0 || first >= last) continue;
-      if (parts == 1) pack_keys<F>(p, s, head, own, w.work), pack_values<F>(p, s, head, own, w.work);
+      if (parts == 1) pack_keys<F>(p, s, head, w.packed, w.work), pack_values<F>(p, s, head, w.packed, w.work);
       const Rows<T> queries = rows_of<T>(p, p.q, head, *p.queries, s);
       for (int64_t q = first; q < last; q += kQueries)
         attend<F>(p, queries.from(q, last - q < kQueries ? last - q : kQueries), head, p.keys->size(s),
-                  parts > 1 ? shared.slot(pair) : own, w);
+                  parts > 1 ? shared.slot(pair) : w.packed, w);
     }
   }
 }

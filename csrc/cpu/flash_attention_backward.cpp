@@ -1,3 +1,4 @@
+#include "cpu/per_thread.h"
 #include "cpu/tile.h"
 #include "uvg/flash_attention.h"
 
@@ -19,6 +20,7 @@ struct Workspace {
   uint32_t *probabilities, *scores, *scores_by_keys, *work;  // of a block; scores: their gradient
   float *lse, *delta;                                        // [queries]
   float *dq, *dk, *dv;                                       // dq of the sample; dk, dv of the block
+  float* sums;                                               // [2, rows_k, columns] where samples share keys
   int64_t columns;
 
   static constexpr int64_t kRow = kQueries / F::kPer + kLanes;  // dwords; rows off one another's sets
@@ -37,6 +39,7 @@ struct Workspace {
     lse = scratch.floats(most_q), delta = scratch.floats(most_q);
     dq = scratch.floats((most_q + kTileRows) * columns);
     dk = scratch.floats(kKeys * columns), dv = scratch.floats(kKeys * columns);
+    sums = p.keys->shared() ? scratch.floats(2 * p.rows_k * columns) : nullptr;
   }
 };
 
@@ -189,11 +192,11 @@ void backward(const Params& p) {
   }
   for (int64_t s = 0; s < samples; ++s)
     if (p.keys->size(s) == 0) zero(*p.queries, s, size, static_cast<T*>(p.dq));
+  Scratch scratch;
+  const PerThread<Workspace<F>> workspaces(scratch, p.threads, p);
 #pragma omp parallel num_threads(p.threads)
   {
-    Scratch scratch;
-    const Workspace<F> w(scratch, p);
-    float* sums = shared ? scratch.floats(2 * p.rows_k * w.columns) : nullptr;
+    const Workspace<F>& w = workspaces.own();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < (shared ? 1 : samples) * p.heads; ++i) {
       const Task<F> task{p, w, i % p.heads};
@@ -201,11 +204,11 @@ void backward(const Params& p) {
         task.run(i / p.heads, nullptr, nullptr);
         continue;
       }
-      float* sum_v = sums + p.rows_k * w.columns;
-      std::memset(sums, 0, static_cast<size_t>(2 * p.rows_k * w.columns) * sizeof(float));
-      for (int64_t s = 0; s < samples; ++s) task.run(s, sums, sum_v);
+      float *sum_k = w.sums, *sum_v = sum_k + p.rows_k * w.columns;
+      std::memset(sum_k, 0, static_cast<size_t>(2 * p.rows_k * w.columns) * sizeof(float));
+      for (int64_t s = 0; s < samples; ++s) task.run(s, sum_k, sum_v);
       for (int64_t row = 0; row < p.rows_k; ++row) {
-        write(sums + row * w.columns, p.scale, p.width, task.at(p.dk, row));
+        write(sum_k + row * w.columns, p.scale, p.width, task.at(p.dk, row));
         write(sum_v + row * w.columns, 1.0f, p.width, task.at(p.dv, row));
       }
     }

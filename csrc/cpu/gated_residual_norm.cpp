@@ -3,6 +3,7 @@
 #include "cpu/gate.h"
 #include "cpu/norm_row.h"
 #include "cpu/partial_sums.h"
+#include "cpu/per_thread.h"
 #include "cpu/stream.h"
 
 // A row of the residual stream stays in the cache from its update to its norm: memory sees it once.
@@ -21,14 +22,21 @@ NormFactors factors_of(const Params& p, int64_t span) {
 
 template <typename H, typename Y, typename N>
 struct Forward {
+  struct Row {  // a row that goes past the cache is normed from here
+    H* values;
+    Row(Scratch& scratch, int64_t width) : values(reinterpret_cast<H*>(scratch.words(width))) {}
+  };
+
   void operator()(const Params& p) const {
     const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
     const Target<H> out(p.out, p.rows, p.width);
     const Target<N> normed(p.normed, p.rows, p.width);
-#pragma omp parallel num_threads(threads_for_rows(p.threads, p.rows, p.width))
+    const int threads = threads_for_rows(p.threads, p.rows, p.width);
+    Scratch scratch;
+    const PerThread<Row> rows(scratch, threads, out.past() ? p.width : 0);
+#pragma omp parallel num_threads(threads)
     {
-      Scratch scratch;  // a row that goes past the cache is normed from here
-      H* const kept = out.past() ? reinterpret_cast<H*>(scratch.words(p.width)) : nullptr;
+      H* const kept = rows.own().values;
 #pragma omp for schedule(static)
       for (int64_t c = 0; c < chunks.size(); ++c) {
         const Gate gate(p.gate, chunks[c].span, p.width);

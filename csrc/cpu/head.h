@@ -3,6 +3,8 @@
 #pragma once
 
 #include "common/row_lists.h"
+#include "common/threads.h"
+#include "cpu/per_thread.h"
 #include "cpu/tile.h"
 
 namespace uvg {
@@ -124,6 +126,16 @@ void weigh(const Head<F>& head, const HeadPanel<F>& panel, const uint32_t* x, in
   }
 }
 
+// What a thread weighs tiles in, `rows` of x at the most.
+template <typename F>
+struct HeadRoom {
+  HeadPanel<F> panel;
+  PanelMasses* masses;
+
+  HeadRoom(Scratch& scratch, const Head<F>& head, int64_t rows)
+      : panel(scratch, head), masses(reinterpret_cast<PanelMasses*>(scratch.floats(rows * 2 * kPanels))) {}
+};
+
 // Tiles of the vocabulary times parts of the rows: enough tasks for the threads where there are few tiles.
 struct TileTasks {
   int64_t tiles, rows, part, parts;
@@ -146,8 +158,10 @@ struct TileTasks {
   }
 };
 
-// Threads for so many multiplications; a second one is not worth its start below the limit (untuned).
-inline int threads_for(double multiplications, int threads) { return multiplications < 4e6 ? 1 : threads; }
+// Threads worth starting for so many multiplications.
+inline int threads_for(double multiplications, int threads) {
+  return multiplications <= kAloneHeadProducts ? 1 : threads;
+}
 
 }  // namespace UVG_ISA
 }  // namespace uvg

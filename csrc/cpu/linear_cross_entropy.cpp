@@ -20,7 +20,8 @@ void finish(const Params& p, int64_t row, const Mass* masses, int64_t tiles, flo
     mass = mass * weight(peak) + m.sum * weight(m.top);
     peak = higher;
   }
-  const double log_mass = __builtin_log(mass), log_p = static_cast<double>(at_target) - peak - log_mass;
+  const double log_mass = peak == -kNever ? 0.0 : __builtin_log(mass);  // of +inf, the peak says it all
+  const double log_p = static_cast<double>(at_target) - peak - log_mass;
   p.lse[row] = static_cast<float>(peak + log_mass);
   double loss = -log_p;
   if (p.current != nullptr) {
@@ -47,11 +48,10 @@ void forward(const Params& p) {
   uint32_t* x = scratch.words(head.padded_rows() * head.words());
   auto* masses = reinterpret_cast<Mass*>(scratch.floats(tasks.tiles * p.rows * 2));  // [tiles, rows]
   float *at_target = scratch.floats(p.rows), *at_current = scratch.floats(p.rows);   // logits
+  const PerThread<HeadRoom<F>> rooms(scratch, threads, head, tasks.part);
 #pragma omp parallel num_threads(threads)
   {
-    Scratch own;
-    const HeadPanel<F> panel(own, head);
-    auto* panels = reinterpret_cast<PanelMasses*>(own.floats(tasks.part * 2 * kPanels));
+    const auto& [panel, panels] = rooms.own();
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < head.padded_rows(); r += kTileRows) head.pack_x(r, kTileRows, x + r * head.words());
 #pragma omp for schedule(dynamic, 1)

@@ -129,14 +129,23 @@ struct Backward {
     columns(width, [&](int64_t i, int64_t n) { store(to + i, load(from + i), n); });
   }
 
+  struct Room {
+    HeadPanel<F> panel;
+    float* out;
+    uint32_t* packed;
+
+    Room(Scratch& scratch, const Head<F>& head, int64_t step)
+        : panel(scratch, head), out(scratch.floats(kGroup * kPanel)), packed(scratch.words(step / F::kPer * kPanel)) {}
+  };
+
   void run() const {
     const int64_t step = groups * kGroup, panels = (p.width + kPanel - 1) / kPanel;
-#pragma omp parallel num_threads(threads_for(3 * head.multiplications(), p.threads))
+    const int threads = threads_for(3 * head.multiplications(), p.threads);
+    Scratch scratch;
+    const PerThread<Room> rooms(scratch, threads, head, step);
+#pragma omp parallel num_threads(threads)
     {
-      Scratch scratch;
-      const HeadPanel<F> panel(scratch, head);
-      float* out = scratch.floats(kGroup * kPanel);
-      uint32_t* packed = scratch.words(step / F::kPer * kPanel);
+      const auto& [panel, out, packed] = rooms.own();
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < padded; r += kTileRows) head.pack_x(r, kTileRows, x + r * head.words());
       for (int64_t begin = 0; begin < p.vocab; begin += step) {

@@ -144,15 +144,23 @@ struct Sampler {
     return best;
   }
 
+  struct Room {
+    HeadRoom<F> head;
+    uint32_t* rows;  // a register tile of x
+
+    Room(Scratch& scratch, const Head<F>& of, int64_t part)
+        : head(scratch, of, part), rows(scratch.words(kTileRows * of.words())) {}
+  };
+
   void run(int threads) const {
     const TileTasks tasks(p.rows, p.vocab, threads);
+    Scratch scratch;
+    const PerThread<Room> rooms(scratch, threads, head, tasks.part);
 #pragma omp parallel num_threads(threads)
     {
-      Scratch scratch;
-      const HeadPanel<F> panel(scratch, head);
-      auto* masses = reinterpret_cast<PanelMasses*>(scratch.floats(tasks.part * 2 * kPanels));
-      uint32_t* rows = scratch.words(kTileRows * head.words());
-      std::memset(rows, 0, static_cast<size_t>(kTileRows * head.words()) * 4);
+      const Room& room = rooms.own();
+      const auto& [panel, masses] = room.head;
+      std::memset(room.rows, 0, static_cast<size_t>(kTileRows * head.words()) * 4);
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < head.padded_rows(); r += kTileRows) head.pack_x(r, kTileRows, x + r * head.words());
 #pragma omp for schedule(dynamic, 1)
@@ -175,7 +183,7 @@ struct Sampler {
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t at = 0; at < tiles * kPanels; ++at)
-        if (first[at] >= 0) pick(at, panel, rows);
+        if (first[at] >= 0) pick(at, panel, room.rows);
     }
   }
 };

@@ -2,6 +2,7 @@
 
 #include "cpu/norm_row.h"
 #include "cpu/partial_sums.h"
+#include "cpu/per_thread.h"
 #include "cpu/rope.h"
 
 namespace uvg {
@@ -53,9 +54,12 @@ template <typename T>
 void forward(const Params& p) {
   check_rope_spans(p.spans, p.num_spans, p.positions);
   const RowChunks chunks(p.spans, p.num_spans, 6, p.rows);
-#pragma omp parallel num_threads(threads_for_rows(p.threads, p.rows, p.width))
+  const int threads = threads_for_rows(p.threads, p.rows, p.width);
+  Scratch scratch;
+  const PerThread<Rope> ropes(scratch, threads, p);
+#pragma omp parallel num_threads(threads)
   {
-    Rope rope(p);
+    Rope& rope = ropes.own();
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < chunks.size(); ++c) {
       for (int64_t r = 0; r < chunks[c].rows; ++r) {
@@ -66,15 +70,24 @@ void forward(const Params& p) {
   }
 }
 
+struct BackwardRoom {
+  Rope rope;
+  float* row;
+
+  BackwardRoom(Scratch& scratch, const Params& p) : rope(scratch, p), row(scratch.floats(p.width + kLanes)) {}
+};
+
 template <typename T>
 void backward(const Params& p) {
   check_rope_spans(p.spans, p.num_spans, p.positions);
   const RowChunks chunks(p.spans, p.num_spans, 6, p.rows);
   PartialSums sums(chunks, tensors(p), p.width);
-#pragma omp parallel num_threads(threads_for_rows(p.threads, p.rows, p.width))
+  const int threads = threads_for_rows(p.threads, p.rows, p.width);
+  Scratch scratch;
+  const PerThread<BackwardRoom> rooms(scratch, threads, p);
+#pragma omp parallel num_threads(threads)
   {
-    Rope rope(p);
-    const Floats row(p.width + kLanes);
+    auto& [rope, row] = rooms.own();
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < chunks.size(); ++c) {
       float* own[2];
@@ -82,7 +95,7 @@ void backward(const Params& p) {
       for (int64_t r = 0; r < chunks[c].rows; ++r) {
         rope.seek(chunks[c].span, chunks[c].offset + r, true);
         for (int which = 0; which < tensors(p); ++which)
-          backward_row<T>(p, which, chunks[c].first + r, rope, row.data(), own[which]);
+          backward_row<T>(p, which, chunks[c].first + r, rope, row, own[which]);
       }
     }
   }

@@ -1,7 +1,7 @@
 // Rotary positions of one row: which pairs turn by which angles.
 #pragma once
 
-#include "common/row_chunks.h"
+#include "common/row_lists.h"
 #include "cpu/vec.h"
 #include "uvg/qk_norm_rope.h"
 
@@ -23,8 +23,12 @@ inline Vec swap_neighbours(Vec v) {
 
 class Rope {
  public:
-  explicit Rope(const QkNormRopeParams& p)
-      : p_(p), head_(p.width / p.heads), pairs_(head_ / 2), cos_(head_ + kLanes), sin_(head_ + kLanes) {}
+  Rope(Scratch& scratch, const QkNormRopeParams& p)
+      : p_(p),
+        head_(p.width / p.heads),
+        pairs_(head_ / 2),
+        cos_(scratch.floats(head_ + kLanes)),
+        sin_(scratch.floats(head_ + kLanes)) {}
 
   // The row at `offset` inside span `span` (-1: not rotated). backward: turn the other way.
   void seek(int64_t span, int64_t offset, bool backward) {
@@ -46,7 +50,7 @@ class Rope {
     const bool whole = kind_ == kVideo ? head_ % kLanes == 0 : pairs_ % kLanes == 0;
     if (kind_ == kNone) return columns(p_.width, [&](int64_t i, int64_t n) { put(i, x(i, n), n); });
     if (!whole) return apply_alone(x, put);
-    const float *c = cos_.data(), *s = sin_.data();
+    const float *c = cos_, *s = sin_;
     for (int64_t first = 0; first < p_.width; first += head_) {
       if (kind_ == kVideo) {
         for (int64_t i = 0; i < head_; i += kLanes) {
@@ -68,7 +72,7 @@ class Rope {
   void gather(int64_t first, int64_t last, int64_t position) {
     const float* row = p_.table + (kind_ * p_.positions + position) * head_;
     const int64_t step = kind_ == kVideo ? 2 : 1, other = kind_ == kVideo ? 1 : pairs_;
-    float *c = cos_.data(), *s = sin_.data();
+    float *c = cos_, *s = sin_;
     for (int64_t j = first; j < last; ++j) {
       const int64_t a = step * j, b = a + other;
       c[a] = c[b] = row[2 * j];
@@ -85,15 +89,15 @@ class Rope {
       for (int64_t j = 0; j < pairs_; ++j) {
         const int64_t a = step * j, b = a + other;
         const float va = x(first + a, 1)[0], vb = x(first + b, 1)[0];
-        put(first + a, splat(va * cos_.data()[a] + vb * sin_.data()[a]), 1);
-        put(first + b, splat(vb * cos_.data()[b] + va * sin_.data()[b]), 1);
+        put(first + a, splat(va * cos_[a] + vb * sin_[a]), 1);
+        put(first + b, splat(vb * cos_[b] + va * sin_[b]), 1);
       }
     }
   }
 
   const QkNormRopeParams& p_;
   int64_t head_, pairs_;
-  Floats cos_, sin_;
+  float *cos_, *sin_;  // [head]
   float turn_ = 1.0f;
   int kind_ = kNone;
 };

@@ -10,6 +10,7 @@ from harness import BF16, FP16, FP32, FP64, Case, DifferentiableOpSuite, Mistake
 from torch.nn import functional
 
 from uvg_engine import backends
+from uvg_engine.backends import native
 from uvg_engine.ops import flash_attention
 
 BACKENDS = backends_of("flash_attention")
@@ -87,6 +88,9 @@ class TestFlashAttention(DifferentiableOpSuite):
         Mistake(r"q_spans must lie in \[0, 19\)", {"q_spans": table(((-1, 4),), ((5, 7),))}),
         Mistake(r"k_spans must lie in \[0, 19\)", {"k_spans": table(((0, 4), (18, 2)), ((5, 7),))}),
         Mistake(r"k_spans must lie in \[0, 19\)", {"k_spans": table(((4, -3),), ((5, 7),))}),
+        Mistake("q_spans must not overlap", {"q_spans": table(((0, 5), (12, 3)), ((5, 7), (14, 4)))}),
+        Mistake("q_spans must not overlap", {"q_spans": table(((12, 3), (0, 5)), ((3, 1), (15, 4)))}),
+        Mistake("q_spans must not overlap", {"q_spans": table(((2, 5), (2, 1)), ((15, 4),))}),
         Mistake("q_spans and k_spans must have the same B", {"k_spans": lambda s: s[:1]}),
     )
 
@@ -196,6 +200,51 @@ def test_scores_of_hundreds_stay_finite(backend):
     torch.testing.assert_close(out, eye)
     torch.testing.assert_close(lse, torch.full((1, 8), 1600.0))
     assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()
+
+
+needs_core = pytest.mark.skipif(native.cpu() is None, reason=str(native.why_not()))
+
+
+def of_cpu_and_reference(q, k, v, scale):
+    """(out, lse) of both; one sample has all queries and keys."""
+    spans = table(((0, len(q)),)), table(((0, len(k)),))
+    for name in ("cpu", "reference"):
+        with backends.force(name):
+            yield flash_attention(q, k, v, *spans, scale=scale)
+
+
+@needs_core
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("scale", [0.25, -0.25])
+@pytest.mark.parametrize("magnitude", [1e3, 1e6, 1e9, 1e12, 1e20, 1e30])
+def test_scores_of_any_size_pick_a_key(dtype, scale, magnitude):
+    """600 keys are several blocks of the C++ kernel. A reference rounded to such scores would leave any exponent."""
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (normal(g, rows, 1, 16).to(dtype) for rows in (64, 600, 600))
+    (out, lse), (true_out, true_lse) = of_cpu_and_reference(magnitude * q, k, v, scale)
+    torch.testing.assert_close(lse, true_lse, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out, true_out, rtol=2e-2, atol=2e-2)
+
+
+@needs_core
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_infinite_scores_are_those_of_the_reference(dtype):
+    """Keys of -inf: the first 512, all; one of +inf. A row that sees keys of -inf alone has no average."""
+    g = torch.Generator().manual_seed(3)
+    q, k, v = normal(g, 40, 1, 16).abs().to(dtype), normal(g, 600, 1, 16).to(dtype), normal(g, 600, 1, 16).to(dtype)
+    for rows, value, shift in (
+        (slice(0, 512), -torch.inf, 0.0),
+        (slice(0, 512), -torch.inf, -300.0),
+        (slice(512, None), -torch.inf, 0.0),
+        (slice(None), -torch.inf, 0.0),
+        (slice(3, 4), torch.inf, 0.0),
+        (slice(599, 600), torch.inf, 0.0),
+    ):
+        keys = k + shift
+        keys[rows] = value
+        (out, lse), (true_out, true_lse) = of_cpu_and_reference(q, keys, v, 1.0)
+        torch.testing.assert_close(lse, true_lse, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out, true_out, rtol=2e-2, atol=2e-2, equal_nan=True)
 
 
 def test_the_order_of_key_spans_does_not_matter(backend):

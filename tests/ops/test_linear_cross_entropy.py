@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uvg_engine import backends
-from uvg_engine.backends import triton
+from uvg_engine.backends import native, triton
 from uvg_engine.ops import linear_cross_entropy
 from uvg_engine.reference import linear_cross_entropy as reference
 
@@ -211,3 +211,18 @@ def test_steps_of_tritons_backward_do_not_show(dtype, monkeypatch):
     assert kernels.step_words(5, 2100) == 3072
     (_, one, _), (_, other, _) = results
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.skipif(native.cpu() is None, reason=str(native.why_not()))
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_logit_without_a_finite_value_gives_the_references_loss(value, dtype):
+    """Word 900 has it: the target of one row of three, in neither the first panel nor the last tile."""
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias = normal(g, 3, 8).to(dtype), normal(g, 2100, 8).to(dtype), torch.zeros(2100, dtype=dtype)
+    bias[900] = value
+    losses = {}
+    for name in ("cpu", "reference"):
+        with backends.force(name):
+            losses[name] = linear_cross_entropy(x, weight, bias, torch.tensor([3, 900, 2099]))
+    torch.testing.assert_close(losses["cpu"], losses["reference"], rtol=1e-2, atol=1e-5, equal_nan=True)

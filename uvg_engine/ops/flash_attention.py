@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from uvg_engine.ops._registry import (
     require_inside,
     require_shape,
     require_spans,
+    values_of,
 )
 from uvg_engine.reference.spans import accumulation_dtype
 
@@ -30,7 +33,8 @@ def flash_attention(
     unused entry. A row belongs to one sample at the most. scale: 1/sqrt(H) unless given. Returns (out [T, N, H] in
     q's dtype, lse [N, T] fp32, natural log, not differentiable). A row without keys, or in no span, gives 0 and -inf.
     Softmax in fp32. Source: FlashAttention (arXiv 2205.14135).
-    Raises ValueError on a shape or dtype it does not serve, or a span beyond the rows.
+    Raises ValueError on a shape or dtype it does not serve, on a span beyond the rows, and, of tables on the CPU, on
+    q spans that overlap.
     """
     require_floating("q", q, "T, N, H")
     require(0 not in q.shape[1:], "q must have N > 0 heads of width H > 0", tuple(q.shape))
@@ -46,6 +50,16 @@ def flash_attention(
 def _check(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> None:
     require_inside("q_spans", q_spans, q.shape[0])
     require_inside("k_spans", k_spans, k.shape[0])
+    if not _disjoint(values_of(q_spans)):
+        raise ValueError(f"q_spans must not overlap, got {q_spans.tolist()}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _disjoint(spans: bytes) -> bool:
+    starts, lengths = np.frombuffer(spans, np.int32).reshape(-1, 2).astype(np.int64).T
+    order = np.lexsort((lengths, starts))  # those of no row before those that begin with it
+    ends = np.maximum.accumulate((starts + lengths)[order])
+    return not bool(((starts[order][1:] < ends[:-1]) & (lengths[order][1:] > 0)).any())
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> tuple[Tensor, Tensor]:
