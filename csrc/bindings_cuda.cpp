@@ -2,6 +2,7 @@
 // on the CPU. Every op is called as <op>_forward(stream, **fields), <op>_backward(stream, **fields) with the fields of
 // its params struct by name; uvg_engine/backends/cuda checks and calls. No torch, no CUDA header.
 #include "common/fields.h"
+#include "common/gpu_driver.h"
 #include "uvg/flash_attention.h"
 #include "uvg/flow_noise.h"
 #include "uvg/flow_step.h"
@@ -163,6 +164,10 @@ PYBIND11_MODULE(_cuda_sim, m) {
 #else
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of uvg_engine.";
+  m.def("versions", [] {
+    const uvg::cuda::Versions found = uvg::cuda::versions();
+    return py::make_tuple(found.driver, found.runtime);
+  });
   m.def("build_info", [] {
     py::dict out;
     out["version"] = UVG_VERSION;

@@ -6,6 +6,7 @@ from torch._subclasses import FakeTensorMode
 
 from uvg_engine import backends
 from uvg_engine.backends import choice, cudnn, devices, flash_attn, flash_attn_3, native, triton
+from uvg_engine.backends.cuda import _tensors
 
 LIBRARIES = (flash_attn, flash_attn_3)
 
@@ -20,7 +21,7 @@ def gpu(monkeypatch):
 
     def be(capability, *missing):
         monkeypatch.setattr(devices, "capability", lambda device: capability)
-        monkeypatch.setattr(native, "why_not_cuda", lambda: "not built" if "cuda" in missing else None)
+        monkeypatch.setattr(native, "why_no_driver", lambda: "not built" if "cuda" in missing else None)
         monkeypatch.setattr(triton, "_missing", lambda: "no triton" if "triton" in missing else None)
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: "cudnn" not in missing)
         for library in LIBRARIES:
@@ -189,6 +190,24 @@ def test_what_the_libraries_refuse(gpu, monkeypatch):
     for library in (flash_attn, flash_attn_3, cudnn):
         assert library.refuses(*attention()).startswith("a CUDA graph is being captured")
     assert served("flash_attention", attention()) == "cuda"
+
+
+def test_rows_that_a_gpu_cannot_keep_are_refused_by_name(gpu, monkeypatch):
+    """Of 99 KiB of shared memory (sm_86, sm_89, sm_120) a backward's two rows get half each."""
+    gpu((8, 9))
+    with FakeTensorMode():
+        rows = [torch.empty(3, width, dtype=torch.bfloat16, device="cuda") for width in (25344, 25345)]
+    monkeypatch.setattr(devices, "shared_limit", lambda device: 99 << 10)
+    assert [_tensors.refuses_rows(x) for x in rows] == [None, "width 25345 in torch.bfloat16; up to 25344 here"]
+    monkeypatch.setattr(devices, "shared_limit", lambda device: 227 << 10)
+    assert _tensors.refuses_rows(rows[1]) is None
+
+
+def test_a_torch_that_tells_no_limit_gets_the_least(monkeypatch):
+    devices.shared_limit.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
+    assert devices.shared_limit(torch.device("cuda", 0)) == 101_376
+    devices.shared_limit.cache_clear()
 
 
 def test_every_rule_names_backends_ops_and_says_what_nobody_measured():

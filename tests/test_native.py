@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,3 +85,21 @@ def test_absence_is_told(monkeypatch):
         assert native.describe().startswith("pure Python: the native core was not built")
     finally:
         native._load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "driver, runtime, reason",
+    [
+        (0, 13000, "no NVIDIA driver is loaded"),
+        (12080, 13000, "the driver serves CUDA 12.8; the kernels need 13.0 or newer"),
+        (13000, 13020, None),
+        (14010, 13000, None),
+    ],
+)
+def test_a_driver_that_is_too_old_is_told(monkeypatch, driver, runtime, reason):
+    monkeypatch.setattr(native, "cuda", lambda: SimpleNamespace(versions=lambda: (driver, runtime)))
+    native.why_no_driver.cache_clear()
+    try:
+        assert native.why_no_driver() == reason
+    finally:
+        native.why_no_driver.cache_clear()

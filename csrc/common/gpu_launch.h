@@ -19,6 +19,12 @@ constexpr size_t kStaticSharedLimit = 48 << 10;  // more has to be asked for
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+#if !UVG_SIMULATE
+inline void require_success(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+#endif
+
 // Runs kernel(params...) on grid blocks of `threads` threads with `shared_bytes` of shared memory, or nothing where the
 // grid has no block. Throws std::runtime_error where the device refuses, std::invalid_argument beyond its grid.
 template <typename... Params>
@@ -36,13 +42,12 @@ void launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_byt
   sim::machine().run({x, y, z}, {static_cast<unsigned>(threads), 1, 1}, shared_bytes, [&] { kernel(params...); });
 #else
   if (shared_bytes > kStaticSharedLimit) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    require_success(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   }
   const void* arguments[] = {&params..., nullptr};  // nullptr: an array must have an element
-  const cudaError_t error =
-      cudaLaunchKernel(kernel, dim3(x, y, z), dim3(static_cast<unsigned>(threads)), const_cast<void**>(arguments),
-                       shared_bytes, static_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  require_success(cudaLaunchKernel(kernel, dim3(x, y, z), dim3(static_cast<unsigned>(threads)),
+                                   const_cast<void**>(arguments), shared_bytes, static_cast<cudaStream_t>(stream)));
 #endif
 }
 

@@ -156,8 +156,9 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dkv_kernel(Params p) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float weight = gpu::exp2(s[n][i] * scale - lse.at[i % 2]);
-          s[n][i] = times[i / 2] > 0.0f ? times[i / 2] * weight : 0.0f;  // a key of others may score far above lse
-          dp[n][i] = s[n][i] * (dp[n][i] - delta.at[i % 2]);
+          const bool mine = times[i / 2] > 0.0f;  // a key of others may score far above lse, or be NaN
+          s[n][i] = mine ? times[i / 2] * weight : 0.0f;
+          dp[n][i] = mine ? s[n][i] * (dp[n][i] - delta.at[i % 2]) : 0.0f;
         }
       }
       accumulate<kQueries>(dv, s, part(t, 1));

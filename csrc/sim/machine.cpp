@@ -1,6 +1,7 @@
 #include "sim/machine.h"
 
 #include <algorithm>
+#include <cstring>
 #include <exception>
 #include <utility>
 
@@ -61,16 +62,17 @@ void Machine::meet(uint32_t mask, const char* name, Where where, const void* in,
   if (!(mask >> me.lane & 1)) fail(where, std::string(name) + " by a lane that its mask does not name");
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if (!(mask >> lane & 1)) continue;
-    const std::string other = std::string(name) + " names lane " + std::to_string(lane) + ", which ";
-    if (lane >= static_cast<int>(warp.lanes.size())) fail(where, other + "this warp does not have");
-    if (warp.lanes[lane]->state == Thread::State::kDone) fail(where, other + "has left the kernel");
+    const bool there = lane < static_cast<int>(warp.lanes.size());
+    if (there && warp.lanes[lane]->state != Thread::State::kDone) continue;
+    fail(where, std::string(name) + " names lane " + std::to_string(lane) + ", which " +
+                    (there ? "has left the kernel" : "this warp does not have"));
   }
   auto& open = warp.open;
   auto meeting = std::find_if(open.begin(), open.end(), [&](const Rendezvous& r) { return (r.mask & mask) != 0; });
   if (meeting == open.end()) {
     open.push_back({name, where, mask, 0, {}, {}});
     meeting = std::prev(open.end());
-  } else if (meeting->mask != mask || meeting->where != where || std::string(meeting->name) != name) {
+  } else if (meeting->mask != mask || meeting->where != where || std::strcmp(meeting->name, name) != 0) {
     fail(where, std::string("warp diverged: this lane is at ") + name + ", others wait for it in " + meeting->name +
                     " at " + sim::text(meeting->where));
   }

@@ -216,3 +216,68 @@ def test_a_fault_is_told_by_file_line_block_and_thread():
         simulator.gated_residual_forward(0, **given, rows=4, width=8)
     told = r"^csrc/cuda/gated_residual\.cu:\d+: block \(0,0,0\) thread \(96,0,0\): out of bounds: reads 16 bytes"
     assert re.match(told, str(fault.value)), fault.value
+
+
+def on_cuda(function, *args, **kwargs):
+    with cuda_simulator.running(), backends.force("cuda"):
+        return function(*args, **kwargs)
+
+
+@needs_simulator
+def test_no_span_is_not_no_gate():
+    """An empty tensor has no address either, and is not a missing one."""
+    h, y, _, _, _ = rows(8, FP32)
+    none, table = torch.empty(0, 8), spans()
+    assert torch.equal(on_cuda(ops.gated_residual, h, y, none, table), h)
+    out, normed = on_cuda(ops.gated_residual_norm, h, y, none, table, none, none, table)
+    assert torch.equal(out, h) and torch.equal(normed, on_cuda(ops.modulated_layer_norm, h))
+    assert torch.equal(on_cuda(ops.modulated_layer_norm, h, none, none, table), normed)
+
+
+@needs_simulator
+def test_views_that_begin_anywhere_are_read():
+    """16 bytes at once, asynchronously, or two floats: of a weight inside a flat buffer, of a table at an odd place."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = normal(g, 3, 64).to(BF16), normal(g, 70, 64).to(BF16)
+    flat = torch.cat([torch.zeros(1, dtype=BF16), weight.flatten()])[1:].view(70, 64)
+    ids = torch.arange(3)
+    want = on_cuda(ops.linear_sample, x, weight, torch.zeros(70).to(BF16), ids, ids, ids)
+    assert torch.equal(on_cuda(ops.linear_sample, x, flat, torch.zeros(70).to(BF16), ids, ids, ids), want)
+    q, table = normal(g, 4, 16).float(), torch.rand(2, 4, 4, 2, generator=g)
+    odd = torch.cat([torch.zeros(1), table.flatten()])[1:].view(table.shape)
+    kinds, ones = torch.tensor([[0, 4, 1, 0, 0, 0]], dtype=torch.int32), torch.ones(16)
+    want, _ = on_cuda(ops.qk_norm_rope, q, q, ones, ones, kinds, table, 2)
+    assert torch.equal(on_cuda(ops.qk_norm_rope, q, q, ones, ones, kinds, odd, 2)[0], want)
+
+
+def attention_grads(k_spans, change=lambda k, v: None):
+    g = torch.Generator().manual_seed(0)
+    q, k, v, dout = (normal(g, 9, 1, 16).to(BF16) for _ in range(4))
+    change(k, v)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = ops.flash_attention(*leaves, torch.tensor([[[0, 9]]], dtype=torch.int32), k_spans)
+    return torch.autograd.grad(out, leaves, dout)
+
+
+@needs_simulator
+def test_a_key_that_a_sample_names_twice_counts_twice():
+    twice = torch.tensor([[[0, 5], [3, 4]]], dtype=torch.int32)
+    with backends.force("reference"):
+        want = attention_grads(twice)
+    for got, wanted in zip(on_cuda(attention_grads, twice), want, strict=True):
+        torch.testing.assert_close(got.float(), wanted.float(), rtol=0.02, atol=0.02)
+
+
+@needs_simulator
+def test_keys_that_nobody_names_may_be_nan():
+    def spoil(k, v):
+        k[7:], v[7:] = torch.nan, torch.nan
+
+    dq, dk, dv = on_cuda(attention_grads, torch.tensor([[[0, 7]]], dtype=torch.int32), spoil)
+    assert dq.isfinite().all() and not dk[7:].any() and not dv[7:].any() and dk[:7].isfinite().all()
+
+
+@needs_simulator
+def test_minus_zero_ties_with_zero():
+    logits = torch.tensor([[0.0, -0.0, -1.0], [-0.0, 0.0, -1.0], [-1.0, -0.0, 0.0]])
+    assert on_cuda(ops.moe_route, logits, 1)[1].flatten().tolist() == [0, 0, 1]

@@ -16,6 +16,15 @@ def capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device)
 
 
+@functools.cache
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may ask for."""
+    found = torch.cuda.get_device_properties(device)
+    return getattr(
+        found, "shared_memory_per_block_optin", 99 << 10
+    )  # a torch that does not tell: the least from 8.0 on
+
+
 def too_old(device: torch.device) -> str | None:
     """Why a GPU is older than our kernels and the libraries serve, or None."""
     major, minor = capability(device)

@@ -58,6 +58,25 @@ def why_not_cuda() -> str | None:
     return _load("_cuda")[1]
 
 
+@functools.cache
+def why_no_driver() -> str | None:
+    """Why this machine's driver runs none of the CUDA kernels, or None. The kernels bring their own CUDA runtime, and a
+    driver serves runtimes of its own major version and older ones."""
+    module = cuda()
+    if module is None:
+        return why_not_cuda()
+    driver, runtime = module.versions()
+    if driver == 0:
+        return "no NVIDIA driver is loaded"
+    if driver // 1000 >= runtime // 1000:
+        return None
+    return f"the driver serves CUDA {_dotted(driver)}; the kernels need {runtime // 1000}.0 or newer"
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def info() -> dict[str, Any]:
     """Build and CPU of the native core: version, compiler, instruction sets, OpenMP; or {"reason": ...} without it.
     Under "cuda" the same of the CUDA kernels: version, compiler, GPUs compiled for.

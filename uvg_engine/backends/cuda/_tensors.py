@@ -16,6 +16,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CHUNK_ROWS = 64  # kChunkRows of csrc/cuda/column_sums.h
 MAX_ROW_BYTES = 64 << 10  # of a row that a warp keeps in shared memory
 
+_NOWHERE = 16  # address of an empty tensor, which has none: null says that there is no tensor
+_ALIGNMENT = 16  # bytes
+
 _simulator: ModuleType | None = None
 
 
@@ -41,14 +44,19 @@ def refuses_tensors(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = tuple(DT
         return None
     if torch.version.hip:
         return "the kernels are for NVIDIA GPUs"
-    return native.why_not_cuda() or devices.too_old(tensors[0].device)
+    return native.why_no_driver() or devices.too_old(tensors[0].device)
 
 
 def refuses_rows(x: Tensor, *more: Tensor) -> str | None:
     """Rules of the ops whose warps keep a row of x."""
-    if x.dim() == 2 and x.shape[1] * x.element_size() > MAX_ROW_BYTES:
-        return f"width {x.shape[1]} in {x.dtype}; up to {MAX_ROW_BYTES // x.element_size()}"
-    return refuses_tensors(x, *more)
+    if (reason := refuses_tensors(x, *more)) is not None:
+        return reason
+    most = MAX_ROW_BYTES
+    if _simulator is None:
+        most = min(most, devices.shared_limit(x.device) // 2)  # a backward keeps two rows
+    if x.dim() == 2 and x.shape[1] * x.element_size() > most:
+        return f"width {x.shape[1]} in {x.dtype}; up to {most // x.element_size()} here"
+    return None
 
 
 def refuses_numbers(numbers: dict[str, Tensor]) -> str | None:
@@ -73,10 +81,16 @@ def launch(kernel: str, like: Tensor, **fields: Any) -> None:
 
 def _field(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.data_ptr(), value.nbytes
+        return value.data_ptr() or _NOWHERE, value.nbytes
     if isinstance(value, torch.dtype):
         return DTYPES[value]
     return [_field(each) for each in value] if isinstance(value, list) else value
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Packed, and at a multiple of 16 bytes: what asynchronous copies and pairs of floats ask for."""
+    x = x.contiguous()
+    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
 
 def packed(x: Tensor | None) -> Tensor | None:

@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.backends.cuda._tensors import floats_like, launch, refuses_tensors
+from uvg_engine.backends.cuda._tensors import aligned, floats_like, launch, refuses_tensors
 
 MAX_WIDTH = 128
-_ALIGNMENT = 16  # bytes
 
 
 def refuses(q: Tensor, *rest: object) -> str | None:
@@ -18,18 +17,12 @@ def refuses(q: Tensor, *rest: object) -> str | None:
     return refuses_tensors(q, dtypes=(torch.bfloat16, torch.float16))
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Packed, every row at a multiple of 16 bytes."""
-    x = x.contiguous()
-    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
-
-
 def _fields(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> dict[str, Any]:
     """What forward and backward share; tensors are packed here."""
     return {
-        "q": _rows(q),
-        "k": _rows(k),
-        "v": _rows(v),
+        "q": aligned(q),
+        "k": aligned(k),
+        "v": aligned(v),
         "q_spans": q_spans.contiguous(),
         "k_spans": k_spans.contiguous(),
         "samples": len(q_spans),
@@ -58,7 +51,7 @@ def backward(
     """Arguments and results as in reference.flash_attention.backward."""
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-    saved = {"out": _rows(out), "lse": lse.contiguous(), "dout": _rows(dout), "delta": torch.empty_like(lse)}
+    saved = {"out": aligned(out), "lse": lse.contiguous(), "dout": aligned(dout), "delta": torch.empty_like(lse)}
     fields = _fields(q, k, v, q_spans, k_spans, scale)
     launch("flash_attention_backward", q, **fields, **saved, dq=dq, dk=dk, dv=dv)
     return dq, dk, dv

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from uvg_engine.backends.cuda._tensors import floats_like, launch, refuses_tensors
+from uvg_engine.backends.cuda._tensors import aligned, floats_like, launch, refuses_tensors
 
 PANEL = 64  # kPanel of csrc/cuda/linear_sample.cu
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -25,7 +25,7 @@ def forward(
     launch(
         "linear_sample_forward",
         x,
-        **{name: value.contiguous() for name, value in given.items()},
+        **{name: aligned(value) for name, value in given.items()},
         **sizes,
         temperature=temperature,
         ids=ids,

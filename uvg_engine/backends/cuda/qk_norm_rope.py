@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.backends.cuda._tensors import as_floats, floats_like, launch, packed, partial_sums, refuses_rows
+from uvg_engine.backends.cuda._tensors import (
+    aligned,
+    as_floats,
+    floats_like,
+    launch,
+    packed,
+    partial_sums,
+    refuses_rows,
+)
 
 
 def refuses(q: Tensor, k: Tensor | None, wq: Tensor, wk, spans, table: Tensor | None, *rest: object) -> str | None:
@@ -21,7 +29,7 @@ def _fields(q: Tensor, k, weights: list, spans, table, heads: int, eps: float) -
         "x": [q.contiguous(), packed(k)],
         "weight": [as_floats(w) for w in weights],
         "spans": packed(spans),
-        "table": packed(table),
+        "table": None if table is None else aligned(table),
         "rows": rows,
         "width": width,
         "heads": heads,
