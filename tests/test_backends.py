@@ -326,24 +326,12 @@ def op_calls():
     rope_spans, rope_table = torch.tensor([[0, 5, 1, 0, 0, 0]], dtype=torch.int32), torch.ones(2, 8, 2, 2)
     offsets, vocab = torch.tensor([0, 5], dtype=torch.int32), torch.zeros(7, 8)
     mlp = (torch.zeros(1, 3, 8), torch.zeros(1, 3), torch.zeros(1, 8, 3), torch.zeros(1, 8), offsets)
+    jumps = one, seeds, seeds, SPANS
     flat, video_spans = torch.zeros(5), torch.tensor([[3, 1, 1, 2]], dtype=torch.int32)
     return {
         "flash_attention": attention_args(),
         "flow_noise": (flat, ids, one, one, seeds, 0, SPANS, SPANS, 9, -1),
-        "flow_step": (
-            flat,
-            flat,
-            None,
-            one,
-            torch.zeros(2, 10),
-            *[None] * 3,
-            SPANS,
-            ids,
-            ids,
-            one,
-            *[seeds] * 2,
-            SPANS,
-        ),
+        "flow_step": (flat, flat, None, one, torch.zeros(2, 10), *[None] * 3, SPANS, ids, ids, *jumps),
         "gated_residual": (x, x, None, None),
         "gated_residual_norm": (x, x, *[None] * 6, 1e-6, torch.float32),
         "linear": (x, vocab, None, "none", None, False),
