@@ -168,12 +168,6 @@ void linear(Address x, Address packed, Address bias, int64_t rows, int64_t depth
   run(uvg::linear_forward, p);
 }
 
-using Spans = std::array<int64_t, 4>;  // address of int32 [samples, per_sample, 2], samples, per_sample, rows
-
-uvg::RowLists row_lists(const Spans& spans) {
-  return uvg::RowLists(at<int32_t>(static_cast<Address>(spans[0])), spans[1], spans[2], spans[3]);
-}
-
 void attention(bool backward, std::array<Address, 3> x, Spans q_spans, Spans k_spans, int64_t heads, int64_t width,
                float scale, int dtype, int threads, Address out, Address lse, Address dout, std::array<Address, 3> dx) {
   const uvg::RowLists queries = row_lists(q_spans), keys = row_lists(k_spans);

@@ -1,10 +1,11 @@
-// linear_int8 and moe_mlp_int8 of uvg_engine._cpu. Fields as in csrc/include/uvg/<op>.h.
+// linear_int8, moe_mlp_int8 and flash_attention_int8 of uvg_engine._cpu. Fields as in csrc/include/uvg/<op>.h.
 #include <pybind11/stl.h>
 
 #include <array>
 #include <vector>
 
 #include "bindings_cpu.h"
+#include "uvg/flash_attention_int8.h"
 #include "uvg/linear_int8.h"
 #include "uvg/moe_mlp_int8.h"
 
@@ -50,6 +51,17 @@ void moe_mlp(Address x, Address w1, Address b1, Address w2, Address b2, const st
   run(uvg::moe_mlp_int8_forward, p);
 }
 
+void attention(std::array<Address, 3> x, Spans q_spans, Spans k_spans, int64_t heads, int64_t width, float scale,
+               int dtype, int threads, Address out) {
+  const uvg::RowLists queries = row_lists(q_spans), keys = row_lists(k_spans);
+  uvg::FlashAttentionParams p{};
+  p.q = at<void>(x[0]), p.k = at<void>(x[1]), p.v = at<void>(x[2]);
+  p.queries = &queries, p.keys = &keys, p.rows_q = q_spans[3], p.rows_k = k_spans[3];
+  p.heads = heads, p.width = width, p.scale = scale, p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
+  p.out = at<void>(out);
+  run(uvg::flash_attention_int8_forward, p);
+}
+
 }  // namespace
 
 void bind_int8(pybind11::module_& m) {
@@ -58,4 +70,5 @@ void bind_int8(pybind11::module_& m) {
   m.def("linear_int8_pack", &pack);
   m.def("linear_int8", &linear);
   m.def("moe_mlp_int8", &moe_mlp);
+  m.def("flash_attention_int8", &attention);
 }

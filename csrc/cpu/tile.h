@@ -139,7 +139,7 @@ UVG_INLINE void pair_rows(const uint32_t* two, int64_t row, int64_t column, uint
 
 // sum[r][j] += left row r times columns j of a panel. left(r, k) = left[r * row + k * step].
 template <typename F, int V>
-UVG_INLINE void multiply(Vec (&sum)[kTileRows][V], const uint32_t* left, int64_t row, int64_t step,
+UVG_INLINE void multiply(typename F::Sum (&sum)[kTileRows][V], const uint32_t* left, int64_t row, int64_t step,
                          const uint32_t* panel, int64_t depth) {
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {

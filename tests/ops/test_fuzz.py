@@ -11,6 +11,7 @@ from typing import Any
 import cuda_simulator
 import pytest
 import test_flash_attention
+import test_flash_attention_int8
 import test_flow_noise
 import test_flow_step
 import test_gated_residual
@@ -143,6 +144,7 @@ def shaped(make, *sizes):
 
 OPS = {
     "flash_attention": (test_flash_attention, attention()),
+    "flash_attention_int8": (test_flash_attention_int8, attention()),
     "flow_noise": (test_flow_noise, flow(test_flow_noise.corruption)),
     "flow_step": (test_flow_step, flow(test_flow_step.step)),
     "gated_residual": (test_gated_residual, shaped(test_gated_residual.gated, LENGTHS, SIZE)),
@@ -175,6 +177,7 @@ OPS = {
 # The other ops sum over all rows, or give them to a library's matrix product.
 REPEATED = {
     "flash_attention": (("q", "k", "v"), {"q_spans": "q", "k_spans": "k"}),
+    "flash_attention_int8": (("q", "k", "v"), {"q_spans": "q", "k_spans": "k"}),
     "flow_noise": (
         ("data", "tokens", "sigma", "kappa", "seeds"),
         {"latent_spans": "data", "token_spans": "tokens"},

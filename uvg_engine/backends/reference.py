@@ -5,6 +5,7 @@ from __future__ import annotations
 from uvg_engine.backends import Kernel
 from uvg_engine.reference import (
     flash_attention,
+    flash_attention_int8,
     flow_noise,
     flow_step,
     gated_residual,
@@ -25,6 +26,7 @@ from uvg_engine.reference import (
 
 TABLE = {
     "flash_attention": Kernel(flash_attention.forward, flash_attention.backward),
+    "flash_attention_int8": Kernel(flash_attention_int8.forward),
     "flow_noise": Kernel(flow_noise.forward),
     "flow_step": Kernel(flow_step.forward),
     "gated_residual": Kernel(gated_residual.forward, gated_residual.backward),

@@ -67,6 +67,11 @@ def _flash_attention(dtype: torch.dtype) -> None:
     ops.flash_attention(q, k, v, _spans((0, _T))[None], _spans((0, _T))[None])
 
 
+def _flash_attention_int8(dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, _T, _N, _H, dtype=dtype)
+    ops.flash_attention_int8(q, k, v, _spans((0, _T))[None], _spans((0, _T))[None])
+
+
 def _flow_noise(dtype: torch.dtype) -> None:
     half = torch.full((1,), 0.5)
     data, tokens, spans = torch.randn(_T, dtype=dtype), torch.zeros(_T, dtype=torch.int64), _spans((0, _T))
@@ -159,6 +164,7 @@ def _window_attention(dtype: torch.dtype) -> None:
 
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "flash_attention": _flash_attention,
+    "flash_attention_int8": _flash_attention_int8,
     "flow_noise": _flow_noise,
     "flow_step": _flow_step,
     "gated_residual": _gated_residual,

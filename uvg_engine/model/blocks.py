@@ -31,7 +31,7 @@ class Rows:
     dtype: torch.dtype  # of the matrix products
     spans: Tensor | None  # row spans when samples are isolated
     asking: Asking | None = None  # None: all rows attend to their condition
-    int8: bool = False  # products of the rows with the blocks' weights in bytes
+    int8: bool = False  # products with the blocks' weights, and of queries and keys, in bytes
 
     def select(self, selection: Selection, asking: Asking | None) -> Rows:
         """What the blocks have to know of these samples."""
@@ -103,9 +103,11 @@ class Attention(nn.Module):
         self.to_out: Sequence[nn.Linear] = nn.ModuleList([nn.Linear(dim, dim)])  # type: ignore[assignment]
         self.norm_q, self.norm_k = Weight(dim), Weight(dim)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, int8: bool) -> Tensor:
         """[T, D], [U, D], [U, D] -> [T, D]."""
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))
+        if int8:
+            return ops.flash_attention_int8(q, k, v, q_spans, k_spans).flatten(-2)
         return ops.flash_attention(q, k, v, q_spans, k_spans)[0].flatten(-2)
 
 
@@ -183,7 +185,7 @@ class Block(nn.Module):
             q = linear(attn.to_q, a.index_select(0, index), dtype, asks.spans, int8=int8)
             q, _ = ops.qk_norm_rope(q, None, weight_q, None, asks.layout.rope_spans, table, attn.heads)
             k, _ = ops.qk_norm_rope(k, None, weight_k, None, layout.rope_spans, table, attn.heads)
-        y = attn.attend(q, k, v, asks.layout.query_spans, layout.key_spans)
+        y = attn.attend(q, k, v, asks.layout.query_spans, layout.key_spans, int8)
         y, norm = linear(attn.to_out[0], y, dtype, asks.spans, int8=int8), self.norm2
         return ops.gated_residual_norm(
             h, y, gate, asks.layout.row_spans, weight=norm.weight, bias=norm.bias, eps=norm.eps, norm_dtype=dtype
@@ -218,7 +220,7 @@ class Block(nn.Module):
         cross = self.attn2
         q = linear(cross.to_q, n, rows.dtype, spans, int8=rows.int8)
         q, _ = ops.qk_norm_rope(q, None, cross.norm_q.weight, None)
-        y = cross.attend(q, condition.k, condition.v, query_spans, rows.layout.cond_spans)
+        y = cross.attend(q, condition.k, condition.v, query_spans, rows.layout.cond_spans, rows.int8)
         return linear(cross.to_out[0], y, rows.dtype, spans, int8=rows.int8)
 
 

@@ -55,9 +55,9 @@ class UniViGU(nn.Module):
     """The model. State-dict keys are those of the published checkpoint.
 
     compute_dtype: dtype of the matrix products (None: that of the weights); statistics, modulation and the residual
-    stream are fp32. Where `int8` is set to True, the blocks multiply rows with their weights in bytes
-    (`ops.linear_int8`, `ops.moe_mlp_int8`): for sampling on the CPU, without gradients. Build under
-    `torch.device("meta")` to allocate nothing. Source: arXiv 2604.08121 on Wan2.1 (arXiv 2503.20314).
+    stream are fp32. Where `int8` is set to True, the blocks multiply rows with their weights, and queries with keys, in
+    bytes (`ops.linear_int8`, `moe_mlp_int8`, `flash_attention_int8`): for sampling on the CPU, without gradients. Build
+    under `torch.device("meta")` to allocate nothing. Source: arXiv 2604.08121 on Wan2.1 (arXiv 2503.20314).
     """
 
     def __init__(self, config: UniViGUConfig, compute_dtype: torch.dtype | None = None) -> None:

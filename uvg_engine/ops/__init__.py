@@ -2,6 +2,7 @@
 
 from uvg_engine.ops._registry import require
 from uvg_engine.ops.flash_attention import flash_attention
+from uvg_engine.ops.flash_attention_int8 import flash_attention_int8
 from uvg_engine.ops.flow_noise import flow_noise, flow_source
 from uvg_engine.ops.flow_step import flow_step, jump_coins
 from uvg_engine.ops.gated_residual import gated_residual
@@ -21,6 +22,7 @@ from uvg_engine.ops.window_attention import window_attention
 
 __all__ = [
     "flash_attention",
+    "flash_attention_int8",
     "flow_noise",
     "flow_source",
     "flow_step",

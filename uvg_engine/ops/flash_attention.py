@@ -36,6 +36,12 @@ def flash_attention(
     Raises ValueError on a shape or dtype it does not serve, on a span beyond the rows, and, of tables on the CPU, on
     q spans that overlap.
     """
+    require_attention(q, k, v, q_spans, k_spans)
+    return _fwd(q, k, v, q_spans, k_spans, q.shape[-1] ** -0.5 if scale is None else float(scale))
+
+
+def require_attention(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor) -> None:
+    """Shapes and dtypes are those of `flash_attention`."""
     require_floating("q", q, "T, N, H")
     require(0 not in q.shape[1:], "q must have N > 0 heads of width H > 0", tuple(q.shape))
     for name, x in (("k", k), ("v", v)):
@@ -44,7 +50,6 @@ def flash_attention(
         require_spans(name, spans, dims=3)
     samples = q_spans.shape[0], k_spans.shape[0]
     require(samples[0] == samples[1], "q_spans and k_spans must have the same B", samples)
-    return _fwd(q, k, v, q_spans, k_spans, q.shape[-1] ** -0.5 if scale is None else float(scale))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from uvg_engine.backends import Kernel
 from uvg_engine.backends.cpu import (
     flash_attention,
+    flash_attention_int8,
     flow_noise,
     flow_step,
     gated_residual,
@@ -25,6 +26,7 @@ from uvg_engine.backends.cpu import (
 
 TABLE = {
     "flash_attention": Kernel(flash_attention.forward, flash_attention.backward, flash_attention.refuses),
+    "flash_attention_int8": Kernel(flash_attention_int8.forward, refuses=flash_attention_int8.refuses),
     "flow_noise": Kernel(flow_noise.forward, refuses=flow_noise.refuses),
     "flow_step": Kernel(flow_step.forward, refuses=flow_step.refuses),
     "gated_residual": Kernel(gated_residual.forward, gated_residual.backward, gated_residual.refuses),

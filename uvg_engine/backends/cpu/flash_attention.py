@@ -11,7 +11,7 @@ def refuses(q: Tensor, *rest: object) -> str | None:
     return refuses_tensors(q)
 
 
-def _inputs(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> tuple:
+def inputs(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> tuple:
     """Packed tensors as the kernel's leading arguments."""
     return (
         (q.data_ptr(), k.data_ptr(), v.data_ptr()),
@@ -26,7 +26,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, s
     q, k, v, q_spans, k_spans = (x.contiguous() for x in (q, k, v, q_spans, k_spans))
     out, lse = torch.empty_like(q), new_floats(q.shape[1], q.shape[0])
     native.core().flash_attention(
-        *(False, *_inputs(q, k, v, q_spans, k_spans, scale), out.data_ptr(), lse.data_ptr(), 0, (0, 0, 0))
+        *(False, *inputs(q, k, v, q_spans, k_spans, scale), out.data_ptr(), lse.data_ptr(), 0, (0, 0, 0))
     )
     return out, lse
 
@@ -39,7 +39,7 @@ def backward(
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     native.core().flash_attention(
-        *(True, *_inputs(q, k, v, q_spans, k_spans, scale), out.data_ptr(), lse.data_ptr(), dout.data_ptr()),
+        *(True, *inputs(q, k, v, q_spans, k_spans, scale), out.data_ptr(), lse.data_ptr(), dout.data_ptr()),
         (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
     )
     return dq, dk, dv
