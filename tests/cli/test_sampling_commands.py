@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from uvg_engine import Engine
 from uvg_engine.media import read_video, write_video
 
 PROMPT = "a red seven moving right, fast"
@@ -95,6 +96,13 @@ def test_every_option_reaches_the_engine(uvg, model, engine):
     told = document(uvg("caption", "clip.gif", *options, *rule))["results"][0]
     own = {name: value for name, value in video.items() if name not in ("guidance", "shift", "solver")}
     assert told["text"] == engine.caption("clip.gif", **own, **text)[0].text and told["seed"] == 7
+
+
+def test_precision_reaches_the_engine(uvg, model):
+    assert uvg("generate", PROMPT, "-o", "got.png", "--model", model, "--seed", 7, "--precision", "int8").code == 0
+    in_bytes = Engine.from_pretrained(model, precision="int8").generate(PROMPT, seeds=7)[0]
+    write_video("want.png", in_bytes.frames)
+    assert Path("got.png").read_bytes() == Path("want.png").read_bytes()
 
 
 def test_an_existing_file_is_replaced(uvg, model):
@@ -208,6 +216,7 @@ def test_a_bad_video_is_one_clear_error(uvg, model, kind):
         ("-o a.mp4 --device tpu", "--device must be cpu or cuda, got 'tpu'"),
         ("-o a.mp4 --device meta", "--device must be cpu or cuda, got 'meta'"),
         ("-o a.mp4 --device cuda:99", "--device"),
+        ("-o a.mp4 --precision int4", "--precision must be full, or int8 on the CPU, got 'int4'"),
         ("-o a.mp4 --model nowhere", "--model nowhere: "),
     ],
 )

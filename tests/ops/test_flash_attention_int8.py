@@ -31,6 +31,7 @@ class TestFlashAttentionInt8(OpSuite):
         Mistake(r"q must be a floating-point \(T, N, H\)", {"q": lambda x: x[0]}),
         Mistake(r"k must be \(19, 2, 4\) torch.float32", {"k": lambda x: x[..., 1:]}),
         Mistake(r"q_spans must lie in \[0, 19\)", {"q_spans": table(((0, 20),), ((0, 0),))}),
+        Mistake("q_spans must not overlap", {"q_spans": table(((0, 5),), ((4, 5),))}),
         Mistake("q_spans and k_spans must have the same B", {"k_spans": lambda s: s[:1]}),
         Mistake("flash_attention_int8 has no gradient", {"v": lambda x: x.requires_grad_()}),
     )

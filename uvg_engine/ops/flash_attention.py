@@ -52,7 +52,8 @@ def require_attention(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans:
     require(samples[0] == samples[1], "q_spans and k_spans must have the same B", samples)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> None:
+def check_spans(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> None:
+    """Spans lie inside the rows, and those of q do not overlap. Reads values: for the `check` of `define`."""
     require_inside("q_spans", q_spans, q.shape[0])
     require_inside("k_spans", k_spans, k.shape[0])
     if not _disjoint(values_of(q_spans)):
@@ -78,7 +79,7 @@ def _fake_bwd(
 
 
 _ARGS = "Tensor q, Tensor k, Tensor v, Tensor q_spans, Tensor k_spans, float scale"
-_fwd = define("flash_attention", f"({_ARGS}) -> (Tensor, Tensor)", _fake, _check)
+_fwd = define("flash_attention", f"({_ARGS}) -> (Tensor, Tensor)", _fake, check_spans)
 _bwd = define_backward(
     "flash_attention",
     f"(Tensor dout, Tensor out, Tensor lse, {_ARGS}) -> (Tensor, Tensor, Tensor)",

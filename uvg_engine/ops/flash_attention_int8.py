@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvg_engine.ops._registry import define, no_gradient, require_inside
-from uvg_engine.ops.flash_attention import require_attention
+from uvg_engine.ops._registry import define, no_gradient
+from uvg_engine.ops.flash_attention import check_spans, require_attention
 from uvg_engine.ops.linear_int8 import refuse_gradient, require_depth
 
 
@@ -29,15 +29,10 @@ def flash_attention_int8(
     return _fwd(q, k, v, q_spans, k_spans, q.shape[-1] ** -0.5 if scale is None else float(scale))
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> None:
-    require_inside("q_spans", q_spans, q.shape[0])
-    require_inside("k_spans", k_spans, k.shape[0])
-
-
 def _fake(q: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(q)
 
 
 _ARGS = "Tensor q, Tensor k, Tensor v, Tensor q_spans, Tensor k_spans, float scale"
-_fwd = define("flash_attention_int8", f"({_ARGS}) -> Tensor", _fake, _check)
+_fwd = define("flash_attention_int8", f"({_ARGS}) -> Tensor", _fake, check_spans)
 no_gradient("flash_attention_int8")
