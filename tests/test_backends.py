@@ -330,6 +330,7 @@ def op_calls():
     flat, video_spans = torch.zeros(5), torch.tensor([[3, 1, 1, 2]], dtype=torch.int32)
     return {
         "flash_attention": attention_args(),
+        "flash_attention_int8": attention_args(),
         "flow_noise": (flat, ids, one, one, seeds, 0, SPANS, SPANS, 9, -1),
         "flow_step": (flat, flat, None, one, torch.zeros(2, 10), *[None] * 3, SPANS, ids, ids, *jumps),
         "gated_residual": (x, x, None, None),
