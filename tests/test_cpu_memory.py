@@ -16,13 +16,13 @@ import resource, torch
 from uvg_engine import backends, ops
 
 torch.set_num_threads(2)
-count = 200_000  # keys that both samples see: each thread sums up 2 * 200,000 * 256 floats
+count = 60_000  # keys, ten seen by both samples: each thread sums up 2 * 60,000 * 256 floats
 q, k = torch.zeros(4, 2, 256, requires_grad=True), torch.zeros(count, 2, 256)
 spans = torch.tensor([[[0, 2]], [[2, 2]]]).int(), torch.tensor([[[0, count]], [[0, 10]]]).int()
 with backends.force("cpu"):
     out = ops.flash_attention(q, k, k, *spans)[0]
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 900 * 2**20,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 270 * 2**20,) * 2)
     try:
         torch.autograd.grad(out.sum(), q)
     except MemoryError:
