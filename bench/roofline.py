@@ -1,6 +1,7 @@
 """What a compiled kernel may reach on a chip: occupancy, and the roof that bounds its time. Nothing here was measured.
 
-Peaks are those of the makers' data sheets (dense bf16 tensor cores, HBM); a kernel reaches less. So a predicted time
+Peaks are those of the makers' data sheets (dense bf16 tensor cores, fp32 FMA units, HBM); a kernel reaches less. So a
+predicted time
 is a floor, for ranking and for noticing a regression.
 """
 
@@ -27,15 +28,16 @@ class Chip:
     capability: tuple[int, int]
     num_sms: int
     bandwidth: float  # bytes a second
-    tensor: float  # bf16 FLOP a second, dense
+    tensor: float  # bf16 FLOP a second, dense; half of it in TF32
+    fma: float  # fp32 FLOP a second without tensor cores
     shared: int  # bytes of shared memory of a multiprocessor
 
 
 CHIPS = (
-    Chip("A100", (8, 0), 108, 2.039e12, 312e12, 167_936),
-    Chip("H100", (9, 0), 132, 3.35e12, 989e12, 233_472),
-    Chip("H200", (9, 0), 132, 4.8e12, 989e12, 233_472),
-    Chip("B200", (10, 0), 148, 8.0e12, 2250e12, 233_472),
+    Chip("A100", (8, 0), 108, 2.039e12, 312e12, 19.5e12, 167_936),
+    Chip("H100", (9, 0), 132, 3.35e12, 989e12, 67e12, 233_472),
+    Chip("H200", (9, 0), 132, 4.8e12, 989e12, 67e12, 233_472),
+    Chip("B200", (10, 0), 148, 8.0e12, 2250e12, 75e12, 233_472),
 )
 _TENSOR = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192}  # dense bf16 FLOP of a multiprocessor in a clock
 
@@ -59,12 +61,13 @@ def blocks_per_sm(compiled: Compiled, chip: Chip) -> int:
 
 
 def predicted(compiled: Compiled, chip: Chip) -> tuple[float, str]:
-    """(seconds, the roof that bounds them: "memory", "tensor cores" or "launch")."""
-    roofs = {
-        "memory": compiled.bytes_moved / chip.bandwidth,
-        "tensor cores": compiled.flops / chip.tensor,
-        "launch": LAUNCH,
-    }
+    """(seconds, the roof that bounds them: "memory", that of the arithmetic, or "launch")."""
+    units, peak = {
+        None: ("FMA units", chip.fma),
+        "tf32": ("tensor cores in TF32", chip.tensor / 2),
+        "16-bit": ("tensor cores", chip.tensor),
+    }[compiled.tensor_cores]
+    roofs = {"memory": compiled.bytes_moved / chip.bandwidth, units: compiled.flops / peak, "launch": LAUNCH}
     bound = max(roofs, key=lambda name: roofs[name])
     return roofs[bound], bound
 

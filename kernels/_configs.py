@@ -2,7 +2,8 @@
 
 Host functions take them from a `Table` and nowhere else, so that bench/tune.py can search every choice and the tests
 see whether what is compiled ahead of time is all that can be chosen. All are untuned: the largest tiles that spilled
-nothing.
+nothing. Several have a `maxnreg`, registers that a thread may have: it is told where ptxas, left alone, would rather
+spill a few bytes than take them.
 """
 
 from __future__ import annotations

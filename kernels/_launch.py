@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 Capability = tuple[int, int]
 SM80, SM90, SM100 = (8, 0), (9, 0), (10, 0)
 ALL = (SM80, SM90, SM100)
+NO_LARGE_TILES = (12, 0)
 EVERY_LAUNCH = {"enable_fp_fusion": True}  # said aloud: Triton is about to change its default
 
 _log = logging.getLogger("uvg_engine.kernels")
@@ -90,7 +91,8 @@ def configured_for(capability: Capability) -> Iterator[None]:
 def capability_of(device: torch.device) -> Capability:
     """Compute capability, by which configurations are chosen.
 
-    ROCm devices and the interpreter count as sm_80: plain loads, no tensor descriptors.
+    ROCm devices, the interpreter, and NVIDIA's from 12.0 on count as sm_80: plain loads, no tensor descriptors. Those
+    from 12.0 on have neither wgmma nor tcgen05, and no more shared memory than 8.6.
     """
     return _target.get() or _capability_of(device)
 
@@ -99,7 +101,8 @@ def capability_of(device: torch.device) -> Capability:
 def _capability_of(device: torch.device) -> Capability:
     if device.type != "cuda" or torch.version.hip:
         return SM80
-    return torch.cuda.get_device_capability(device)
+    found = torch.cuda.get_device_capability(device)
+    return found if found < NO_LARGE_TILES else SM80
 
 
 @functools.cache

@@ -24,6 +24,7 @@ class RowConfig:
 
     ROWS: int
     num_warps: int
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class FlowConfig:
     BLOCK_N: int
     BLOCK_L: int
     num_warps: int
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class PartialsConfig:
     BLOCK_P: int
     BLOCK_D: int
     num_warps: int
+    maxnreg: int | None = None
 
 
 # (oldest capability, widest row). A thread holds 32 elements of a forward's tile, 16 of a backward's: with its sums
@@ -56,19 +59,19 @@ class PartialsConfig:
 FORWARD_ROWS = {
     (SM80, 128): RowConfig(8, 1),
     (SM80, 512): RowConfig(8, 4),
-    (SM80, 2048): RowConfig(2, 4),
+    (SM80, 2048): RowConfig(2, 4, maxnreg=168),
     (SM80, 8192): RowConfig(1, 8),
 }
 BACKWARD_ROWS = {
     (SM80, 128): RowConfig(8, 2),
     (SM80, 512): RowConfig(4, 4),
-    (SM80, 2048): RowConfig(1, 4),
+    (SM80, 2048): RowConfig(1, 4, maxnreg=168),
     (SM80, 8192): RowConfig(1, 16),
 }
 WALKS = Table(  # (oldest capability, most rows)
     "_rows.WALKS", {(SM80, 2047): WalkConfig(4), (SM80, 16383): WalkConfig(16), (SM80, ANY): WalkConfig(32)}
 )
-PARTIALS = Table("_rows.PARTIALS", {(SM80, ANY): PartialsConfig(32, 64, 4)})
+PARTIALS = Table("_rows.PARTIALS", {(SM80, ANY): PartialsConfig(32, 64, 4, maxnreg=128)})
 
 
 def row_options(table: Table[RowConfig], x: torch.Tensor, num_spans: int | None = None) -> dict[str, int]:

@@ -18,8 +18,7 @@ from uvg_engine.kernels.flash_attention_forward import flash_attention_fwd_kerne
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """BLOCK_M queries by BLOCK_N keys. tma: descriptors bring the rows that are walked over. maxnreg: registers that a
-    thread may have, told where ptxas would rather spill a few bytes than take them."""
+    """BLOCK_M queries by BLOCK_N keys. tma: descriptors bring the rows that are walked over."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -33,8 +32,8 @@ class AttentionConfig:
 FORWARD = Table(
     "flash_attention.FORWARD",
     {
-        (SM80, 2, 64): AttentionConfig(128, 64, 8, 3),
-        (SM80, 2, 128): AttentionConfig(128, 64, 8, 2),
+        (SM80, 2, 64): AttentionConfig(128, 64, 8, 3, maxnreg=255),
+        (SM80, 2, 128): AttentionConfig(128, 32, 8, 2),
         (SM80, 4, 32): AttentionConfig(32, 32, 8, 1, maxnreg=128),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
         (SM80, 4, 128): AttentionConfig(32, 32, 8, 1),
@@ -52,7 +51,7 @@ QUERY = Table(
         (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
         (SM80, 4, 32): AttentionConfig(32, 16, 4, 1),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
-        (SM80, 4, 128): AttentionConfig(32, 32, 16, 1, maxnreg=128),
+        (SM80, 4, 128): AttentionConfig(16, 16, 8, 1, maxnreg=255),
         (SM90, 2, 64): AttentionConfig(128, 64, 8, 2, tma=True),
         (SM90, 2, 128): AttentionConfig(128, 64, 8, 2, tma=True),
     },
@@ -61,10 +60,10 @@ KEY = Table(
     "flash_attention.KEY",
     {
         (SM80, 2, 64): AttentionConfig(32, 64, 8, 2),
-        (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
+        (SM80, 2, 128): AttentionConfig(32, 64, 8, 2),
         (SM80, 4, 32): AttentionConfig(32, 32, 8, 1),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
-        (SM80, 4, 128): AttentionConfig(16, 32, 8, 1),
+        (SM80, 4, 128): AttentionConfig(16, 16, 8, 1, maxnreg=255),
         (SM90, 2, 64): AttentionConfig(64, 128, 8, 2, tma=True),
         (SM90, 2, 128): AttentionConfig(32, 128, 8, 2, tma=True),
         (SM100, 2, 128): AttentionConfig(64, 64, 8, 2, tma=True),

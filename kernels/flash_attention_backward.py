@@ -40,17 +40,17 @@ def query_step(
 
 @triton.jit
 def key_step(
-    b_dk, b_dv, b_k, b_v, m_key, b_q, b_dout, b_lse, b_delta, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr
+    b_dk, b_dv, b_k, b_v, b_times, b_q, b_dout, b_lse, b_delta, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):
     """b_dk (without the scale) and b_dv [N, H] plus what the queries b_q [M, H] give. A query that is not there has an
-    lse of +inf; with MASKED, keys outside of m_key get nothing."""
+    lse of +inf; with MASKED, each key counts b_times."""
     b_p = probabilities(tl.dot(b_k, b_q.T, input_precision=PRECISION), b_lse[None, :], scale, b_q.dtype)
     if MASKED:
-        b_p = tl.where(m_key[:, None], b_p, 0.0)
+        b_p = tl.where(b_times[:, None] > 0, b_p * b_times[:, None], 0.0)
     b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
     b_ds = b_p * (tl.dot(b_v, b_dout.T, input_precision=PRECISION) - b_delta[None, :])
     if MASKED:
-        b_ds = tl.where(m_key[:, None], b_ds, 0.0)
+        b_ds = tl.where(b_times[:, None] > 0, b_ds, 0.0)
     return tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION), b_dv
 
 
@@ -59,8 +59,12 @@ def grad_query(
     b_dq, b_q, b_dout, b_lse, b_delta, x_k, x_v, first, last, i_head, num_heads, scale,
     H: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`query_step` over the keys [first, last), whole blocks unless TAIL."""
-    for i_row in tl.range(first, last, BLOCK_N):
+    """`query_step` over the keys [first, last), whole blocks unless TAIL.
+
+    In fp32, and for wide heads by descriptors: neither hoisted values nor a pipelined tail, as in `grad_keys`.
+    """
+    FEW: tl.constexpr = b_q.dtype == tl.float32 or (TMA and H > 64)
+    for i_row in tl.range(first, last, BLOCK_N, disable_licm=FEW, num_stages=1 if TAIL and FEW else None):
         b_k = load_rows(x_k, i_row, last, i_head, num_heads, H, BLOCK_N, TAIL, TMA)
         b_v = load_rows(x_v, i_row, last, i_head, num_heads, H, BLOCK_N, TAIL, TMA)
         m_key = i_row + tl.arange(0, BLOCK_N) < last
@@ -70,7 +74,7 @@ def grad_query(
 
 @triton.jit
 def grad_keys(
-    b_dk, b_dv, b_k, b_v, m_key, x_q, x_dout, p_lse, p_delta, first, last, i_head, num_heads, scale,
+    b_dk, b_dv, b_k, b_v, b_times, x_q, x_dout, p_lse, p_delta, first, last, i_head, num_heads, scale,
     H: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`key_step` over the queries [first, last), whole blocks and keys unless TAIL; p_lse, p_delta begin at this head.
@@ -86,7 +90,7 @@ def grad_keys(
             b_delta = tl.load(p_delta + o_row, mask=o_row < last, other=0.0)
         else:
             b_lse, b_delta = tl.load(p_lse + o_row), tl.load(p_delta + o_row)
-        b_dk, b_dv = key_step(b_dk, b_dv, b_k, b_v, m_key, b_q, b_dout, b_lse, b_delta, scale, TAIL, PRECISION)
+        b_dk, b_dv = key_step(b_dk, b_dv, b_k, b_v, b_times, b_q, b_dout, b_lse, b_delta, scale, TAIL, PRECISION)
     return b_dk, b_dv
 
 
@@ -186,20 +190,20 @@ def flash_attention_bwd_key_kernel(
     b_v = load_rows(p_v, first_key, num_keys, i_head, num_heads, H, BLOCK_N, True, False)
     b_dk, b_dv = tl.zeros([BLOCK_N, BLOCK_H], tl.float32), tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     for i_sample in range(0, num_samples):
-        m_key = covered(p_k_spans + 2 * i_sample * K_SPANS, K_SPANS, o_key) > 0
-        seen = tl.sum(m_key.to(tl.int32), 0)
-        if seen > 0:
+        times = covered(p_k_spans + 2 * i_sample * K_SPANS, K_SPANS, o_key)
+        b_times, once = times.to(tl.float32), tl.sum((times == 1).to(tl.int32), 0) == BLOCK_N
+        if tl.max(times, 0) > 0:
             for i_rows in range(0, Q_SPANS):
                 p_rows = p_q_spans + 2 * (i_sample * Q_SPANS + i_rows)
                 start = tl.load(p_rows)
                 end = start + tl.load(p_rows + 1)
-                whole = tl.where(seen == BLOCK_N, end - (end - start) % BLOCK_M, start)
+                whole = tl.where(once, end - (end - start) % BLOCK_M, start)
                 b_dk, b_dv = grad_keys(
-                    b_dk, b_dv, b_k, b_v, m_key, x_q, x_dout, p_lse, p_delta, start, whole, i_head, num_heads, scale,
+                    b_dk, b_dv, b_k, b_v, b_times, x_q, x_dout, p_lse, p_delta, start, whole, i_head, num_heads, scale,
                     H, BLOCK_M, False, TMA, PRECISION,
                 )  # fmt: skip
                 b_dk, b_dv = grad_keys(
-                    b_dk, b_dv, b_k, b_v, m_key, x_q, x_dout, p_lse, p_delta, whole, end, i_head, num_heads, scale,
+                    b_dk, b_dv, b_k, b_v, b_times, x_q, x_dout, p_lse, p_delta, whole, end, i_head, num_heads, scale,
                     H, BLOCK_M, True, TMA, PRECISION,
                 )  # fmt: skip
     store_rows(p_dk, b_dk * scale, first_key, o_key < num_keys, i_head, num_heads, H, BLOCK_N)

@@ -17,7 +17,7 @@ from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed
 from uvg_engine.kernels._rows import FlowConfig, owners_of_block, run_of_row, span_block
 
 NOISE = Table(  # (oldest capability, bytes of a latent): one 128-bit access a thread; in fp32 two spill on sm_80
-    "flow_noise.NOISE", {(SM80, 2): FlowConfig(1024, 128, 4), (SM80, 4): FlowConfig(1024, 128, 8)}
+    "flow_noise.NOISE", {(SM80, 2): FlowConfig(1024, 128, 4), (SM80, 4): FlowConfig(1024, 128, 8, maxnreg=128)}
 )
 
 

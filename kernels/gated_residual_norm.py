@@ -29,8 +29,7 @@ from uvg_engine.kernels.modulated_layer_norm import norm_rows, store_affine_sums
 
 @dataclass(frozen=True)
 class PartConfig:
-    """A program's BLOCK_T rows, BLOCK_D of their columns at a time; narrower rows take fewer warps. maxnreg: registers
-    that a thread may have, told where ptxas would rather spill a few bytes than take them."""
+    """A program's BLOCK_T rows, BLOCK_D of their columns at a time; narrower rows take fewer warps."""
 
     BLOCK_T: int
     BLOCK_D: int

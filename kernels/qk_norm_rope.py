@@ -28,9 +28,14 @@ class RopeConfig:
     """One row at a time, 16 elements of a wide one in a thread."""
 
     num_warps: int
+    maxnreg: int | None = None
 
 
-_WARPS = {(SM80, 512): RopeConfig(1), (SM80, 2048): RopeConfig(4), (SM80, 8192): RopeConfig(16)}  # by the widest row
+_WARPS = {  # (oldest capability, widest row)
+    (SM80, 512): RopeConfig(1),
+    (SM80, 2048): RopeConfig(4, maxnreg=255),
+    (SM80, 8192): RopeConfig(16),
+}
 FORWARD = Table("qk_norm_rope.FORWARD", _WARPS)
 BACKWARD = Table("qk_norm_rope.BACKWARD", _WARPS)
 

@@ -295,7 +295,7 @@ def window_attention_bwd_key_kernel(
             b_dk, b_dv = key_step(b_dk, b_dv, b_k, b_v, m_key, b_q, b_dout, b_lse, b_delta, scale, False, PRECISION)
         first = tl.load(p_text + 2 * i_sample)
         b_dk, b_dv = grad_keys(
-            b_dk, b_dv, b_k, b_v, m_key, p_q, p_dout, p_lse + at, p_delta + at,
+            b_dk, b_dv, b_k, b_v, m_key.to(tl.float32), p_q, p_dout, p_lse + at, p_delta + at,
             first, first + tl.load(p_text + 2 * i_sample + 1), i_head, num_heads, scale,
             H, BLOCK_M, True, False, PRECISION,
         )  # fmt: skip

@@ -100,7 +100,7 @@ WIDE, NARROW = "ld.global.v4.b32 { }; st.global.v2.b64 [ ];", "@%p1 ld.global.L1
     "changes, match",
     [
         ({"stack": 8}, "spills: 8 bytes"),
-        ({"shared": 166_913}, "166913 bytes of shared memory"),
+        ({"shared": 101_377}, "101377 bytes of shared memory"),
         ({"expects": ("dot",)}, "no mma"),
         ({"ptx": "mma.sync.aligned"}, "does not tell of"),
         ({"capability": (9, 0), "expects": ("dot",), "ptx": "mma.sync.aligned"}, "no wgmma"),
@@ -118,6 +118,9 @@ def test_what_is_right_has_no_fault():
     assert list(made(expects=("wide", "tma"), ptx=WIDE).faults()) == []
 
 
+KINDS = "bf16", "tf32"
+
+
 @pytest.mark.skipif(occupancy.missing() is not None, reason=str(occupancy.missing()))
 def test_occupancy_and_roof_by_hand():
     chip = roofline.CHIPS[0]
@@ -126,5 +129,8 @@ def test_occupancy_and_roof_by_hand():
     assert roofline.blocks_per_sm(made(registers=16), chip) == 8  # 64 warps
     assert roofline.blocks_per_sm(made(registers=16, shared=60_000), chip) == 2
     assert roofline.predicted(made(bytes_moved=2_039_000_000), chip) == (pytest.approx(1e-3), "memory")
-    assert roofline.predicted(made(flops=312e9), chip) == (pytest.approx(1e-3), "tensor cores")
+    assert roofline.predicted(made(flops=19.5e9), chip) == (pytest.approx(1e-3), "FMA units")
+    bf16, tf32 = (made(flops=312e9, ptx=f"mma.sync.aligned.m16n8k8.row.col.f32.{kind}.{kind}.f32") for kind in KINDS)
+    assert roofline.predicted(bf16, chip) == (pytest.approx(1e-3), "tensor cores")
+    assert roofline.predicted(tf32, chip) == (pytest.approx(2e-3), "tensor cores in TF32")
     assert roofline.predicted(made(), chip)[1] == "launch"

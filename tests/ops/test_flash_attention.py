@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from harness import BF16, FP16, FP32, FP64, Case, DifferentiableOpSuite, Mistake, backends_of, normal
+from harness import BF16, FP16, FP32, FP64, Case, DifferentiableOpSuite, Mistake, backends_of, normal, run
 from torch.nn import functional
 
 from uvg_engine import backends
@@ -297,3 +297,21 @@ def test_one_backend_may_follow_another():
                 grads[first, second] = torch.autograd.grad(out.square().sum(), q)[0]
     for grad in grads.values():
         torch.testing.assert_close(grad, grads["reference", "reference"])
+
+
+def test_spans_past_those_looked_at_together(backend):
+    """Kernels look at 32 spans at a time: samples, and runs of one sample's keys, past them count like the first."""
+    none = ((0, 0),) * 33
+    few = table(((0, 3), (9, 2)), ((3, 6),)), table(((0, 4),), ((4, 5), (9, 2)))
+    many = torch.zeros(36, 2, 2, dtype=torch.int32), torch.zeros(36, 36, 2, dtype=torch.int32)
+    for full, short in zip(many, few, strict=True):
+        full[0, : short.shape[1]], full[35, : short.shape[1]] = short[0], short[1]
+    many[1][35, :36] = torch.tensor((*none, (4, 5), (0, 0), (9, 2)), dtype=torch.int32)
+    made = attention(torch.Generator().manual_seed(0), 11, 11, *few, 1, 8)
+    made = {name: value.to(FP32) if value.is_floating_point() else value for name, value in made.items()}
+    case = TestFlashAttention.cases[0]
+    out, grads, douts = run(flash_attention, case, made)
+    again, more, _ = run(flash_attention, case, made | {"q_spans": many[0], "k_spans": many[1]}, douts)
+    torch.testing.assert_close(again[0], out[0])
+    for name, grad in grads.items():
+        torch.testing.assert_close(more[name], grad)

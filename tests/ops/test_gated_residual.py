@@ -97,3 +97,18 @@ def test_a_closed_gate_keeps_the_stream(backend):
     case = TestGatedResidual.cases[0]
     made = case.inputs(BF16)
     assert torch.equal(gated_residual(**(made | {"gate": torch.zeros(4, 13)})), made["h"])
+
+
+def test_spans_past_those_looked_at_together(backend):
+    """Kernels look at up to 256 spans at a time: the last ones count like the first."""
+    case, lengths = TestGatedResidual.cases[0], (1, 2, *(0,) * 256, 3, 1)
+    g = torch.Generator().manual_seed(0)
+    made = {"h": normal(g, 7, 9).float(), "y": normal(g, 7, 9).float(), "gate": normal(g, 4, 9).float()}
+    used, starts = [0, 1, 258, 259], [sum(lengths[:i]) for i in range(len(lengths))]
+    few = spans(*((starts[i], lengths[i]) for i in used))
+    gate = torch.zeros(len(lengths), 9)
+    gate[used] = made["gate"]
+    out, grads, douts = run(gated_residual, case, made | {"spans": few})
+    many, more, _ = run(gated_residual, case, made | {"spans": spans(*zip(starts, lengths)), "gate": gate}, douts)
+    assert torch.equal(out[0], many[0]) and torch.equal(grads["y"], more["y"])
+    assert torch.equal(grads["gate"], more["gate"][used]) and not more["gate"][2:258].any()

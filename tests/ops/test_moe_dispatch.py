@@ -56,6 +56,16 @@ def test_rows_stand_by_expert_then_row_then_choice(backend):
     assert rows[:, 0].tolist() == [0, 1, 3, 0, 1, 2, 2, 3]
 
 
+def test_slots_of_many_blocks_and_experts(backend):
+    """More of both than a kernel holds counts of at a time."""
+    g = torch.Generator().manual_seed(0)
+    picked = torch.randint(0, 3, (150, 2), generator=g, dtype=torch.int32) * 2000
+    rows, group_offsets, order = moe_dispatch(torch.arange(150.0)[:, None], picked, 4096)
+    want = picked.flatten().argsort(stable=True)
+    assert torch.equal(order.long(), want) and torch.equal(rows[:, 0].long(), want // 2)
+    assert torch.equal(group_offsets.diff(), picked.flatten().long().bincount(minlength=4096).int())
+
+
 def test_the_order_says_where_each_row_came_from(backend):
     made = TestMoeDispatch.cases[0].inputs(BF16)
     rows, group_offsets, order = moe_dispatch(**made)

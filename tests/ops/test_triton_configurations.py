@@ -5,6 +5,7 @@ import test_flash_attention
 import test_linear_cross_entropy
 import test_linear_sample
 import test_moe_mlp
+import torch
 from harness import BF16, Case
 
 from uvg_engine import backends
@@ -13,6 +14,7 @@ from uvg_engine.backends import triton as backend
 if not backend.interpreting():
     pytest.skip("Triton runs kernels without a GPU only where TRITON_INTERPRET=1", allow_module_level=True)
 
+from uvg_engine.kernels import flash_attention
 from uvg_engine.kernels._launch import SM90, SM100, configured_for, recording
 
 
@@ -49,3 +51,22 @@ def test_values(op, capability):
         assert any(launch.options.get("TMA") for launch in launches), "the case does not reach the descriptors"
         with configured_for(capability):
             suite().assert_right(case, inputs, BF16, "triton")
+
+
+@pytest.mark.parametrize("why", ["padded", "misaligned"])
+def test_rows_that_no_descriptor_can_describe_take_pointers(why):
+    rows, width = 40, {"padded": 24, "misaligned": 32}[why]
+    spans = test_flash_attention.table(((0, rows),))
+    memory = (
+        torch.zeros(rows * width + 1, dtype=BF16)[1:] if why == "misaligned" else torch.zeros(rows * width, dtype=BF16)
+    )
+    q = memory.view(rows, 1, width)
+    with recording(SM90) as launches:
+        out, lse = flash_attention.forward(q, q, q, spans, spans, 0.125)
+        flash_attention.query_pass(q, out, lse, q, q, q, spans, spans, 0.125)
+        flash_attention.key_pass(q, lse, lse, q, q, q, spans, spans, 0.125)
+    assert [launch.options["TMA"] for launch in launches] == [False] * 3
+    aligned = torch.zeros(rows, 1, 32, dtype=BF16)
+    with recording(SM90) as launches:
+        flash_attention.forward(aligned, aligned, aligned, spans, spans, 0.125)
+    assert launches[0].options["TMA"]
