@@ -2,7 +2,8 @@
 # What this machine's GPU makes of the kernels: builds everything, runs the tests marked gpu on every backend, times every
 # op beside its peers, and writes one report under bench/results/. Within 8 minutes on one H100 (not tried so far).
 # Exits non-zero where there is no GPU, where no test ran, and where anything failed.
-#   PYTHON=python3   use this interpreter, which must have torch with CUDA, pytest and hypothesis; else .venv is made
+#   PYTHON=python3   use this interpreter, which must have this package installed (pip install -e '.[test]') and torch with
+#                    CUDA; else .venv is made
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then

@@ -1,8 +1,7 @@
 """What a compiled kernel may reach on a chip: occupancy, and the roof that bounds its time. Nothing here was measured.
 
 Peaks are those of the makers' data sheets (dense bf16 tensor cores, fp32 FMA units, HBM); a kernel reaches less. So a
-predicted time
-is a floor, for ranking and for noticing a regression.
+predicted time is a floor, for ranking and for noticing a regression.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ CHIPS = (
     Chip("B200", (10, 0), 148, 8.0e12, 2250e12, 75e12, 233_472),
 )
 _TENSOR = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192}  # dense bf16 FLOP of a multiprocessor in a clock
+_FMA = {(8, 0): 128, (9, 0): 256, (10, 0): 256}  # fp32 FLOP of its FMA units in a clock
 
 
 def chips() -> tuple[Chip, ...]:
@@ -51,7 +51,8 @@ def chip_of(found: gpu_limits.Limits) -> Chip:
     """A GPU's peaks by its clocks: its data sheet's, where that counts with the same clocks."""
     tensor = float(_TENSOR[found.capability]) * found.num_sms * found.clock
     name = f"{found.name} (here)"
-    return Chip(name, found.capability, found.num_sms, found.bandwidth, tensor, found.shared_per_sm)
+    fma = float(_FMA[found.capability]) * found.num_sms * found.clock
+    return Chip(name, found.capability, found.num_sms, found.bandwidth, tensor, fma, found.shared_per_sm)
 
 
 def blocks_per_sm(compiled: Compiled, chip: Chip) -> int:

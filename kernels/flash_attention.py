@@ -32,7 +32,7 @@ class AttentionConfig:
 FORWARD = Table(
     "flash_attention.FORWARD",
     {
-        (SM80, 2, 64): AttentionConfig(128, 64, 8, 3, maxnreg=255),
+        (SM80, 2, 64): AttentionConfig(128, 64, 8, 2, maxnreg=255),
         (SM80, 2, 128): AttentionConfig(128, 32, 8, 2),
         (SM80, 4, 32): AttentionConfig(32, 32, 8, 1, maxnreg=128),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from uvg_engine.kernels._configs import ANY, Table, options
-from uvg_engine.kernels._launch import SM80, SM90, AotCase, blocks, launch, packed, power_of_two, programs
+from uvg_engine.kernels._launch import SM80, SM90, SM100, AotCase, blocks, launch, packed, power_of_two, programs
 from uvg_engine.kernels._spans import num_tiles
 from uvg_engine.kernels.moe_mlp_gemm import (
     moe_mlp_bias_kernel,
@@ -50,7 +50,8 @@ PRODUCT = Table(
     "moe_mlp.PRODUCT",
     {
         (SM80, 4, True): GemmConfig(64, 64, 16, 8, 2, maxnreg=168),
-        (SM80, 2, False): GemmConfig(64, 64, 32, 8, 2, maxnreg=168),
+        (SM80, 2, False): GemmConfig(64, 64, 32, 8, 2),
+        (SM100, 2, False): GemmConfig(64, 64, 32, 8, 2, maxnreg=168),
         (SM80, 2, True): GemmConfig(128, 128, 64, 8, 3),
         (SM90, 2, True): GemmConfig(128, 256, 64, 8, 3, tma=True),
     },

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +172,39 @@ def test_gpu_check_ends_in_time():
     assert gpu_check._python(1, "-c", "import time; print('begun', flush=True); time.sleep(30)") == (124, "begun\n")
     lines, missing = gpu_check.run_bench(time.monotonic())
     assert lines == [] and set(missing) == {*gpu_check.OPS, "block"}
+
+
+def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys):
+    """All of it but the device: shards of tests, one of them late, lines of timings, what serves, the report."""
+
+    def python(seconds, *arguments):
+        assert 0 < seconds <= gpu_check.TESTS_LAST
+        if arguments[1] == "bench":
+            line = {"op": arguments[2], "shape": "T=1", "pass": "forward", "backend": "triton", "times_faster": {}}
+            return 0, json.dumps(line | {"ms": 1.0, "of_roof": 0.5})
+        op, path = arguments[-3][1:-1], Path(arguments[-2].removeprefix("--junitxml="))
+        if op == "linear":
+            return 124, ""
+        path.write_text(f'<testsuites><testcase classname="t" name="[{op}-x]"/></testsuites>')
+        return 0, ""
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "H100/80 GB")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    refusals = {"cuda": "uvg_engine._cuda is not built"}
+    monkeypatch.setattr(gpu_check, "ask", lambda *call: {"error": None, "refused": refusals})
+    monkeypatch.setattr(gpu_check, "_python", python)
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    monkeypatch.delenv("UVG_BACKENDS", raising=False)
+    assert gpu_check.main([]) == 1
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("gpu_H100_80_GB_") and json.loads(capsys.readouterr().out)["ok"] is False
+    told = path.read_text()
+    assert "- linear: not done after" in told and f"{len(backends.table('reference')) - 1} passed" in told
+    assert "- `cuda`: not available: uvg_engine._cuda is not built" in told and "- `triton`: flash_attention, " in told
+    assert (
+        "| flash_attention | T=1 | forward | triton | 1.000 | 50% |" in told and "- `openvino`: not available" in told
+    )
 
 
 def test_a_peer_that_cannot_is_a_line_without_a_time(monkeypatch):

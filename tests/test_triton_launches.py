@@ -123,6 +123,26 @@ def test_triton_is_a_reason_where_it_is_missing(monkeypatch):
         backend._missing.cache_clear()
 
 
+def test_an_old_triton_is_refused_by_name(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    backend._missing.cache_clear()
+    try:
+        with FakeTensorMode():
+            assert backend.refuses(torch.empty(3, 8, device="cuda")) == "triton 3.6.0; from 3.7 on"
+    finally:
+        backend._missing.cache_clear()
+
+
+def test_small_gpus_take_what_serves_sm_80(monkeypatch):
+    for found, taken in (((12, 0), _launch.SM80), ((10, 0), _launch.SM100), ((8, 9), (8, 9))):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=found: found)
+        _launch._capability_of.cache_clear()
+        assert _launch.capability_of(torch.device("cuda", 0)) == taken
+    _launch._capability_of.cache_clear()
+
+
 def test_an_old_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     devices.capability.cache_clear()

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from uvg_engine.backends import Kernel, devices
 
+OLDEST = [3, 7]  # Triton, major and minor: what torch 2.13 brings
 MAX_WIDTH = 8192  # of a row that a program holds in registers
 MAX_HEAD = 128  # twice that spilled on sm_90 in every backward tried
 MAX_EXPERTS = 4096  # whose counts or logits a program holds in registers
@@ -32,7 +34,11 @@ def interpreting() -> bool:
 
 @functools.cache
 def _missing() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if not importlib.util.find_spec("triton"):
+        return "triton is not installed"
+    version = importlib.import_module("triton").__version__
+    old = [int(number) for number in re.findall(r"\d+", version)[:2]] < OLDEST
+    return f"triton {version}; from {OLDEST[0]}.{OLDEST[1]} on" if old else None
 
 
 def refuses(*tensors: Tensor) -> str | None:
