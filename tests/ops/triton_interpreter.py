@@ -1,7 +1,7 @@
 """Triton's interpreter as these tests need it: right in bf16, strict about memory. Imported by conftest.py where
 TRITON_INTERPRET=1, before the first kernel; the process is then for interpretation alone.
 
-What stock Triton 3.9 does in place of it (test_triton_interpreter.py notices when that changes):
+What stock Triton 3.7 and 3.9 do in place of it (test_triton_interpreter.py notices when that changes):
   bf16: arithmetic and tl.dot on the raw 16-bit patterns, fp32 to bf16 by truncation
   a comparison keeps the type of its left side: combined with a mask it becomes an integer
   a store or load beyond its tensor: a segmentation fault, or nothing
@@ -122,10 +122,11 @@ class Watch:
                 storage = value.untyped_storage()
                 yield storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
-    def touch(self, what: str, pointers: TensorHandle, mask: TensorHandle | None) -> None:
+    def touch(self, what: str, pointers: TensorHandle, mask: TensorHandle | np.ndarray | None) -> None:
         at = pointers.data
-        if mask is not None:
-            at = at[np.broadcast_to(mask.data.astype(bool), at.shape)]
+        if mask is not None:  # a descriptor's is a bare array
+            mask = mask.data if isinstance(mask, TensorHandle) else mask
+            at = at[np.broadcast_to(mask.astype(bool), at.shape)]
         at = at.ravel()
         if not at.size:
             return
