@@ -39,7 +39,7 @@ FORWARD = Table(
         (SM80, 4, 128): AttentionConfig(32, 32, 8, 1),
         (SM90, 2, 64): AttentionConfig(128, 128, 8, 2, tma=True),
         (SM90, 2, 128): AttentionConfig(128, 128, 8, 2, tma=True),
-        (SM100, 2, 64): AttentionConfig(128, 64, 8, 3, tma=True),
+        (SM100, 2, 64): AttentionConfig(128, 64, 8, 3, tma=True, maxnreg=255),
         (SM100, 2, 128): AttentionConfig(128, 64, 8, 2, tma=True),
     },
 )
@@ -66,6 +66,7 @@ KEY = Table(
         (SM80, 4, 128): AttentionConfig(16, 16, 8, 1, maxnreg=255),
         (SM90, 2, 64): AttentionConfig(64, 128, 8, 2, tma=True),
         (SM90, 2, 128): AttentionConfig(32, 128, 8, 2, tma=True),
+        (SM100, 2, 64): AttentionConfig(64, 128, 8, 2, tma=True, maxnreg=255),
         (SM100, 2, 128): AttentionConfig(64, 64, 8, 2, tma=True),
     },
 )

@@ -45,6 +45,7 @@ class ProductConfig:
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 LOSS = Table("linear_cross_entropy.LOSS", {(SM80, ANY): LossConfig(4, 128, 4)})
@@ -54,7 +55,7 @@ PRODUCT = Table(
     "linear_cross_entropy.PRODUCT",
     {
         (SM80, 4, 4): ProductConfig(64, 64, 16, 8, 2),
-        (SM80, 2, 4): ProductConfig(128, 128, 32, 8, 3),
+        (SM80, 2, 4): ProductConfig(128, 128, 32, 8, 3, maxnreg=255),
         (SM80, 2, 2): ProductConfig(128, 128, 64, 8, 3),
     },
 )

@@ -51,7 +51,7 @@ PRODUCT = Table(
     {
         (SM80, 4, True): GemmConfig(64, 64, 16, 8, 2, maxnreg=168),
         (SM80, 2, False): GemmConfig(64, 64, 32, 8, 2),
-        (SM100, 2, False): GemmConfig(64, 64, 32, 8, 2, maxnreg=168),
+        (SM100, 2, False): GemmConfig(64, 64, 32, 8, 1, maxnreg=255),
         (SM80, 2, True): GemmConfig(128, 128, 64, 8, 3),
         (SM90, 2, True): GemmConfig(128, 256, 64, 8, 3, tma=True),
     },

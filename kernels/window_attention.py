@@ -41,7 +41,7 @@ QUERY = Table(
         (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
         (SM80, 4, 32): AttentionConfig(32, 16, 4, 1),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
-        (SM80, 4, 128): AttentionConfig(32, 32, 16, 1, maxnreg=128),
+        (SM80, 4, 128): AttentionConfig(16, 16, 8, 1, maxnreg=255),
     },
 )
 KEY = Table(
@@ -49,8 +49,8 @@ KEY = Table(
     {
         (SM80, 2, 128): AttentionConfig(32, 64, 8, 2),
         (SM80, 4, 32): AttentionConfig(32, 32, 8, 1, maxnreg=128),
-        (SM80, 4, 64): AttentionConfig(32, 32, 8, 1, maxnreg=128),
-        (SM80, 4, 128): AttentionConfig(16, 32, 8, 1),
+        (SM80, 4, 64): AttentionConfig(32, 32, 8, 1, maxnreg=168),
+        (SM80, 4, 128): AttentionConfig(16, 16, 8, 1, maxnreg=255),
     },
 )
 

@@ -222,7 +222,7 @@ def window_attention_bwd_query_kernel(
         f0, nf = window(f, RF, frames, TF)
         y0, ny = window(y, RY, height, TY)
         x0, nx = window(x, RX, width, TX)
-        for i_step in tl.range(0, nf * ny * nx * WALKED):
+        for i_step in tl.range(0, nf * ny * nx * WALKED, disable_licm=b_q.dtype == tl.float32):
             near = i_step // WALKED
             o_key, m_key = part_rows(
                 f0 + near // (ny * nx), y0 + near // nx % ny, x0 + near % nx, i_step % WALKED,

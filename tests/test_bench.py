@@ -195,6 +195,7 @@ def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_check, "ask", lambda *call: {"error": None, "refused": refusals})
     monkeypatch.setattr(gpu_check, "_python", python)
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_check, "limits", dict)
     monkeypatch.delenv("UVG_BACKENDS", raising=False)
     assert gpu_check.main([]) == 1
     (path,) = tmp_path.iterdir()
