@@ -190,6 +190,7 @@ def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "H100/80 GB")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
     refusals = {"cuda": "uvg_engine._cuda is not built"}
     monkeypatch.setattr(gpu_check, "ask", lambda *call: {"error": None, "refused": refusals})
