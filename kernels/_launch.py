@@ -55,7 +55,7 @@ class AotCase:
     three quarters of the bytes at least), "vector" (the same of the stores alone, and no single 16-bit access).
     flops: kernel name to floating-point operations of one launch, where the arithmetic counts for the time.
     No spills, and shared memory within the chip's limit, are asked of every kernel. tested: the tests compile it too,
-    not `python -m bench.aot` alone.
+    not `python -m bench.aot` alone; the tested cases together reach every entry of the tables.
     """
 
     name: str

@@ -151,7 +151,7 @@ def run_first():
     return run
 
 
-def test_attention(run_first):
+def test_attention(run_first, run_last):
     """One span at the end, 32 heads of 128: the first tile's rows begin at element 2^31."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (huge(g).unflatten(1, (32, 128)) for _ in range(3))
@@ -162,6 +162,9 @@ def test_attention(run_first):
     want, want_lse = attention_truth.forward(*end, own, own, 0.125)
     torch.testing.assert_close(out[-END:, :1], want, rtol=0.02, atol=0.01)
     torch.testing.assert_close(lse[:1, -END:], want_lse)
-    dq, _ = run_first(flash_attention.query_pass, out, out, lse, q, k, v, spans, spans, 0.125)
-    want_dq, _, _ = attention_truth.backward(want, want, want_lse, *end, own, own, 0.125)
+    dq, delta = run_first(flash_attention.query_pass, out, out, lse, q, k, v, spans, spans, 0.125)
+    want_dq, *want_rest = attention_truth.backward(want, want, want_lse, *end, own, own, 0.125)
     torch.testing.assert_close(dq[-END:, :1], want_dq, rtol=0.02, atol=0.02)
+    rest = run_last(flash_attention.key_pass, out, lse, delta, q, k, v, spans, spans, 0.125)
+    for got, wanted in zip(rest, want_rest, strict=True):
+        torch.testing.assert_close(got[-END:, :1], wanted, rtol=0.02, atol=0.05)
