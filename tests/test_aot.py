@@ -23,6 +23,8 @@ from bench import aot, occupancy, roofline
 from uvg_engine.kernels import _configs, _launch
 
 CAPABILITIES = sorted(aot.SHARED_LIMIT)
+PINNED = re.search(r"^triton==(\S+)", (aot.KERNELS.parent / "constraints.txt").read_text(), re.M).group(1)
+FOUND = importlib.import_module("triton").__version__
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,7 @@ def pool():
         yield pool
 
 
+@pytest.mark.skipif(FOUND != PINNED, reason=f"what spills depends on Triton: looked at with {PINNED}, here is {FOUND}")
 @pytest.mark.parametrize("op", aot.ops())
 def test_kernels_compile_well(pool, op):
     done = [pool.submit(aot.compile_op, op, capability, every=False) for capability in CAPABILITIES]
