@@ -164,7 +164,9 @@ def test_no_rotation_is_a_rotation_of_no_row(backend, without):
     inputs = TestQkNormRope.cases[0].inputs(FP32) | dict.fromkeys(without)
     bare = inputs | dict.fromkeys(ROTATION)
     none = inputs | {"rope_spans": torch.zeros(0, 6, dtype=torch.int32)}
-    assert all(torch.equal(a, b) for a, b in zip(qk_norm_rope(**bare), qk_norm_rope(**none), strict=True))
+    slack = 1e-6 if backend == "triton" else 0  # Triton's rows without rotation take another kernel
+    for a, b in zip(qk_norm_rope(**bare), qk_norm_rope(**none), strict=True):
+        torch.testing.assert_close(a, b, rtol=slack, atol=slack)
     torch.testing.assert_close(qk_norm_rope(**bare)[0], rms(inputs["q"], inputs["weight_q"]))
 
 
