@@ -130,14 +130,6 @@ void moe_mlp(Address x, Address w1, Address b1, Address w2, Address b2, const st
   run(uvg::moe_mlp_forward, p);
 }
 
-void activate_backward(Address pre, int64_t size, int dtype, int threads, Address activated, Address dhidden,
-                       Address dpre) {
-  uvg::MoeMlpParams p{};
-  p.pre = at<void>(pre), p.size = size, p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
-  p.activated = at<void>(activated), p.dhidden = at<void>(dhidden), p.dpre = at<void>(dpre);
-  run(uvg::moe_mlp_activate_backward, p);
-}
-
 int64_t weight_words(int64_t width, int64_t depth, int dtype) {
   int64_t words = 0;
   uvg::LinearParams p{};
@@ -166,6 +158,16 @@ void linear(Address x, Address packed, Address bias, int64_t rows, int64_t depth
   p.gelu = gelu, p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
   p.out = at<void>(out), p.pre = at<void>(pre);
   run(uvg::linear_forward, p);
+}
+
+void linear_backward(Address dz, Address x, Address weight, int64_t rows, int64_t depth, int64_t width, int64_t x_row,
+                     bool gelu, int dtype, int threads, Address dx, Address dweight, Address dbias) {
+  uvg::LinearBackwardParams p{};
+  p.dz = at<void>(dz), p.x = at<void>(x), p.weight = at<void>(weight);
+  p.rows = rows, p.depth = depth, p.width = width, p.x_row = x_row;
+  p.gelu = gelu, p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
+  p.dx = at<void>(dx), p.dweight = at<void>(dweight), p.dbias = at<void>(dbias);
+  run(uvg::linear_backward, p);
 }
 
 void attention(bool backward, std::array<Address, 3> x, Spans q_spans, Spans k_spans, int64_t heads, int64_t width,
@@ -237,9 +239,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gated_residual_norm", &residual_norm);
   m.def("qk_norm_rope", &norm_rope);
   m.def("moe_mlp", &moe_mlp);
-  m.def("moe_mlp_activate_backward", &activate_backward);
   m.def("flash_attention", &attention);
   m.def("linear", &linear);
+  m.def("linear_backward", &linear_backward);
   m.def("linear_words", &weight_words);
   m.def("weight_mark", &weight_mark);
   m.def("linear_pack", &pack_weight);

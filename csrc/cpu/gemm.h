@@ -20,7 +20,7 @@ using Halves = Pairs;
 using Halves = Singles<BFloat16>;
 #endif
 
-// A product over some rows. Rows of x, out and pre lie x_row, out_row values apart.
+// A product over some rows. Rows of x lie x_row values apart, those of out, pre and slope_at out_row.
 template <typename F>
 struct Product {
   using T = typename F::Value;
@@ -29,8 +29,9 @@ struct Product {
   const T* bias;              // [width] or null
   int64_t rows, depth, width, x_row, out_row;
   bool gelu;
-  T* out;  // [rows, width]
-  T* pre;  // [rows, width]: before the activation, or null
+  T* out;                       // [rows, width]
+  T* pre;                       // [rows, width]: before the activation, or null
+  const T* slope_at = nullptr;  // [rows, width]: results are multiplied by GELU's derivative there
 };
 
 // Words of a packed row with its tail, and of a packed weight.
@@ -137,7 +138,11 @@ UVG_NOINLINE void gemm_tile(const Step<F>& s) {
 #pragma GCC unroll 6
     for (int64_t r = 0; r < R; ++r) {
       const int64_t at = (s.row + r) * p.out_row + column;
-      const Vec value = value_of(p, sum[r][j], s.row + r, column) + bias;
+      Vec value = value_of(p, sum[r][j], s.row + r, column) + bias;
+      if (p.slope_at != nullptr) {
+        const GeluAndSlope gelu(load(p.slope_at + at, left));
+        value = value * gelu.slope;
+      }
       if (p.pre != nullptr) store(p.pre + at, value, left);
       store(p.out + at, p.gelu ? gelu(value) : value, left);
     }

@@ -8,8 +8,6 @@ namespace {
 
 using Params = MoeMlpParams;
 
-constexpr int64_t kChunk = 8192;  // values that one thread does alone
-
 template <typename F>
 void forward(const Params& p) {
   using T = typename F::Value;
@@ -30,30 +28,9 @@ void forward(const Params& p) {
   }
 }
 
-template <typename T>
-void activate_backward(const Params& p) {
-  const auto *pre = static_cast<const T*>(p.pre), *dhidden = static_cast<const T*>(p.dhidden);
-  const int64_t chunks = (p.size + kChunk - 1) / kChunk;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t first = c * kChunk, rest = p.size - first;
-    columns(rest < kChunk ? rest : kChunk, [&](int64_t i, int64_t n) {
-      const int64_t at = first + i;
-      const GeluAndSlope gelu(load(pre + at, n));
-      const Vec slope = gelu.slope * load(dhidden + at, n);
-      store(static_cast<T*>(p.activated) + at, gelu.value, n);
-      store(static_cast<T*>(p.dpre) + at, slope, n);
-    });
-  }
-}
-
 }  // namespace
 
 void moe_mlp_forward(const Params& p) { p.dtype == Dtype::kFloat32 ? forward<Singles<float>>(p) : forward<Halves>(p); }
-
-void moe_mlp_activate_backward(const Params& p) {
-  p.dtype == Dtype::kFloat32 ? activate_backward<float>(p) : activate_backward<BFloat16>(p);
-}
 
 }  // namespace UVG_ISA
 }  // namespace uvg

@@ -63,6 +63,44 @@ void check_linear(int64_t rows, int64_t depth, int64_t width, bool act) {
   });
 }
 
+double gelu_slope(double x) { return (gelu(x + 1e-5) - gelu(x - 1e-5)) / 2e-5; }
+
+// gap: values between rows of x. act: the product was with GELU of x.
+void check_backward(int64_t rows, int64_t depth, int64_t width, int64_t gap, bool act) {
+  const int64_t x_row = depth + gap;
+  const auto inputs = [&](Dtype dtype) {
+    return Arrays{Array::random(dtype, rows * width, 1), Array::random(dtype, rows * x_row, 2, 2.0f),
+                  Array::random(dtype, width * depth, 3, 0.3f)};
+  };
+  const auto run = [&](Dtype dtype, int threads) {
+    Arrays in = inputs(dtype);
+    Arrays out = {Array(dtype, rows * depth), Array(dtype, width * depth), Array(dtype, width)};
+    LinearBackwardParams p{};
+    p.dz = in[0].data(), p.x = in[1].data(), p.weight = in[2].data();
+    p.rows = rows, p.depth = depth, p.width = width, p.x_row = x_row;
+    p.gelu = act, p.dtype = dtype, p.threads = threads;
+    p.dx = out[0].data(), p.dweight = out[1].data(), p.dbias = out[2].data();
+    linear_backward(p);
+    return out;
+  };
+  everywhere(run, [&](Dtype dtype) {
+    const Arrays in = inputs(dtype);
+    Truth truth = {std::vector<double>(rows * depth), std::vector<double>(width * depth), std::vector<double>(width)};
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t n = 0; n < width; ++n) {
+        const double dz = in[0][r * width + n];
+        truth[2][n] += dz;
+        for (int64_t i = 0; i < depth; ++i) {
+          const double x = in[1][r * x_row + i];
+          truth[0][r * depth + i] += dz * in[2][n * depth + i] * (act ? gelu_slope(x) : 1);
+          truth[1][n * depth + i] += dz * (act ? gelu(x) : x);
+        }
+      }
+    }
+    return truth;
+  });
+}
+
 // Three experts, the second without rows; room for fewer rows than the largest has.
 void check_experts(int64_t width, int64_t hidden) {
   const std::vector<int64_t> offsets = {0, 37, 37, 60};
@@ -107,6 +145,14 @@ int main() {
   check_linear(7, 33, 65, true);
   check_linear(130, 64, 17, false);
   check_linear(45, 130, 200, true);
+  check_backward(0, 5, 3, 0, false);
+  check_backward(1, 1, 1, 0, true);
+  check_backward(3, 0, 2, 0, false);
+  check_backward(3, 2, 0, 0, false);
+  check_backward(7, 33, 65, 4, false);
+  check_backward(131, 65, 50, 0, true);
+  check_backward(64, 200, 193, 1, false);
+  check_backward(1601, 17, 7, 0, true);
   check_experts(17, 40);
   check_experts(64, 96);
   return finish("linear");

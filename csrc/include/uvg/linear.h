@@ -24,8 +24,22 @@ struct LinearParams {
   int64_t* words;       // linear_words
 };
 
+// Gradients of a product x W^T + b. All arrays but x are packed.
+struct LinearBackwardParams {
+  const void* dz;      // [rows, width]: gradient of the result
+  const void* x;       // [rows, depth], rows x_row values apart
+  const void* weight;  // [width, depth]
+  int64_t rows, depth, width, x_row;
+  bool gelu;    // the product was with GELU (tanh form) of x, which is packed; dx is the gradient before it
+  Dtype dtype;  // of all arrays
+  int threads;
+  void *dx, *dweight;
+  void* dbias;  // [width] or null
+};
+
 UVG_KERNEL(linear_words, LinearParams)
 UVG_KERNEL(linear_pack, LinearParams)
 UVG_KERNEL(linear_forward, LinearParams)
+UVG_KERNEL(linear_backward, LinearBackwardParams)
 
 }  // namespace uvg

@@ -1,5 +1,5 @@
 // Linear, GELU (tanh form), Linear by experts over contiguous groups of rows. All arrays are packed; weights as
-// linear_pack makes them, one expert after the other.
+// linear_pack makes them, one expert after the other. The backward is linear_backward, twice an expert.
 #pragma once
 
 #include <cstdint>
@@ -21,14 +21,8 @@ struct MoeMlpParams {
   int64_t room_rows;
   void* y;    // [rows, width]
   void* pre;  // [rows, hidden]: hidden values before GELU, or null; the backward reads it
-  // Backward of the activation, over `size` values of pre:
-  int64_t size;
-  void* activated;  // gelu(pre)
-  const void* dhidden;
-  void* dpre;  // may be dhidden
 };
 
 UVG_KERNEL(moe_mlp_forward, MoeMlpParams)
-UVG_KERNEL(moe_mlp_activate_backward, MoeMlpParams)
 
 }  // namespace uvg

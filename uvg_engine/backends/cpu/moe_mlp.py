@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from uvg_engine.backends import native
 from uvg_engine.backends.cpu._tensors import DTYPES, at, refuses_tensors
+from uvg_engine.backends.cpu.linear import gradients
 from uvg_engine.backends.packed_weights import packed
-from uvg_engine.reference.moe_mlp import expert_rows
 
 _ROOM_BYTES = 16 * 2**20  # for hidden rows between the two products: stays in the last cache, needs no fresh pages
 _FEWEST_ROWS = 192
@@ -39,12 +41,15 @@ def forward(
     room = new_room(rows, hidden, x.dtype)
     y = torch.empty((rows, width), dtype=x.dtype)
     pre = torch.empty((rows, hidden), dtype=x.dtype) if for_backward else None
-    words1, words2 = packed(w1, not for_backward), packed(w2, not for_backward)
-    native.core().moe_mlp(
-        *(x.data_ptr(), words1.data_ptr(), b1.data_ptr(), words2.data_ptr(), b2.data_ptr(), bounds),
-        *(width, hidden, x.stride(0), DTYPES[x.dtype], torch.get_num_threads()),
-        *(room.data_ptr(), len(room), y.data_ptr(), at(pre)),
-    )
+    # weights that are packed for this call alone: an expert's at a time
+    groups = [(e, e + 1) for e in range(len(w1))] if for_backward else [(0, len(w1))]
+    for first, end in groups:
+        words1, words2 = (packed(w[first:end], not for_backward) for w in (w1, w2))
+        native.core().moe_mlp(
+            *(x.data_ptr(), words1.data_ptr(), at(b1[first:end]), words2.data_ptr(), at(b2[first:end])),
+            *(bounds[first : end + 1], width, hidden, x.stride(0), DTYPES[x.dtype], torch.get_num_threads()),
+            *(room.data_ptr(), len(room), y.data_ptr(), at(pre)),
+        )
     return y, pre
 
 
@@ -52,17 +57,11 @@ def backward(
     dy: Tensor, pre: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor
 ) -> tuple[Tensor, ...]:
     """Arguments and results as in reference.moe_mlp.backward."""
-    dy, dx = dy.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    dw1, db1, dw2, db2 = (torch.zeros_like(p, memory_format=torch.contiguous_format) for p in (w1, b1, w2, b2))
-    for e, rows in expert_rows(group_offsets):
-        dpre, hidden = dy[rows] @ w2[e], torch.empty_like(pre[rows])
-        native.core().moe_mlp_activate_backward(
-            *(pre[rows].data_ptr(), hidden.numel(), DTYPES[x.dtype], torch.get_num_threads()),
-            *(hidden.data_ptr(), dpre.data_ptr(), dpre.data_ptr()),
-        )
-        torch.mm(dy[rows].T, hidden, out=dw2[e])
-        torch.mm(dpre.T, x[rows], out=dw1[e])
-        torch.mm(dpre, w1[e], out=dx[rows])
-        db2[e] = dy[rows].sum(0, dtype=torch.float32)
-        db1[e] = dpre.sum(0, dtype=torch.float32)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    dy, w1, w2, dx = dy.contiguous(), w1.contiguous(), w2.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    dw1, db1, dw2, db2 = (torch.empty(p.shape, dtype=p.dtype) for p in (w1, b1, w2, b2))
+    for e, (first, end) in enumerate(pairwise(group_offsets.tolist())):
+        rows, dpre = slice(first, end), torch.empty((end - first, w1.shape[1]), dtype=x.dtype)
+        gradients(dy[rows], pre[rows], w2[e], True, dpre, dw2[e], db2[e])
+        gradients(dpre, x[rows], w1[e], False, dx[rows], dw1[e], db1[e])
     return dx, dw1, db1, dw2, db2

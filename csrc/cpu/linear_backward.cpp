@@ -1,0 +1,166 @@
+// dx = dz W by the product of the forward on a weight packed across its rows; dweight = dz^T x with the rows as depth,
+// both operands packed across theirs.
+#include "common/row_lists.h"
+#include "cpu/gemm.h"
+#include "cpu/per_thread.h"
+#include "uvg/linear.h"
+
+namespace uvg {
+namespace UVG_ISA {
+namespace {
+
+using Params = LinearBackwardParams;
+
+constexpr int64_t kLeft = 8 * kTileRows;            // columns of dz in a panel: whole tiles, whole vectors
+constexpr int64_t kBlock = 4 * kLeft;               // of them that meet a panel of x in the second-level cache
+constexpr int64_t kPackedWords = int64_t{4} << 20;  // of one operand at a time, where kBlock columns need no more
+constexpr int64_t kSummed = 64;                     // rows whose sum for the bias starts anew: fewer lost bits
+
+// Columns of a matrix, whose rows lie row_step values apart, across its rows.
+template <typename F>
+struct Across {
+  using T = typename F::Value;
+  const T* data;
+  int64_t row_step, rows, width;
+  bool activate;  // GELU of the values
+
+  // Columns from `first` on: [depth][wide] dwords. total: their sums over the rows, in T, or null.
+  template <int64_t kWide>
+  void pack(int64_t first, int64_t wide, int64_t depth, uint32_t* out, T* total) const {
+    constexpr int64_t kVecs = kWide / kLanes;
+    const int64_t left = width - first, count = left < wide ? left : wide;
+    T work[F::kPer][kWide];
+    Vec sum[kVecs] = {}, part[kVecs] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* at[F::kPer];
+      for (int64_t e = 0; e < F::kPer; ++e) {
+        const int64_t r = k * F::kPer + e;
+        at[e] = r < rows ? data + r * row_step + first : nullptr;
+        if (at[e] == nullptr) continue;
+        if (r + kAhead < rows) prefetch(at[e] + kAhead * row_step), prefetch(at[e] + kAhead * row_step + count - 1);
+        if (total != nullptr)
+          for (int64_t j = 0; j < kVecs; ++j)
+            if (j * kLanes < count) part[j] += load(at[e] + j * kLanes, count - j * kLanes);
+        if (activate) {
+          for (int64_t i = 0; i < count; i += kLanes) store(work[e] + i, gelu(load(at[e] + i, count - i)));
+          at[e] = work[e];
+        }
+      }
+      for (int64_t i = 0; i < wide; i += kLanes)
+        store_bits(out + k * wide + i, i < count ? F::across(at, i, count - i) : VecBits{});
+      if (k % (kSummed / F::kPer) == 0 || k + 1 == depth)
+        for (int64_t j = 0; j < kVecs; ++j) sum[j] += part[j], part[j] = Vec{};
+    }
+    if (total == nullptr) return;
+    columns(count, [&](int64_t i, int64_t n) { store(total + first + i, sum[i / kLanes], n); });
+  }
+};
+
+// So many columns at a time that one operand stays within kPackedWords, in parts of like size.
+int64_t columns_at_once(int64_t columns, int64_t depth) {
+  const int64_t fit = kPackedWords / (depth * kBlock + 1) * kBlock, most = fit < kBlock ? kBlock : fit;
+  const int64_t parts = columns > most ? (columns + most - 1) / most : 1;
+  return round_up(columns > 0 ? (columns + parts - 1) / parts : 1, kBlock);
+}
+
+// Of a tile, [kBlock, kPanel].
+struct Sums {
+  float* data;
+  explicit Sums(Scratch& scratch) : data(scratch.floats(kBlock * kPanel)) {}
+};
+
+template <typename F>
+struct WeightGradient {
+  using T = typename F::Value;
+  const Params& p;
+  const Across<F> dz, x;
+  const int64_t depth;  // dwords
+
+  explicit WeightGradient(const Params& params)
+      : p(params),
+        dz{static_cast<const T*>(p.dz), p.width, p.rows, p.width, false},
+        x{static_cast<const T*>(p.x), p.x_row, p.rows, p.depth, p.gelu},
+        depth(depth_of<F>(p.rows)) {}
+
+  // dweight of kBlock columns of dz from `row` on and a panel of x from `column` on. out: [kBlock, kPanel] to work in.
+  void tile(const uint32_t* left, int64_t row, const uint32_t* right, int64_t column, float* out) const {
+    const int64_t rest = p.depth - column, width = rest < kPanel ? rest : kPanel, out_row = round_up(width, kLanes);
+    const int64_t rows = p.width - row < kBlock ? p.width - row : kBlock;
+    const int64_t parts = depth > kDepthBlock ? (depth + kDepthBlock - 1) / kDepthBlock : 1;
+    for (int64_t b = 0; b < parts; ++b) {
+      const int64_t from = depth * b / parts, to = depth * (b + 1) / parts;
+      for (int64_t r = 0; r < rows; r += kLeft)
+        multiply_all<F>(out + r * out_row, kLeft, width, left + r * depth + from * kLeft, 1, kLeft, right, depth, from,
+                        to - from, b == 0);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      T* to = static_cast<T*>(p.dweight) + (row + r) * p.depth + column;
+      columns(width, [&](int64_t i, int64_t n) { store(to + i, load(out + r * out_row + i), n); });
+    }
+  }
+
+  void run() const {
+    const int64_t left_columns = columns_at_once(p.width, depth), right_columns = columns_at_once(p.depth, depth);
+    Scratch scratch;
+    uint32_t *left = scratch.words(left_columns * depth), *right = scratch.words(right_columns * depth);
+    const PerThread<Sums> sums(scratch, p.threads);
+#pragma omp parallel num_threads(p.threads)
+    {
+      float* out = sums.own().data;
+      for (int64_t column = 0; column == 0 || column < p.depth; column += right_columns) {  // once for the bias
+        const int64_t right_end = p.depth - column < right_columns ? p.depth - column : right_columns;
+        const int64_t panels = round_up(right_end, kPanel) / kPanel;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t c = 0; c < right_end; c += kPanel) {
+          const int64_t rest = round_up(right_end - c, kLanes);
+          x.template pack<kPanel>(column + c, rest < kPanel ? rest : kPanel, depth, right + c * depth, nullptr);
+        }
+        for (int64_t row = 0; row < p.width; row += left_columns) {
+          const int64_t left_end = p.width - row < left_columns ? p.width - row : left_columns;
+          if (column == 0 || p.width > left_columns) {
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t r = 0; r < left_end; r += kLeft)
+              dz.template pack<kLeft>(row + r, kLeft, depth, left + r * depth,
+                                      column == 0 ? static_cast<T*>(p.dbias) : nullptr);
+          }
+          const int64_t blocks = (left_end + kBlock - 1) / kBlock;
+#pragma omp for schedule(dynamic, 1)
+          for (int64_t task = 0; task < blocks * panels; ++task) {
+            const int64_t r = task / panels * kBlock, c = task % panels * kPanel;
+            tile(left + r * depth, row + r, right + c * depth, column + c, out);
+          }
+        }
+      }
+    }
+  }
+};
+
+template <typename F>
+void x_gradient(const Params& p) {
+  using T = typename F::Value;
+  const Across<F> weight{static_cast<const T*>(p.weight), p.depth, p.width, p.depth, false};
+  const int64_t panel = weight_words<F>(kPanel, p.width);
+  Scratch scratch;
+  uint32_t* packed = scratch.words(weight_words<F>(p.depth, p.width));
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic, 1)
+  for (int64_t c = 0; c < p.depth; c += kPanel)
+    weight.template pack<kPanel>(c, kPanel, panel / kPanel, packed + c / kPanel * panel, nullptr);
+  gemm<F>({static_cast<const T*>(p.dz), packed, nullptr, p.rows, p.width, p.depth, p.width, p.depth, false,
+           static_cast<T*>(p.dx), nullptr, p.gelu ? static_cast<const T*>(p.x) : nullptr},
+          p.threads);
+}
+
+template <typename F>
+void backward(const Params& p) {
+  x_gradient<F>(p);
+  WeightGradient<F>(p).run();
+}
+
+}  // namespace
+
+void linear_backward(const Params& p) {
+  p.dtype == Dtype::kFloat32 ? backward<Singles<float>>(p) : backward<Halves>(p);
+}
+
+}  // namespace UVG_ISA
+}  // namespace uvg
