@@ -60,9 +60,13 @@ def tables():
 def test_cases_reach_every_configuration():
     """Whatever a table may answer on a chip, a case that is compiled here asks for it there."""
     reached = set()
+
+    def note(table, key, config):
+        reached.add((table.name, *key))
+        return config
+
     for case in (case for op in aot.ops() for case in aot.cases(op) if case.tested):
         for capability in case.capabilities:
-            note = lambda table, key, config: reached.add((table.name, *key)) or config  # noqa: E731
             with _launch.recording(capability), _configs.answering(note):
                 case.call()
     can = {

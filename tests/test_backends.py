@@ -246,7 +246,9 @@ def test_compiled_code_heeds_force_when_it_runs(add_backend):
 
 
 def test_a_forward_without_force_is_followed_by_its_own_backward(add_backend):
-    refuses = lambda h, *rest: "one row" if len(h) == 1 else None  # noqa: E731
+    def refuses(h, *rest):
+        return "one row" if len(h) == 1 else None
+
     mine, spare = Counted(gated_residual, refuses), Counted(gated_residual)
     add_backend("spare", {"gated_residual": spare.kernel})
     add_backend("mine", {"gated_residual": mine.kernel})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cpu_isa import isa_restored, sizes_of_one_thread, usable  # noqa: F401
+from test_cpu_isa import sizes_of_one_thread, usable
 
 from uvg_engine import backends, ops
 from uvg_engine.backends import native
@@ -21,13 +21,6 @@ def head(dtype, vocab=2500, width=54):
     return x.to(dtype), (weight * width**-0.5).to(dtype), bias.to(dtype)
 
 
-@pytest.fixture
-def threads_restored():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
 def draws_of_the_reference(dtype, temperature):
     names = torch.arange(ROWS)
@@ -38,7 +31,7 @@ def draws_of_the_reference(dtype, temperature):
 @pytest.mark.parametrize("isa", usable())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_draws_in_every_instruction_set_with_any_threads(isa, dtype, temperature, isa_restored, threads_restored):  # noqa: F811
+def test_draws_in_every_instruction_set_with_any_threads(isa, dtype, temperature, isa_restored, threads_restored):
     native.core().use_isa(isa)
     names = torch.arange(ROWS)
     for threads in (1, 2, 3):
@@ -61,7 +54,7 @@ def losses_and_gradients(dtype, loss):
 @pytest.mark.parametrize("isa", usable())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", ["ce", "gkl"])
-def test_losses_in_every_instruction_set_with_any_threads(isa, dtype, loss, isa_restored, threads_restored):  # noqa: F811
+def test_losses_in_every_instruction_set_with_any_threads(isa, dtype, loss, isa_restored, threads_restored):
     with backends.force("reference"):
         want = losses_and_gradients(dtype, loss)
     native.core().use_isa(isa)

@@ -85,12 +85,6 @@ def steps_of_both_streams(x, velocity, numbers):
     return *noisy, *ops.flow_step(x, velocity, *past, lengths, tokens, noisy[2], share, seeds, seeds + 1, lengths)
 
 
-@pytest.fixture
-def isa_restored():
-    yield
-    native.core().use_isa(usable()[-1])
-
-
 @pytest.mark.parametrize("isa", usable())
 @pytest.mark.parametrize("width", [6, 54, 192])
 def test_every_instruction_set_agrees_with_the_reference(isa, width, isa_restored):
