@@ -8,6 +8,7 @@ error that names the reason), `explain` tells what each backend says, `why` who 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 # Most specialised first; the reference accepts everything.
-ORDER = ("cuda", "triton", "flash_attn_3", "flash_attn", "cudnn", "cpu", "sdpa", "reference")
+_GPU_ONLY = ("cuda", "triton", "flash_attn_3", "flash_attn", "cudnn")  # without Triton's interpreter
+ORDER = (*_GPU_ONLY, "cpu", "sdpa", "reference")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,13 @@ def _names(chosen: str) -> tuple[str, ...]:
     if unknown or not picked:
         raise ValueError(f"UVG_BACKENDS must list backends out of {', '.join(ORDER)}, got {chosen!r}")
     return picked
+
+
+@functools.cache
+def _of_cpu(order: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of an order that may serve tensors on the CPU; the others would refuse every call, one by one."""
+    interpreting = importlib.import_module("uvg_engine.backends.triton").interpreting()
+    return tuple(name for name in order if name not in _GPU_ONLY or (name == "triton" and interpreting)) or order
 
 
 def table(backend: str) -> dict[str, Kernel]:
@@ -92,7 +101,9 @@ def asked(op: str, args: tuple[Any, ...]) -> tuple[str, ...]:
     pinned = _forced.get()
     if pinned:
         return (pinned,)
-    if not args[0].is_cuda or os.environ.get("UVG_BACKENDS"):
+    if not args[0].is_cuda:
+        return _of_cpu(names()) if args[0].is_cpu else names()
+    if os.environ.get("UVG_BACKENDS"):
         return names()
     return _choice().order(op, args, ORDER).names
 

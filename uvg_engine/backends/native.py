@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +19,9 @@ _NOT_BUILT = {
     "_cuda": "the CUDA kernels were not built: at install time there was no nvcc on PATH, in CUDA_HOME or from PyPI "
     "(pip install 'nvidia-cuda-nvcc>=13' 'nvidia-cuda-cccl>=13', then install uvg_engine again)",
 }
+
+
+_stand_in: ContextVar[Any] = ContextVar("uvg_engine_stand_in_core", default=None)
 
 
 @functools.cache
@@ -40,12 +46,22 @@ def cuda() -> ModuleType | None:
     return _load("_cuda")[0]
 
 
-def core() -> ModuleType:
-    """The native CPU module. Raises RuntimeError with the reason where there is none."""
-    module = cpu()
+def core() -> Any:
+    """The native CPU module, or what stands in for it. Raises RuntimeError with the reason where there is none."""
+    module = _stand_in.get() or cpu()
     if module is None:
         raise RuntimeError(why_not())
     return module
+
+
+@contextlib.contextmanager
+def standing_in(other: Any) -> Iterator[None]:
+    """Inside, in this thread, `core` returns something else, which looks on; None: the module itself."""
+    token = _stand_in.set(other)
+    try:
+        yield
+    finally:
+        _stand_in.reset(token)
 
 
 def why_not() -> str | None:

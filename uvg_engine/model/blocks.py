@@ -35,7 +35,7 @@ class Rows:
 
     def select(self, selection: Selection, asking: Asking | None) -> Rows:
         """What the blocks have to know of these samples."""
-        layout, modulation = selection.layout, self.modulation_S6D[selection.spans]
+        layout, modulation = selection.layout, self.modulation_S6D.index_select(0, selection.spans)
         spans = None if self.spans is None else layout.row_spans.cpu()
         return replace(self, layout=layout, modulation_S6D=modulation, spans=spans, asking=asking)
 

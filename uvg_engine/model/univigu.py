@@ -203,18 +203,19 @@ class UniViGU(nn.Module):
             if index == 0 or read is None:
                 h, n = block.mix(h, rows)
             if index == 0 and branches is not None:
-                rows, h, n = rows.select(branches, asking), h[branches.rows], n[branches.rows]
+                rows = rows.select(branches, asking)
+                h, n = h.index_select(0, branches.rows), n.index_select(0, branches.rows)
             if read is not None:
                 read_rows, place = rows.select(read.selection, read.asking), read.selection.rows
                 if index == 0:
-                    h, n = h[place], n[place]
+                    h, n = h.index_select(0, place), n.index_select(0, place)
                 else:
                     h, n = block.mix(h, rows, read_rows, place)
                 rows = read_rows
             h = block.ask_condition(h, n, rows, block_condition)
         if branches is not None:
             samples = branches.samples
-            temb_v, temb_t, time_v = temb_v[samples], temb_t[samples], time_v[samples]
+            temb_v, temb_t, time_v = (x.index_select(0, samples) for x in (temb_v, temb_t, time_v))
         velocity = text_hidden = None
         if rows.layout.num_video:
             velocity = self._video_velocity(h[: rows.layout.num_video], rows, temb_v)
@@ -330,6 +331,6 @@ def _values(layout: Layout, config: UniViGUConfig) -> list[int]:
 
 def _velocity(latents: Tensor, sample: Tensor, layout: Layout, time_v: Tensor, config: UniViGUConfig) -> Tensor:
     """(x - x0) / sigma from a prediction x0 of the clean latents; all flat [N]."""
-    sigma = (time_v / 1000).clamp_min(_LOWEST_SIGMA)
-    counts = torch.tensor(_values(layout, config), device=time_v.device)
-    return (latents - sample) / sigma.float().repeat_interleave(counts, output_size=len(latents))
+    sigma = (time_v / 1000).clamp_min(_LOWEST_SIGMA).float()
+    per_value = [one.expand(n) for one, n in zip(sigma, _values(layout, config), strict=True)]
+    return (latents - sample) / torch.cat(per_value)

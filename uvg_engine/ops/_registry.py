@@ -84,6 +84,11 @@ def _register(
     return call
 
 
+def kernel_of(name: str) -> Callable[..., Any]:
+    """What torch.ops.<name> ("uvg::linear") does on the CPU: checks, choice of the backend, kernel."""
+    return _kernels[name.partition("::")[2]]
+
+
 # What tells that nobody looks on is private to torch. A torch without one of these dispatches every call.
 _NEEDED = (
     (torch._C, "_any_requires_grad"),

@@ -18,6 +18,7 @@ from uvg_engine.model.checkpoint import from_pretrained, save_pretrained
 from uvg_engine.model.patches import patch_grid
 from uvg_engine.ops import require
 from uvg_engine.sampling.defaults import EngineDefaults
+from uvg_engine.sampling.replay import Replays
 from uvg_engine.sampling.requests import CaptionResult, GenerateResult, JointResult, Request, Result, Video, seed_list
 from uvg_engine.sampling.savings import Savings
 from uvg_engine.sampling.scheduler import Callback, Handle, Scheduler, check_max_rows
@@ -54,6 +55,7 @@ class Engine:
         self.savings = savings or Savings()
         check_max_rows(max_rows)
         self.max_rows = max_rows
+        self.replays = Replays(model)
         config = model.config
         shape = codec.latent_shape((self.defaults.frames, self.defaults.height, self.defaults.width))
         if shape[0] != config.in_channels:

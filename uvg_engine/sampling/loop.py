@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from uvg_engine.flow import Step
 from uvg_engine.model import Layout, UniViGU
 from uvg_engine.model.blocks import Asking, BlockCondition, Reading
 from uvg_engine.model.layout import TEXT, VIDEO, Selection, tiles
-from uvg_engine.model.univigu import ConditionKV, TimeTable
+from uvg_engine.model.univigu import ConditionKV, PackedOutput, TimeTable
 from uvg_engine.ops import flow_source, flow_step, jump_coins, linear_sample
 from uvg_engine.sampling.prepare import Prepared
 from uvg_engine.sampling.savings import Savings
@@ -79,20 +79,29 @@ class State:
 
 @dataclass(frozen=True)
 class Packed:
-    """What the model has to know of a composition of the batch. layout: of `branches` of it, where there are some."""
+    """What the model has to know of a composition of the batch. layout: of `branches` of it, where there are some.
+
+    key: equal for compositions that differ in the values of their conditions only. condition: k, v and, with `asking`,
+    constant of each block, one after the other.
+    """
 
     composition: list[Branch]
+    key: Hashable
     layout: Layout
-    condition: ConditionKV
+    condition: list[Tensor]
     asking: Asking | None
     asks: list[bool]
     branches: Selection | None
 
+    @property
+    def whole(self) -> Layout:
+        """Of all samples."""
+        return self.layout if self.branches is None else self.branches.layout
+
     def reading(self, video: list[bool], text: list[bool]) -> Reading | None:
         """Of these modalities of the samples; None where that is all there is."""
-        layout = self.layout if self.branches is None else self.branches.layout
-        read = Selection.of_read(layout, video, text)
-        if read.layout.num_rows == layout.num_rows:
+        read = Selection.of_read(self.whole, video, text)
+        if read.layout.num_rows == self.whole.num_rows:
             return None
         return Reading(read, None if self.asking is None else Asking.build(read.layout, self.asks))
 
@@ -109,6 +118,7 @@ class Loop:
         self._head = [p.detach().to(self.model.dtype) for p in (head.weight, head.bias)]
         self._packed: Packed | None = None
         self._reading: tuple[Packed, list[bool], list[bool], Reading | None] | None = None
+        self._replays = engine.replays
         self._tables: weakref.WeakValueDictionary[tuple, TimeTables] = weakref.WeakValueDictionary()  # by times
 
     @torch.no_grad()
@@ -128,19 +138,32 @@ class Loop:
         read_video, read_text = self._read(everyone, drawing)
         packed = self._pack(states, everyone, branches)
         first = everyone if packed.branches is None else states
-        out = self.model.packed(
+        tables = self._time_tables(first)
+        changing = [
             torch.cat([s.latents for s in first]),
             torch.cat([s.tokens for s in first]),
-            packed.layout,
             self._floats([s.now.video_time for s in first]),
             self._floats([s.now.text_time for s in first]),
-            packed.condition,
-            isolate=True,
-            time_tables=self._time_tables(first),
-            asking=packed.asking,
-            branches=packed.branches,
-            reading=self._reading_of(packed, read_video, read_text),
-        )
+            *itertools.chain(*tables or ()),
+        ]
+        reading = self._reading_of(packed, read_video, read_text)
+
+        def forward(changing: Sequence[Tensor], resting: Sequence[Tensor]) -> PackedOutput:
+            latents, tokens, time_v, time_t, *of_times = changing
+            return self.model.packed(
+                *(latents, tokens, packed.layout, time_v, time_t, _blocks(resting, packed.asking)),
+                isolate=True,
+                time_tables=((of_times[0], of_times[1]), (of_times[2], of_times[3])) if of_times else None,
+                asking=packed.asking,
+                branches=packed.branches,
+                reading=reading,
+            )
+
+        if self.savings.replay:
+            key = (packed.key, tuple(read_video), tuple(read_text), len(changing))
+            out = self._replays.run(key, packed.whole.num_rows, changing, packed.condition, forward)
+        else:
+            out = forward(changing, packed.condition)
         velocities: dict[Branch, Tensor] = {}
         if out.velocity is not None:
             sizes = [len(s.latents) if reads else 0 for s, reads in zip(everyone, read_video, strict=True)]
@@ -169,17 +192,17 @@ class Loop:
         asks = [part[0].constant is None for part in parts]
         asking, condition = None if all(asks) else Asking.build(layout, asks), []
         for block in zip(*parts, strict=True):
-            k, v = torch.cat([c.k for c in block]), torch.cat([c.v for c in block])
-            constant = None
+            condition += [torch.cat([c.k for c in block]), torch.cat([c.v for c in block])]
             if asking is not None:  # what stands for a sample that asks is not read
-                idle = k.new_zeros(1, k.shape[1])
-                constant = torch.cat([idle if c.constant is None else c.constant for c in block])
-            condition.append(BlockCondition(k, v, constant))
+                idle = condition[-1].new_zeros(1, condition[-1].shape[1])
+                condition.append(torch.cat([idle if c.constant is None else c.constant for c in block]))
+        masks = tuple(None if s.text_mask is None else tuple(s.text_mask.tolist()) for s in everyone)
+        shape = (layout.grids, layout.text_lens, layout.cond_lens, masks, tuple(asks), len(states))
         branches = None
         if self.savings.share_first_attention and len(everyone) > len(states):
             alone, places = self._layout(states, [0] * len(states)), {s.serial: i for i, s in enumerate(states)}
             branches, layout = Selection.build(alone, layout, [places[s.serial] for s in everyone]), alone
-        self._packed = Packed(composition, layout, condition, asking, asks, branches)
+        self._packed = Packed(composition, (*shape, branches is None), layout, condition, asking, asks, branches)
         return self._packed
 
     def _reading_of(self, packed: Packed, video: list[bool], text: list[bool]) -> Reading | None:
@@ -354,6 +377,12 @@ def _toss(state: State) -> Tensor:
         len(steps) * length,
     )
     return flat.view(len(steps), length)
+
+
+def _blocks(condition: Sequence[Tensor], asking: Asking | None) -> ConditionKV:
+    """`Packed.condition` as the model takes it."""
+    count = 2 if asking is None else 3
+    return [BlockCondition(*condition[i : i + count]) for i in range(0, len(condition), count)]
 
 
 def _or(value: Tensor | None, other: Tensor) -> Tensor:

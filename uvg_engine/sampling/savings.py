@@ -23,6 +23,7 @@ class Savings:
     skip_unguided: no unconditional branch where guidance is 1 or the video does not move.
     skip_unread: of rows whose result nobody reads (the video of captions, clean prompts, text of unconditional branches
         and of steps without a jump) the last block computes keys and values alone, and no head.
+    replay: on the CPU, forwards of a small model that come again are replayed from a recording: kernels without Python.
     drop_padding: pads of a clean prompt are not computed. Off, they are masked keys, and matrix products get more rows.
     """
 
@@ -34,6 +35,7 @@ class Savings:
     time_tables: bool = True
     skip_unguided: bool = True
     skip_unread: bool = True
+    replay: bool = True
     drop_padding: bool = True
 
     @classmethod

@@ -41,15 +41,21 @@ def forward(
     room = new_room(rows, hidden, x.dtype)
     y = torch.empty((rows, width), dtype=x.dtype)
     pre = torch.empty((rows, hidden), dtype=x.dtype) if for_backward else None
-    # weights that are packed for this call alone: an expert's at a time
-    groups = [(e, e + 1) for e in range(len(w1))] if for_backward else [(0, len(w1))]
-    for first, end in groups:
-        words1, words2 = (packed(w[first:end], not for_backward) for w in (w1, w2))
+
+    def run(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, bounds: list[int]) -> None:
+        words1, words2 = packed(w1, not for_backward), packed(w2, not for_backward)
         native.core().moe_mlp(
-            *(x.data_ptr(), words1.data_ptr(), at(b1[first:end]), words2.data_ptr(), at(b2[first:end])),
-            *(bounds[first : end + 1], width, hidden, x.stride(0), DTYPES[x.dtype], torch.get_num_threads()),
+            *(x.data_ptr(), words1.data_ptr(), b1.data_ptr(), words2.data_ptr(), b2.data_ptr()),
+            *(bounds, width, hidden, x.stride(0), DTYPES[x.dtype], torch.get_num_threads()),
             *(room.data_ptr(), len(room), y.data_ptr(), at(pre)),
         )
+
+    if not for_backward:
+        run(w1, b1, w2, b2, bounds)
+    else:  # weights that are packed for this call alone: an expert's at a time
+        for e in range(len(w1)):
+            one = slice(e, e + 1)
+            run(w1[one], b1[one], w2[one], b2[one], bounds[e : e + 2])
     return y, pre
 
 

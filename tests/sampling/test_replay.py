@@ -1,0 +1,196 @@
+"""Forwards replayed from a recording: nothing but time changes; no recording outlives what it was made of."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.sampling.tiny import alone, bits, make_engine, make_model, make_video
+from uvg_engine import backends
+from uvg_engine.backends import native
+from uvg_engine.sampling import Request, Savings, replay
+
+pytestmark = pytest.mark.skipif(native.cpu() is None, reason=f"recordings are of the native core: {native.why_not()}")
+
+FIRST = Request("generate", "a red seven", seed=3, num_steps=5)
+LIKE_IT = Request("generate", "the two blue", seed=8, num_steps=4)  # as many words
+KINDS = {
+    "generate": LIKE_IT,
+    "caption": Request("caption", video=make_video(1), seed=5, num_steps=6),
+    "joint": Request("joint", "one red three", seed=2, num_steps=4),
+}
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Of how many rows each forward was that ran in Python, recorded ones too."""
+    seen, packed = [], type(make_model()).packed
+
+    def spy(self, *args, **kwargs):
+        seen.append(args[2].num_rows)
+        return packed(self, *args, **kwargs)
+
+    monkeypatch.setattr("uvg_engine.model.UniViGU.packed", spy)
+    return seen
+
+
+def plainly(model, request):
+    return alone(make_engine(model, savings=Savings(replay=False)), request)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_replayed_has_the_same_bits(kind, forwards):
+    engine, model = make_engine(), make_model()
+    alone(engine, FIRST)
+    for seed in range(3):
+        request = copy.copy(KINDS[kind])
+        object.__setattr__(request, "seed", seed)
+        assert bits(alone(engine, request)) == bits(plainly(model, request))
+
+
+def test_a_forward_runs_twice_in_python_and_never_again(forwards):
+    engine = make_engine()
+    alone(engine, FIRST)
+    assert len(forwards) == 2
+    alone(engine, LIKE_IT)
+    assert len(forwards) == 2
+    alone(engine, Request("generate", "one", seed=3, num_steps=4))
+    assert len(forwards) == 4
+
+
+def test_a_batch_of_changing_requests_has_the_bits_of_each_alone():
+    engine, model = make_engine(), make_model()
+    requests = [*KINDS.values(), FIRST, Request("joint", "a green three", seed=11, num_steps=7, guidance=1)]
+    want = [bits(plainly(model, request)) for request in requests]
+    for _ in range(3):
+        scheduler = engine.scheduler(max_rows=200)
+        handles = [scheduler.submit(request) for request in requests]
+        list(scheduler.drain())
+        assert [bits(handle.result) for handle in handles] == want
+
+
+def replace_norm(model):
+    model.blocks[0].norm2.weight = torch.nn.Parameter(2 * model.blocks[0].norm2.weight)
+
+
+CHANGES = {
+    "a packed weight": lambda m: m.blocks[1].attn1.to_q.weight.mul_(1.5),
+    "a packed weight behind its version": lambda m: m.blocks[1].attn1.to_q.weight.data.mul_(1.5),
+    "an expert": lambda m: m.blocks[0].experts.w2.mul_(1.5),
+    "a bias": lambda m: m.blocks[0].attn2.to_out[0].bias.add_(1),
+    "a table": lambda m: m.scale_shift_table_v.add_(1),
+    "the patches": lambda m: m.patch_embedding.weight.mul_(1.5),
+    "another parameter": lambda m: setattr(
+        m.blocks[0].norm2, "weight", torch.nn.Parameter(m.blocks[0].norm2.weight * 2)
+    ),
+    "another module": lambda m: m.blocks[0].attn1.to_out.__setitem__(0, torch.nn.Linear(32, 32)),
+    "positions": lambda m: m.load_state_dict({**m.state_dict(), "rotary_emb_text.inv_freq": torch.rand(8)}),
+    "bytes": lambda m: setattr(m, "int8", True),
+    "dtype of the products": lambda m: setattr(m, "compute_dtype", torch.bfloat16),
+    "dtype": lambda m: m.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_model_that_changes_is_read_anew(what):
+    torch.manual_seed(0)
+    engine = make_engine()
+    before = bits(alone(engine, FIRST))
+    assert bits(alone(engine, FIRST)) == before
+    with torch.no_grad():
+        CHANGES[what](engine.model)
+    for _ in range(3):
+        got = bits(alone(engine, FIRST))
+        assert got == bits(plainly(copy.deepcopy(engine.model), FIRST)) and got != before
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.attentions = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.attentions += func is torch.ops.uvg.flash_attention.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_looks_on_sees_every_op():
+    engine = make_engine()
+    alone(engine, FIRST)
+    alone(engine, FIRST)
+    counts = []
+    for watched in (engine, make_engine(savings=Savings(replay=False))):
+        with Watch() as watch:
+            alone(watched, FIRST)
+        counts.append(watch.attentions)
+    assert counts[0] == counts[1] > 0
+
+
+def test_hooks_are_called(forwards):
+    engine, seen = make_engine(), []
+    alone(engine, FIRST)
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        handle = getattr(engine.model.blocks[0].experts, register)(lambda *args: seen.append(1))
+        alone(engine, FIRST)
+        handle.remove()
+    assert len(seen) == 2 * FIRST.num_steps
+    del forwards[:]
+    alone(engine, FIRST)
+    assert not forwards
+
+
+def test_another_backend_is_not_recorded(forwards):
+    engine = make_engine()
+    alone(engine, FIRST)
+    del forwards[:]
+    with backends.force("reference"):
+        alone(engine, FIRST)
+        got = bits(alone(engine, FIRST))
+        assert got == bits(plainly(make_model(), FIRST))
+    tried = [one for one in engine.replays._known.values() if one is False]
+    assert tried and len(forwards) == 3 * FIRST.num_steps + len(tried)
+
+
+def test_memory_is_bounded(forwards, monkeypatch):
+    engine = make_engine()
+    alone(engine, FIRST)
+    (held,) = (one.num_bytes for one in engine.replays._known.values() if one is not True)
+    assert 0 < held < 1 << 22
+    monkeypatch.setattr(replay, "MOST_BYTES", int(1.5 * held))
+    alone(engine, KINDS["joint"])  # takes the place of the first one
+    assert sum(one.num_bytes for one in engine.replays._known.values() if not isinstance(one, bool)) <= 1.5 * held
+    del forwards[:]
+    alone(engine, FIRST)
+    assert forwards
+    monkeypatch.setattr(replay, "MOST_BYTES", 1000)
+    del forwards[:]
+    alone(engine, LIKE_IT)
+    assert len(forwards) == LIKE_IT.num_steps
+
+
+def test_two_threads_share_an_engine():
+    engine, model = make_engine(), make_model()
+    want = {name: bits(plainly(model, request)) for name, request in KINDS.items()}
+    wrong, together = [], threading.Barrier(2)
+
+    def serve():
+        together.wait()
+        for _ in range(4):
+            for name, request in KINDS.items():
+                if bits(alone(engine, request)) != want[name]:
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=serve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_engine_can_be_copied():
+    engine = make_engine()
+    want = bits(alone(engine, FIRST))
+    assert bits(alone(copy.deepcopy(engine), FIRST)) == want

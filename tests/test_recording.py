@@ -1,0 +1,89 @@
+"""What can be done again from a recording, and what is refused."""
+
+import pytest
+import torch
+
+from uvg_engine import backends, ops
+from uvg_engine.backends import native
+from uvg_engine.ops._recording import NotRecordable, Recording
+
+pytestmark = pytest.mark.skipif(native.cpu() is None, reason=f"recordings are of the native core: {native.why_not()}")
+
+X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+
+
+def own_steps(x):
+    """Views, products, constants, writes to what it made, several results, a result that is read by a kernel."""
+    table = x[1:].clone()
+    table[:, 2:5] -= x[0, 2:5]
+    total = torch.zeros(8)
+    total += table.sum(0)
+    values, places = table.max(1)
+    row = torch.cat([total, values, torch.ones(3)])[:8]
+    h = ops.gated_residual(x, x.flip(0).t().contiguous().t())
+    return ops.linear(h, X, row[:6]), places, x.view(3, 16)
+
+
+def test_a_replay_reads_what_stands_there_now():
+    own = X.clone()
+    recording = Recording(lambda: own_steps(own))
+    for factor in (1.0, -2.0, 0.5):
+        own.copy_(X * factor)
+        assert recording.replay()
+        for got, want in zip(recording.result, own_steps(own), strict=True):
+            assert torch.equal(got, want)
+    assert recording.num_bytes >= 6 * 8 * 4
+
+
+def test_the_memory_of_a_recording_is_nobody_elses():
+    own = X.clone()
+    recording = Recording(lambda: own_steps(own))
+    others = [torch.full((n,), 7.0) for n in range(1, 200)]
+    assert recording.replay()
+    assert all(bool((other == 7).all()) for other in others)
+    assert torch.equal(recording.result[0], own_steps(own)[0])
+
+
+REFUSED = {
+    "a value": lambda: X.sum().item(),
+    "a choice": lambda: X + 1 if X.sum() > 0 else X,
+    "a shape": lambda: X[X > 0],
+    "random numbers": lambda: torch.randn(3),
+    "dropout": lambda: torch.nn.functional.dropout(X, 0.5),
+    "a foreign tensor": lambda: X[0].add_(0),
+    "a constant that is written to": lambda: torch.tensor([1.0, 2.0]).add_(1),
+    "an op of the reference": lambda: ops.gated_residual(X.double(), X.double()),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_done_again_is_refused(what):
+    with pytest.raises(NotRecordable):
+        Recording(REFUSED[what])
+    assert native.core() is native.cpu()
+
+
+def test_a_function_that_fails_leaves_nothing_behind():
+    def fails():
+        ops.gated_residual(X, X)
+        ops.gated_residual(X, X[1:])
+
+    with pytest.raises(ValueError, match="y must be"):
+        Recording(fails)
+    assert native.core() is native.cpu()
+    assert torch.equal(ops.gated_residual(X, X), X + X)
+
+
+def test_a_weight_that_is_written_to_ends_a_recording():
+    weight, own = torch.nn.Parameter(X.clone()), X.clone()
+    with torch.no_grad():
+        recording = Recording(lambda: ops.linear(own, weight))
+        assert recording.replay()
+        weight.mul_(2)
+        assert not recording.replay()
+        assert torch.equal(Recording(lambda: ops.linear(own, weight)).result, ops.linear(own, weight))
+
+
+def test_a_forced_backend_is_refused():
+    with backends.force("reference"), pytest.raises(NotRecordable, match="not served by the native core"):
+        Recording(lambda: ops.gated_residual(X, X))
