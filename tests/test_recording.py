@@ -1,5 +1,7 @@
 """What can be done again from a recording, and what is refused."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -87,3 +89,25 @@ def test_a_weight_that_is_written_to_ends_a_recording():
 def test_a_forced_backend_is_refused():
     with backends.force("reference"), pytest.raises(NotRecordable, match="not served by the native core"):
         Recording(lambda: ops.gated_residual(X, X))
+
+
+def test_memory_is_bounded_while_it_is_taken():
+    most = []
+
+    def grows():
+        for k in range(100):
+            most.append(X.repeat(k + 1, 1))
+
+    with pytest.raises(NotRecordable, match="^more than 1000 bytes are made$"):
+        Recording(grows, 1000)
+    assert len(most) < 4
+
+
+def test_what_only_a_kernel_reads_is_held():
+    tables = [torch.tensor([[1, 4]], dtype=torch.int32), torch.full((1, 8), 3.0)]
+    places = [weakref.ref(table) for table in tables]
+    recording = Recording(lambda: ops.gated_residual(X, X, tables[1], tables[0]))
+    del tables
+    assert all(place() is not None for place in places)
+    del recording
+    assert all(place() is None for place in places)

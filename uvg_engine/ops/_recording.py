@@ -36,17 +36,16 @@ class Recording:
     result: what the function returned; its tensors are written anew by each `replay`. Tensors that the function reads
     are read again, where they were: change them in place. num_bytes: memory that is held for the steps. Raises
     NotRecordable where the course of the function hangs on a tensor's values or on random numbers, where it writes to
-    another's tensor, leaves the CPU, or has an op served by another backend than `cpu`.
+    another's tensor, leaves the CPU, has an op served by another backend than `cpu`, or makes more than most_bytes.
     """
 
-    def __init__(self, function: Callable[[], Any]) -> None:
-        recorder = _Recorder()
+    def __init__(self, function: Callable[[], Any], most_bytes: int = 1 << 62) -> None:
+        recorder = _Recorder(most_bytes)
         core = native.core()
         with torch.no_grad(), native.standing_in(_Core(core, recorder)), packed_weights.watched() as weights, recorder:
             self.result = function()
         self._steps, self._held, self._weights = recorder.steps, recorder.held, weights
-        stores = {store._cdata: store.nbytes() for store in (x.untyped_storage() for x in recorder.made)}
-        self.num_bytes = sum(stores.values())
+        self._made, self.num_bytes = recorder.made, recorder.num_bytes
         if not self._as_packed():
             raise NotRecordable("a weight has no version of its own")
 
@@ -66,8 +65,9 @@ class Recording:
 class _Recorder(TorchDispatchMode):
     """Runs every op and notes what has to run again."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int) -> None:
         super().__init__()
+        self.most_bytes, self.num_bytes = most_bytes, 0
         self.steps: list[Callable[[], Any]] = []
         self.made: list[Tensor] = []  # kept: steps write to their memory
         self.held: list[Any] = []  # all that steps read
@@ -78,6 +78,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "uvg":
             before = self.kernels
+            self.held.extend(args)  # kernels know addresses
             with self:
                 out = kernel_of(func._schema.name)(*args, **kwargs)
             if self.kernels == before:
@@ -104,7 +105,11 @@ class _Recorder(TorchDispatchMode):
         if not fresh:  # a view
             return
         self.made.extend(fresh)
-        self._own.update(x.untyped_storage()._cdata for x in fresh)
+        stores = {store._cdata: store.nbytes() for store in (x.untyped_storage() for x in fresh)}
+        self._own.update(stores)
+        self.num_bytes += sum(stores.values())
+        if self.num_bytes > self.most_bytes:
+            raise NotRecordable(f"more than {self.most_bytes} bytes are made")
         if func.overloadpacket not in _EMPTY:
             self.steps.append(_again(func, args, kwargs, results))
 

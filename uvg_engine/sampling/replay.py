@@ -90,12 +90,11 @@ class Replays(threading.local):
         elif known:
             own = [value.clone() for value in changing], [value.clone() for value in resting]
             try:
-                recording = Recording(lambda: forward(*own))
+                recording = Recording(lambda: forward(*own), MOST_BYTES)
             except NotRecordable:
                 self._keep(key, False)
                 return forward(changing, resting)
-            fits = recording.num_bytes <= MOST_BYTES
-            self._keep(key, _Taken(recording, *own, resting) if fits else False)
+            self._keep(key, _Taken(recording, *own, resting))
             return recording.result
         if known is not False:
             self._keep(key, True)
