@@ -19,7 +19,7 @@ import torch
 
 from uvg_engine.kernels._launch import Capability, capability_of
 
-ANY = 2**31  # bound of the class that takes every number
+ANY = 2**63  # bound of the class that takes every number
 
 C = TypeVar("C")
 Answer = Callable[["Table[Any]", tuple[Any, ...], Any], Any]

@@ -96,7 +96,7 @@ def owner_of_rows(o_T, p_spans, num_spans, SPAN: tl.constexpr, BLOCK_S: tl.const
             m_S = o_S < num_spans
             start = tl.load(p_spans + o_S * SPAN, mask=m_S, other=0)
             length = tl.load(p_spans + o_S * SPAN + 1, mask=m_S, other=0)
-            inside = (o_T[:, None] >= start[None, :]) & (o_T[:, None] < (start + length)[None, :])
+            inside = (o_T[:, None] >= start[None, :]) & (o_T[:, None] < (start.to(o_T.dtype) + length)[None, :])
             owner = tl.maximum(owner, tl.max(tl.where(inside, o_S[None, :], -1), axis=1))
     return owner
 
@@ -110,12 +110,13 @@ def run_of_row(i_T, end, p_spans, num_spans, SPAN: tl.constexpr, BLOCK_S: tl.con
         m_S = o_S < num_spans
         start = tl.load(p_spans + o_S * SPAN, mask=m_S, other=0)
         length = tl.load(p_spans + o_S * SPAN + 1, mask=m_S, other=0)
+        last = start.to(end.dtype) + length  # of latents, an int32 may not hold it
         before = (length > 0) & (start <= i_T)
-        inside = before & (i_T < start + length)
+        inside = before & (i_T < last)
         ahead = (length > 0) & (start > i_T)
         owner = tl.maximum(owner, tl.max(tl.where(inside, o_S, -1), axis=0))
         rank += tl.sum(before.to(tl.int32), axis=0)
-        bound = tl.where(inside, start + length, tl.where(ahead, start, end))
+        bound = tl.where(inside, last, tl.where(ahead, start, end))
         stop = tl.minimum(stop, tl.min(bound, axis=0))
     return owner, rank, stop
 

@@ -23,6 +23,7 @@ OLDEST = [3, 7]  # Triton, major and minor: what torch 2.13 brings
 MAX_WIDTH = 8192  # of a row that a program holds in registers
 MAX_HEAD = 128  # twice that spilled on sm_90 in every backward tried
 MAX_EXPERTS = 4096  # whose counts or logits a program holds in registers
+FAR = 2**31  # what an int32 does not count: addresses are int64, but numbers of rows are not
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -74,6 +75,8 @@ def refuses_rope(q: Tensor, k: Tensor | None, wq: Tensor, wk: Any, spans: Any, t
     """Rows, and a table that is read as it is."""
     if table is not None and table.dtype != torch.float32:
         return f"rope_table of {table.dtype}; have float32"
+    if table is not None and table.numel() >= FAR:
+        return f"rope_table of {table.numel()} numbers; below {FAR}"
     return refuses_rows(q)
 
 
@@ -112,9 +115,12 @@ def refuses_dispatch(x: Tensor, experts: Tensor, num_experts: int) -> str | None
 
 
 def refuses_mlp(x: Tensor, w1: Tensor, *rest: Any) -> str | None:
-    """Any widths; the offsets of the experts in registers."""
+    """The offsets of the experts in registers; rows of the weights of all of them counted by an int32."""
     if len(w1) > MAX_EXPERTS:
         return f"{len(w1)} experts; up to {MAX_EXPERTS}"
+    rows = len(w1) * max(w1.shape[1:])
+    if rows >= FAR:
+        return f"{rows} rows of weights; below {FAR}"
     return refuses(x)
 
 
