@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import FP32, OpSuite, assert_2x, poisoned, run
+from harness import FP32, OpSuite, as_tuple, assert_2x, cotangents, poisoned, run
 
 from uvg_engine import backends
 
@@ -64,6 +64,87 @@ def test_the_plainest_case_is_served(op, name):
     place, dtype = suite.plainest.get(name, (0, FP32))
     with backends.force(name):  # a refusal is a failure
         suite.function(**moved(suite.cases[place].inputs(dtype), DEVICE))
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("op, name", [pair for pair in SERVERS if pair[1] in OWN])
+def test_compiled(op, name):
+    """The same bits inside torch.compile without a break of its graph."""
+    suite = SUITES[op]()
+    case = suite.cases[suite.plainest.get(name, (0, FP32))[0]]
+    inputs = moved(case.inputs(suite.plainest.get(name, (0, FP32))[1]), DEVICE)
+    torch.compiler.reset()
+    with backends.force(name):
+        want, want_grads, douts = run(suite.function, case, inputs)
+        got, grads, _ = run(torch.compile(suite.function, fullgraph=True, backend="aot_eager"), case, inputs, douts)
+    for a, b in zip((*got, *grads.values()), (*want, *want_grads.values()), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("op, name", [pair for pair in SERVERS if pair[1] in OWN])
+def test_cuda_graph(op, name):
+    """Forward and backward, captured once, give the bits of plain calls after every input was overwritten."""
+    suite, graph, douts = SUITES[op](), torch.cuda.CUDAGraph(), []
+    place, dtype = suite.plainest.get(name, (0, FP32))
+
+    def call():
+        outputs = as_tuple(suite.function(**inputs))
+        followed = [x for x in outputs if x.requires_grad]
+        if not douts:
+            douts.extend(moved(dict(enumerate(cotangents(followed))), DEVICE).values())
+        return outputs, torch.autograd.grad(followed, list(leaves.values()), douts) if followed else ()
+
+    with backends.force(name):
+        for case in (table_case(suite), suite.cases[place]):
+            inputs = moved(case.inputs(dtype), DEVICE)
+            leaves = {n: value.requires_grad_() for n, value in case.leaves(inputs).items()}
+            try:
+                call()  # compiles outside of the graph
+                break
+            except backends.BackendRefused:
+                assert case is not suite.cases[place], "the plainest case must be served"
+        with torch.cuda.graph(graph):
+            outputs, grads = call()
+        tensors = {n: x.detach() for n, x in inputs.items() if torch.is_tensor(x)}
+        for values, factor in ((tensors, 1.0), (other_values(tensors), -0.5)):
+            for n, x in tensors.items():
+                x.copy_(values[n])
+            for dout in douts:
+                dout.mul_(factor)
+            graph.replay()
+            got = [x.detach().clone() for x in (*outputs, *grads)]
+            want, want_grads = call()
+            assert all(torch.equal(a, b) for a, b in zip(got, (*want, *want_grads), strict=True))
+
+
+def table_case(suite):
+    """The case with the most tables and numbers of which all change under `other_values`, and of those the smallest
+    that is not tiny; else the first."""
+
+    def rank(case):
+        tensors = [x for x in case.inputs(FP32).values() if torch.is_tensor(x)]
+        size = sum(x.numel() for x in tensors)
+        return sum(x.is_floating_point() for x in tensors) - len(tensors), size < 64, size
+
+    def changes(case):
+        tables = {n: x for n, x in case.inputs(FP32).items() if torch.is_tensor(x) and not x.is_floating_point()}
+        changed = other_values(tables)
+        return all(len(x) > 1 and not torch.equal(x, changed[n]) for n, x in tables.items())
+
+    return min(filter(changes, suite.cases), key=rank, default=suite.cases[0])
+
+
+def other_values(tensors):
+    """Other inputs of the same shapes: floats reversed and a little smaller, the rows of tables and numbers in the
+    other order, groups with each other's sizes. row_spans, which come in order, stay."""
+    changed = {}
+    for name, x in tensors.items():
+        back = x if name == "row_spans" else x.flip(0)
+        changed[name] = 0.75 * back if x.is_floating_point() else x[-1:] - back if name == "group_offsets" else back
+    return changed
 
 
 def run_on(suite, case, inputs, douts):

@@ -18,11 +18,12 @@ SAMPLES = SPANS[:, None]
 ROPE = spans((0, 3, 1, 0, 0, 0), (3, 4, 0, 1, 2, 2))
 GRID, TEXT = spans((3, 1, 2, 2)), spans((0, 3))
 TURNS = torch.randn(2, 4, 4, 2, generator=torch.Generator().manual_seed(1))
-TARGET = torch.arange(7)
+TARGET, NAMES, HALF = torch.arange(7), torch.arange(2), torch.full((2,), 0.5)
+LATENTS, COEFS = (spans((0, 48), (48, 64)), SPANS), torch.ones(2, 10)
 
 
 def block(h, y, gate, shift, scale, weight, w1, w2, head):
-    """Every op that has a backward."""
+    """Every op."""
     h = ops.gated_residual(h, y, gate, SPANS)
     h, normed = ops.gated_residual_norm(h, y, gate, SPANS, shift, scale, SPANS)
     normed = ops.modulated_layer_norm(normed, shift, scale, SPANS)
@@ -33,7 +34,15 @@ def block(h, y, gate, shift, scale, weight, w1, w2, head):
     rows, offsets, order = ops.moe_dispatch(seen + near, experts, 3)
     rows = ops.moe_mlp(rows, w1, w1[:, :, 0].contiguous(), w2, w2[:, :, 0].contiguous(), offsets)
     mixed = ops.moe_combine(rows, order, weights)
-    return h, mixed, ops.linear_cross_entropy(mixed, head, head[:, 0].contiguous(), TARGET)
+    bias, names = head[:, 0].contiguous(), (TARGET, TARGET + 1, TARGET + 2)
+    ids = ops.linear_sample(mixed, head, bias, *names)
+    rows, coefs = h.flatten().detach(), COEFS + gate[:, :10].detach()
+    data, half = (rows, ids, HALF, HALF, NAMES), 0.5 * rows
+    x, velocity, noisy = ops.flow_noise(*data, 3, *LATENTS, 9)
+    stepped = ops.flow_step(
+        x, velocity, half, HALF, coefs, half, half, half, LATENTS[0], noisy, ids, HALF, NAMES, NAMES, LATENTS[1]
+    )
+    return h, mixed, ops.linear_cross_entropy(mixed, head, bias, TARGET), ids, *stepped
 
 
 def leaves():
@@ -46,7 +55,7 @@ def leaves():
 def run(function):
     given = leaves()
     results = function(*given)
-    loss = sum(result.float().sin().sum() for result in results)
+    loss = sum(result.float().sin().sum() for result in results if result.requires_grad)
     return [*results, *torch.autograd.grad(loss, given)]
 
 
