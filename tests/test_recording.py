@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from uvg_engine import backends, ops
-from uvg_engine.backends import native
+from uvg_engine.backends import native, packed_weights
 from uvg_engine.ops._recording import NotRecordable, Recording
 
 pytestmark = pytest.mark.skipif(native.cpu() is None, reason=f"recordings are of the native core: {native.why_not()}")
@@ -90,6 +90,53 @@ def test_a_weight_that_is_written_to_ends_a_recording():
 def test_a_forced_backend_is_refused():
     with backends.force("reference"), pytest.raises(NotRecordable, match="not served by the native core"):
         Recording(lambda: ops.gated_residual(X, X))
+
+
+def test_memory_is_used_again():
+    weight = torch.eye(8)
+
+    def chain():
+        x = X
+        for _ in range(50):
+            x = ops.gated_residual(ops.linear(x, weight), x)
+            x = ops.linear(x.view(12, 4).reshape(6, 8), weight)
+        return x
+
+    own = Recording(chain)
+    assert own.num_bytes <= 5 * X.nbytes
+    assert own.replay() and torch.equal(own.result, chain())
+
+
+def test_a_view_keeps_its_memory():
+    weight = torch.eye(8)
+
+    def views():
+        part = ops.linear(X, weight)[2:4]
+        others = [ops.linear(X + k, weight) for k in range(9)]
+        return part, others[0].t()[1], sum(others)
+
+    own = Recording(views)
+    assert own.replay()
+    assert all(torch.equal(got, want) for got, want in zip(own.result, views(), strict=True))
+
+
+def test_a_replay_that_differs_is_refused():
+    def doubles_unseen():
+        h = ops.gated_residual(X, X)
+        h.numpy()[:] *= 2
+        return h
+
+    with pytest.raises(NotRecordable, match="a replay gave another result"):
+        Recording(doubles_unseen)
+
+
+def test_packed_weights_are_not_the_recordings_own():
+    weight = torch.eye(8)
+    recording = Recording(partial(ops.linear, X, weight))
+    kept = packed_weights.packed(weight, True)
+    assert recording.replay() and torch.equal(recording.result, ops.linear(X, weight))
+    recording = Recording(partial(ops.linear, X, weight))
+    assert packed_weights.packed(weight, True) is kept
 
 
 def test_memory_is_bounded_while_it_is_taken():

@@ -166,8 +166,10 @@ def test_memory_is_bounded(forwards, monkeypatch):
     assert forwards
     monkeypatch.setattr(replay, "MOST_BYTES", 1000)
     del forwards[:]
-    alone(engine, LIKE_IT)
-    assert len(forwards) == LIKE_IT.num_steps
+    long = Request("generate", "a red seven moving right", seed=3, num_steps=4)
+    assert bits(alone(engine, long)) == bits(plainly(engine.model, long))
+    assert len(forwards) == 2 * long.num_steps + 1  # one of them was to be recorded
+    assert [one for one in engine.replays._known.values() if one is not False] == []
 
 
 def test_two_threads_share_an_engine():

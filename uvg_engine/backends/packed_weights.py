@@ -27,7 +27,8 @@ _NAME = "_uvg_packed_weights"  # of the attribute of a storage
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _keep = os.environ.get("UVG_PACKED_WEIGHTS", "1") != "0"
 _bytes = 0
-_asked: ContextVar[list[tuple[Tensor, str, Tensor]] | None] = ContextVar("uvg_engine_asked_weights", default=None)
+Asked = list[tuple[Tensor, str, Tensor, bool]]
+_asked: ContextVar[Asked | None] = ContextVar("uvg_engine_asked_weights", default=None)
 _MOST, _MOST_MORE = 2, 1 << 20  # kept of one storage: times its bytes, and bytes for the padding of many small weights
 
 
@@ -50,9 +51,10 @@ def kept(keep: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[list[tuple[Tensor, str, Tensor]]]:
-    """The weights that `packed` is asked for inside the block, in this thread, and keeps: (weight, op, words)."""
-    asked: list[tuple[Tensor, str, Tensor]] = []
+def watched() -> Iterator[Asked]:
+    """The weights that `packed` is asked for inside the block, in this thread, and keeps: (weight, op, words, whether
+    they were made now)."""
+    asked: Asked = []
     token = _asked.set(asked)
     try:
         yield asked
@@ -79,17 +81,17 @@ def packed(weight: Tensor, keep: bool, op: str = "linear") -> Tensor:
     key = (weight.storage_offset(), weight.shape, weight.dtype, op)
     found, version = store.get(key), weight._version
     mark = native.core().weight_mark(weight.data_ptr(), weight.nbytes)
+    made: _Packed | None = None
     if found is None or found.version != version or found.mark != mark:
         store.pop(key, None)
-        with native.standing_in(None):  # done once, whoever looks on
-            made = _Packed(_pack(weight, op), version, mark)
+        made = _Packed(_pack(weight, op), version, mark)
         if sum(p.words.nbytes for p in store.values()) > _MOST * weight.untyped_storage().nbytes() + _MOST_MORE:
             store.clear()  # views of ever new sizes
         found = store[key] = made
         _count(found.words.nbytes)
         weakref.finalize(found, _count, -found.words.nbytes)
     if (asked := _asked.get()) is not None:
-        asked.append((weight, op, found.words))
+        asked.append((weight, op, found.words, made is not None))
     return found.words
 
 

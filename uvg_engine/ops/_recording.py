@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from uvg_engine.backends import native, packed_weights
 from uvg_engine.ops._registry import kernel_of
@@ -36,49 +36,63 @@ class Recording:
     result: what the function returned; its tensors are written anew by each `replay`. Tensors that the function reads
     are read again, where they were: change them in place. num_bytes: memory that is held for the steps. Raises
     NotRecordable where the course of the function hangs on a tensor's values or on random numbers, where it writes to
-    another's tensor, leaves the CPU, has an op served by another backend than `cpu`, or makes more than most_bytes.
+    another's tensor, leaves the CPU, has an op served by another backend than `cpu`, or makes more than most_bytes at
+    once; and where a first replay, over memory full of NaN, does not give the same bits.
     """
 
     def __init__(self, function: Callable[[], Any], most_bytes: int = 1 << 62) -> None:
-        recorder = _Recorder(most_bytes)
-        core = native.core()
-        with torch.no_grad(), native.standing_in(_Core(core, recorder)), packed_weights.watched() as weights, recorder:
-            self.result = function()
+        for _ in range(2):  # a first run may have weights to pack
+            recorder = _Recorder(most_bytes)
+            kernels = native.standing_in(_Core(native.core(), recorder))
+            with torch.no_grad(), kernels, packed_weights.watched() as weights, recorder:
+                self.result = function()
+            if not any(new for _, _, _, new in weights):
+                break
+        else:
+            raise NotRecordable("a weight had to be packed twice")
         self._steps, self._held, self._weights = recorder.steps, recorder.held, weights
-        self._made, self.num_bytes = recorder.made, recorder.num_bytes
-        if not self._as_packed():
-            raise NotRecordable("a weight has no version of its own")
+        self._blocks, self.num_bytes = recorder.blocks, recorder.num_bytes
+        self._check()
 
     def replay(self) -> bool:
         """Do it again, into `result`. False, and nothing done, where a packed weight was written to since."""
-        if not self._as_packed():
+        if not all(packed_weights.packed(weight, True, op) is words for weight, op, words, _ in self._weights):
             return False
         with torch.no_grad():
             for step in self._steps:
                 step()
         return True
 
-    def _as_packed(self) -> bool:
-        return all(packed_weights.packed(weight, True, op) is words for weight, op, words in self._weights)
+    def _check(self) -> None:
+        results = _tensors(self.result)
+        want = [_bytes(x.contiguous()).clone() for x in results]
+        for block in self._blocks:
+            _bytes(block).fill_(255)
+        if not self.replay() or not all(torch.equal(_bytes(x.contiguous()), w) for x, w in zip(results, want)):
+            raise NotRecordable("a replay gave another result")
 
 
 class _Recorder(TorchDispatchMode):
-    """Runs every op and notes what has to run again."""
+    """Runs every op and notes what has to run again.
+
+    Memory is planned as an allocator would: a tensor without values is put where an earlier one lay that nobody holds
+    any more. Steps hold aliases, which are counted, so that the rest of a storage's users are the function's own.
+    """
 
     def __init__(self, most_bytes: int) -> None:
         super().__init__()
         self.most_bytes, self.num_bytes = most_bytes, 0
         self.steps: list[Callable[[], Any]] = []
-        self.made: list[Tensor] = []  # kept: steps write to their memory
-        self.held: list[Any] = []  # all that steps read
+        self.blocks: list[Tensor] = []  # one for each storage made here
+        self.held: list[Any] = []  # what steps read and was made elsewhere
         self.kernels = 0
-        self._own: set[int] = set()  # storages of `made`
+        self._ours: dict[int, int] = {}  # storage of a block -> how many of its tensors are ours
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "uvg":
             before = self.kernels
-            self.held.extend(args)  # kernels know addresses
+            self.held.extend(x for x in _tensors(args) if self._place(x) not in self._ours)  # kernels know addresses
             with self:
                 out = kernel_of(func._schema.name)(*args, **kwargs)
             if self.kernels == before:
@@ -87,31 +101,81 @@ class _Recorder(TorchDispatchMode):
         if not _UNPREDICTABLE.isdisjoint(func.tags):
             raise NotRecordable(f"{func} depends on values or random numbers")
         out = func(*args, **kwargs)
-        self._note(func, args, kwargs, out)
+        if not all(x.is_cpu for x in _tensors(out)):
+            raise NotRecordable(f"{func} makes a tensor on another device")
+        return self._note(func, args, kwargs, out)
+
+    def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        inputs, results = _tensors((args, kwargs)), _tensors(out)
+        if func._schema.is_mutable:
+            if not all(self._place(x) in self._ours for x in results):
+                raise NotRecordable(f"{func} writes to a tensor that was not made here")
+            self.steps.append(partial(func, *self._aliases(args), **self._aliases(kwargs)))
+            return out
+        known = set(map(self._place, inputs))
+        if all(self._place(x) in known for x in results):  # views
+            return out
+        if func.overloadpacket in _EMPTY:
+            if (block := self._free(out)) is not None:
+                return _like(out, block)
+            self._add(out)
+            return out
+        for result in results:
+            if self._place(result) not in known:
+                self._add(result)
+        self.steps.append(_again(func, self._aliases(args), self._aliases(kwargs), self._aliases(results)))
         return out
 
-    def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        inputs, results = ([x for x in tree_leaves(part) if isinstance(x, Tensor)] for part in ((args, kwargs), out))
-        if not all(x.is_cpu for x in results):
-            raise NotRecordable(f"{func} makes a tensor on another device")
-        self.held.extend(inputs)
-        if func._schema.is_mutable:
-            if not all(x.untyped_storage()._cdata in self._own for x in results):
-                raise NotRecordable(f"{func} writes to a tensor that was not made here")
-            self.steps.append(partial(func, *args, **kwargs))
-            return
-        known = {x.untyped_storage()._cdata for x in inputs}
-        fresh = [x for x in results if x.untyped_storage()._cdata not in known]
-        if not fresh:  # a view
-            return
-        self.made.extend(fresh)
-        stores = {store._cdata: store.nbytes() for store in (x.untyped_storage() for x in fresh)}
-        self._own.update(stores)
-        self.num_bytes += sum(stores.values())
+    def _add(self, made: Tensor) -> None:
+        if self._place(made) not in self._ours:
+            self._ours[self._place(made)] = 0
+            self.blocks.append(self._alias(made))
+            self.num_bytes += made.untyped_storage().nbytes()
         if self.num_bytes > self.most_bytes:
             raise NotRecordable(f"more than {self.most_bytes} bytes are made")
-        if func.overloadpacket not in _EMPTY:
-            self.steps.append(_again(func, args, kwargs, results))
+
+    def _free(self, wanted: Tensor) -> Tensor | None:
+        """A block of the size wanted that is ours alone."""
+        size = wanted.untyped_storage().nbytes()
+        for block in self.blocks:
+            if block.untyped_storage().nbytes() == size and _users(block) == self._ours[self._place(block)]:
+                return block
+        return None
+
+    def _aliases(self, values: Any) -> Any:
+        return tree_map_only(Tensor, self._alias, values)
+
+    def _alias(self, x: Tensor) -> Tensor:
+        """x for a step to hold."""
+        if self._place(x) not in self._ours:
+            self.held.append(x)
+            return x
+        self._ours[self._place(x)] += 1
+        return x.detach()
+
+    @staticmethod
+    def _place(x: Tensor) -> int:
+        return x.untyped_storage()._cdata
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def _users(x: Tensor) -> int:
+    """Tensors on the storage of x."""
+    store = x.untyped_storage()
+    return torch._C._storage_Use_Count(store._cdata) - 1  # store itself
+
+
+def _like(x: Tensor, block: Tensor) -> Tensor:
+    """A tensor as x on the storage of a block."""
+    return torch.empty(0, dtype=x.dtype).set_(block.untyped_storage(), 0, x.shape, x.stride())
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """The whole storage of x."""
+    return torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
 
 
 class _Core:

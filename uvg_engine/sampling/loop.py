@@ -161,7 +161,7 @@ class Loop:
 
         if self.savings.replay:
             key = (packed.key, tuple(read_video), tuple(read_text), len(changing))
-            out = self._replays.run(key, packed.whole.num_rows, changing, packed.condition, forward)
+            out = self._replays.run(key, changing, packed.condition, forward)
         else:
             out = forward(changing, packed.condition)
         velocities: dict[Branch, Tensor] = {}

@@ -21,7 +21,6 @@ from uvg_engine.ops._registry import alone
 
 MOST_BYTES = 64 << 20  # that all recordings of a loop hold
 _MOST_KEYS = 256  # that are remembered
-_BYTES = 160  # that a recording holds, about, for each row, block and unit of width
 
 Forward = Callable[[Sequence[Tensor], Sequence[Tensor]], PackedOutput]
 
@@ -52,13 +51,12 @@ class Replays(threading.local):
     """Forwards of one model: as they are at first, recorded when a key comes again, from then on replayed. A replay
     runs the same kernels on the same values, so it gives the same bits. Each thread has recordings of its own.
 
-    Left as they are: forwards on a device, without the native core, of so many rows that a recording would hold more
-    than MOST_BYTES, with a gradient, under a profiler, mode, transform or autocast, of modules with hooks.
+    Left as they are: forwards on a device, without the native core, with more than MOST_BYTES at work (where Python's
+    part is small), with a gradient, under a profiler, mode, transform or autocast, of modules with hooks.
     """
 
     def __init__(self, model: UniViGU) -> None:
         self._model = model
-        self._row_bytes = _BYTES * model.config.layers * model.config.dim
         self._known: OrderedDict[Hashable, _Taken | bool] = OrderedDict()  # True: came once, False: cannot be recorded
         self._state: Hashable = None  # of the model, that all recordings have seen
 
@@ -68,7 +66,6 @@ class Replays(threading.local):
     def run(
         self,
         key: Hashable,
-        num_rows: int,
         changing: Sequence[Tensor],
         resting: Sequence[Tensor],
         forward: Forward,
@@ -79,7 +76,7 @@ class Replays(threading.local):
         values always. key: all else that it depends on; with one key, shapes and dtypes are the same. The tensors of
         the result are overwritten by the next call with this key.
         """
-        if num_rows * self._row_bytes > MOST_BYTES or not self._plain(changing):
+        if not self._plain(changing):
             return forward(changing, resting)
         key = (key, torch.get_num_threads(), torch.is_inference_mode_enabled(), backends.names(), backends.forced())
         known = self._known.get(key)
