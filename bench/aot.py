@@ -163,17 +163,16 @@ def compile_op(op: str, capability: tuple[int, int], every: bool = True) -> list
         for launch in launches:
             options = {**launch.options, **_launch.EVERY_LAUNCH}
             binary = launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **options)
+            if binary.hash in found:
+                continue
             registers, stack = _resources(binary.asm["cubin"])
             tensors = {id(x): x for x in _launch.tensors_of(launch.args)}.values()
-            found.setdefault(
-                binary.hash,
-                Compiled(
-                    *(op, case.name, launch.name, capability, launch.grid, {"num_warps": 4, **launch.options}),
-                    *(registers, stack, binary.metadata.shared, binary.asm["ptx"], binary.asm["cubin"]),
-                    sum(x.numel() * x.element_size() for x in tensors),
-                    case.flops.get(launch.name, 0.0),
-                    tuple(case.expects[launch.name]),
-                ),
+            found[binary.hash] = Compiled(
+                *(op, case.name, launch.name, capability, launch.grid, {"num_warps": 4, **launch.options}),
+                *(registers, stack, binary.metadata.shared, binary.asm["ptx"], binary.asm["cubin"]),
+                sum(x.numel() * x.element_size() for x in tensors),
+                case.flops.get(launch.name, 0.0),
+                tuple(case.expects[launch.name]),
             )
     return list(found.values())
 

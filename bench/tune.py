@@ -69,7 +69,7 @@ def search(default: Any, seconds: Callable[[Sequence[Any]], Sequence[float]]) ->
         others = list(neighbours(best))
         before, *times = seconds([best, *others])
         index = min(range(len(times)), key=times.__getitem__, default=None)
-        if index is None or before / times[index] < GAIN:
+        if index is None or times[index] == float("inf") or before < GAIN * times[index]:
             return best, gained
         best, gained = others[index], gained * before / times[index]
 

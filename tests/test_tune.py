@@ -44,6 +44,8 @@ def test_search_combines_what_gains_and_stops():
 def test_what_does_not_run_never_wins():
     default, *_ = tune.search(Config(), lambda configs: [1.0, *[float("inf")] * (len(configs) - 1)])
     assert default == Config()
+    lost = tune.search(Config(), lambda configs: [float("inf")] * len(configs))  # a fault took the device along
+    assert lost == (Config(), 1.0)
 
 
 def fake_times(choices, place, configs):

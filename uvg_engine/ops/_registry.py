@@ -144,9 +144,14 @@ def _packed(function: Callable[..., Any]) -> Callable[..., Any]:
         result = function(*args)
         if isinstance(result, Tensor):
             return result.contiguous()
-        return tuple(torch.empty(0) if part is None else part.contiguous() for part in result)
+        return tuple(_nothing(result) if part is None else part.contiguous() for part in result)
 
     return packed
+
+
+def _nothing(result: tuple[Tensor | None, ...]) -> Tensor:
+    """An empty tensor on the device of the others: one on the CPU would keep torch.compile from CUDA graphs."""
+    return torch.empty(0, device=next(part.device for part in result if part is not None))
 
 
 def autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
