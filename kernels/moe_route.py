@@ -42,13 +42,16 @@ def moe_route_fwd_kernel(
     m_T, m_E = o_T < num_rows, o_E < num_experts
     o_TE = o_T[:, None] * num_experts + o_E[None, :]
     b_logit = tl.load(p_logits + o_TE, mask=m_T[:, None] & m_E[None, :], other=0.0).to(tl.float32)
-    b_key = tl.where(b_logit != b_logit, float("inf"), b_logit)
+    m_nan = b_logit != b_logit
+    b_key = tl.where(m_nan, float("inf"), b_logit)
+    b_rank = tl.where(m_nan, o_E[None, :] - num_experts, o_E[None, :])  # among equal keys: NaN, then the lower index
     free = m_E[None, :] & (o_T >= 0)[:, None]
     b_chosen = tl.full([ROWS, BLOCK_K], float("-inf"), tl.float32)
     b_expert = tl.zeros([ROWS, BLOCK_K], tl.int32)
     for k in range(K):
         best = tl.max(tl.where(free, b_key, float("-inf")), axis=1)
-        index = tl.min(tl.where(free & (b_key == best[:, None]), o_E[None, :], num_experts), axis=1)
+        rank = tl.min(tl.where(free & (b_key == best[:, None]), b_rank, num_experts), axis=1)
+        index = tl.where(rank < 0, rank + num_experts, rank)
         here = o_E[None, :] == index[:, None]
         value = tl.sum(tl.where(here, b_logit, 0.0), axis=1)
         free = free & (o_E[None, :] != index[:, None])

@@ -62,6 +62,11 @@ def test_permuting_experts_permutes_the_choices(backend):
     assert torch.equal(turned_weights, weights) and torch.equal(order[turned.long()].int(), picked)
 
 
+def test_nan_comes_before_infinity(backend):
+    logits = torch.tensor([[torch.inf, torch.nan, 0.0], [torch.nan, torch.inf, torch.nan], [0.0, -torch.inf, torch.nan]])
+    assert moe_route(logits, 2)[1].tolist() == [[1, 0], [0, 2], [2, 0]]
+
+
 def test_experts_at_minus_infinity_come_last_with_weight_zero(backend):
     logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 1.0]])
     weights, picked = moe_route(logits, 3)
