@@ -1,10 +1,10 @@
 """Device code of window_attention for the video rows; text queries, and the gradients of text keys, are
 flash_attention's. Letters: T rows, N heads, H head width, B samples.
 
-A 3-D block of VOLUME = TF TY TX video rows is cut, in raster order, into parts; where VOLUME is no multiple of a part,
-the last one is partly idle. A program holds one part and walks over the parts of all blocks in the window, then over the
-text rows. Programs are persistent: how many blocks there are only the device knows, and from the number of rows alone
-it could be one a row.
+A 3-D block of VOLUME = TF TY TX video rows is cut, in raster order, into parts; where VOLUME is no multiple of a
+part, the last one is partly idle. A program holds one part and walks over the parts of all blocks in the window, then
+over the text rows. Programs are persistent: how many blocks there are only the device knows, and from the number of
+rows alone it could be one a row.
 """
 
 from __future__ import annotations
