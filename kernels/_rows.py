@@ -96,7 +96,7 @@ def owner_of_rows(o_T, p_spans, num_spans, SPAN: tl.constexpr, BLOCK_S: tl.const
             m_S = o_S < num_spans
             start = tl.load(p_spans + o_S * SPAN, mask=m_S, other=0)
             length = tl.load(p_spans + o_S * SPAN + 1, mask=m_S, other=0)
-            inside = (o_T[:, None] >= start[None, :]) & (o_T[:, None] < (start.to(o_T.dtype) + length)[None, :])
+            inside = (o_T[:, None] >= start[None, :]) & (o_T[:, None] < (start + length)[None, :])
             owner = tl.maximum(owner, tl.max(tl.where(inside, o_S[None, :], -1), axis=1))
     return owner
 
