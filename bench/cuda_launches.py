@@ -26,11 +26,12 @@ _FIXED = {  # threads, bytes
     "flash_attention_backward: delta_kernel": (128, 0),
     "linear_sample: weigh_kernel": (128, 2 * 2 * (64 + 64 * 2) * 64),
     "linear_sample: pick_kernel": (256, 0),
-    "moe_dispatch: sort_kernel": (512, 16 * 4),
+    "moe_combine: forward_kernel": (512, 0),
+    "moe_dispatch: backward_kernel": (512, 0),
+    "moe_dispatch: forward_kernel": (512, 2 * 1024 * 4),
     "flow_noise: noise_kernel": (256, 0),
     "flow_step: step_kernel": (256, 0),
     "column_totals_kernel": (128, 0),
-    "places_kernel": (256, 0),
 }
 
 
@@ -51,7 +52,7 @@ def launch_of(kernel: str, width: int = WIDTH) -> tuple[int, int]:
         vector = int(re.findall(r"(\d+)>$", arguments)[0])
         parts = 2 if re.match(r"(Modulation|Affine)Terms", arguments) else 1
         return 128, 4 * 4 * parts * vector * 32
-    if re.search(r": (forward|backward|copy)_kernel$", stem):
+    if re.search(r": (forward|backward)_kernel$", stem):
         return row_launch(_KEPT.get(stem, 0) * element * width)
     raise ValueError(f"kernel must be one whose launch stands in bench/cuda_launches.py, got {kernel!r}")
 

@@ -149,6 +149,7 @@ PYBIND11_MODULE(_cuda_sim, m) {
   m.doc() = "The CUDA kernels of uvg_engine, run on the CPU thread by thread. See docs/simulator.md.";
   py::register_exception<sim::Error>(m, "SimulationError");
   m.def("set_order", [](const std::string& order) { sim::machine().set_order(order); });
+  m.def("set_last_block_only", [](bool only) { sim::machine().set_last_block_only(only); });
   m.def("reset_counters", [] { sim::counters() = {}; });
   m.def("counters", [] { return sim::counters().totals(); });
   m.def("counters_by_line", [] { return sim::counters().by_line(); });

@@ -40,9 +40,10 @@ def test_products_run_on_tensor_cores(kernels):
 
 def test_rows_move_16_bytes_at_a_time(kernels):
     """The instantiations for aligned rows; the others take single elements."""
-    row_ops = ("modulated_layer_norm: ", "gated_residual: ", "gated_residual_norm: ", "qk_norm_rope: ")
+    norms = ("modulated_layer_norm: ", "gated_residual: ", "gated_residual_norm: ", "qk_norm_rope: ")
+    row_ops = (*norms, "moe_dispatch: ", "moe_combine: ")
     wide = [k for k in kernels if k.name.startswith(row_ops) and k.vector and k.vector > 1 and "column" not in k.name]
-    assert wide
+    assert {k.name.split(":")[0] + ": " for k in wide} == set(row_ops)
     for k in wide:
         assert k.instructions["LDG.128"] and k.instructions["STG.128"], k.name
 

@@ -79,11 +79,31 @@ UVG_DEVICE uint32_t ballot(bool vote, [[maybe_unused]] Where where = Where::here
 #endif
 }
 
+// Bit l is set where lane l has the same value as this lane. All lanes of the warp call it.
+UVG_DEVICE uint32_t lanes_with(int32_t value, [[maybe_unused]] Where where = Where::here()) {
+#if UVG_SIMULATE
+  return sim::match_any(kFullWarp, value, where);
+#else
+  return __match_any_sync(kFullWarp, value);
+#endif
+}
+
 // The sum over the warp in a fixed order; every lane gets the same bits.
 template <typename T>
 UVG_DEVICE T warp_sum(T value, Where where = Where::here()) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask, where);
+  return value;
+}
+
+// The sum over the lanes up to this one.
+template <typename T>
+UVG_DEVICE T warp_sum_upto(T value, Where where = Where::here()) {
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const T other = shuffle_from(value, lane() >= step ? lane() - step : lane(), where);
+    if (lane() >= step) value += other;
+  }
   return value;
 }
 

@@ -160,15 +160,6 @@ UVG_DEVICE float dot(const Params& p, int64_t row, int64_t word) {
   return total;
 }
 
-// The sum over the lanes up to this one.
-UVG_DEVICE float sum_of_lanes_upto(float value) {
-  for (int step = 1; step < gpu::kWarp; step *= 2) {
-    const float other = gpu::shuffle_from(value, gpu::lane() >= step ? gpu::lane() - step : gpu::lane());
-    if (gpu::lane() >= step) value += other;
-  }
-  return value;
-}
-
 // One warp a row.
 template <typename T>
 __global__ void __launch_bounds__(kRowWarps* gpu::kWarp) pick_kernel(Params p, Heat heat) {
@@ -230,7 +221,7 @@ __global__ void __launch_bounds__(kRowWarps* gpu::kWarp) pick_kernel(Params p, H
     picked = -gpu::warp_max(-lowest);
   } else {
     const float shares[2] = {heat.share(logits[0], top), heat.share(logits[1], top)};
-    const float upto[2] = {sum_of_lanes_upto(shares[0]), sum_of_lanes_upto(shares[1])};
+    const float upto[2] = {gpu::warp_sum_upto(shares[0]), gpu::warp_sum_upto(shares[1])};
     const float half_mass = gpu::shuffle_from(upto[0], gpu::kWarp - 1);
     const float pick = target * (half_mass + gpu::shuffle_from(upto[1], gpu::kWarp - 1));
     if (shares[0] > 0.0f && upto[0] - shares[0] <= pick) picked = gpu::lane();

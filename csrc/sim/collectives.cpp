@@ -90,6 +90,19 @@ uint32_t ballot(uint32_t mask, bool vote, Where where) {
                             });
 }
 
+uint32_t match_any(uint32_t mask, int32_t value, Where where) {
+  return together<uint32_t>(mask, "match_any", where, value,
+                            [](uint32_t met, const int32_t* const* ins, uint32_t* const* outs) {
+                              for (int lane = 0; lane < kWarpSize; ++lane) {
+                                if (!(met >> lane & 1)) continue;
+                                *outs[lane] = 0;
+                                for (int other = 0; other < kWarpSize; ++other) {
+                                  if ((met >> other & 1) && *ins[other] == *ins[lane]) *outs[lane] |= 1u << other;
+                                }
+                              }
+                            });
+}
+
 void load_matrices(int count, bool transpose, const void* row, uint32_t* out, Where where) {
   Rows in{};
   if (machine().thread().lane < 8 * count) {

@@ -1,4 +1,4 @@
-// What a warp does together, with the semantics of PTX: shuffles, votes, ldmatrix, mma.
+// What a warp does together, with the semantics of PTX: shuffles, votes, matches, ldmatrix, mma.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,7 @@ Out together(uint32_t mask, const char* name, Where where, const In& in, F) {
 
 uint64_t shuffle(uint32_t mask, const char* name, uint64_t value, int source_lane, Where where);
 uint32_t ballot(uint32_t mask, bool vote, Where where);
+uint32_t match_any(uint32_t mask, int32_t value, Where where);  // lanes of the mask with the same value
 
 // count 8x8 matrices of 16-bit elements; lane 8m+r gives the address of row r of matrix m.
 void load_matrices(int count, bool transpose, const void* row, uint32_t* out, Where where);

@@ -281,8 +281,8 @@ void Machine::run(Dim3 grid, Dim3 block, size_t shared_bytes, const std::functio
   new_launch();
   counters().launches.push_back({grid.x, grid.y, grid.z, num_threads_, static_cast<int64_t>(shared_bytes)});
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  std::vector<uint64_t> order(blocks);
-  for (uint64_t i = 0; i < blocks; ++i) order[i] = reverse_ ? blocks - 1 - i : i;
+  std::vector<uint64_t> order(last_block_only_ ? std::min<uint64_t>(blocks, 1) : blocks);
+  for (uint64_t i = 0; i < order.size(); ++i) order[i] = reverse_ || last_block_only_ ? blocks - 1 - i : i;
   std::mt19937_64 random(seed_);
   if (seed_ != 0) std::shuffle(order.begin(), order.end(), random);
   for (uint64_t number : order) {

@@ -75,6 +75,9 @@ class Machine {
   // "forward", "reverse", or the seed of a random order of blocks, warps and lanes. Throws std::invalid_argument.
   void set_order(const std::string& order);
 
+  // Whether of every launch the last block runs alone: of grids and buffers too large to run whole.
+  void set_last_block_only(bool only) { last_block_only_ = only; }
+
   // All lanes of `mask` meet; the last to come calls combine. Every lane must be at the same line.
   void meet(uint32_t mask, const char* name, Where where, const void* in, void* out, Combine combine);
   void order_warp(uint32_t mask, Where where);  // __syncwarp
@@ -119,7 +122,7 @@ class Machine {
   Barrier block_barrier_, named_[kNamedBarriers];
   Thread* current_ = nullptr;
   std::exception_ptr error_;
-  bool reverse_ = false;
+  bool reverse_ = false, last_block_only_ = false;
   uint64_t seed_ = 0;  // 0: not random
 };
 

@@ -9,6 +9,7 @@ namespace sim {
 namespace {
 
 constexpr uintptr_t kLine = 16;          // bytes that share one entry of the shadow
+constexpr size_t kPageLines = 256;       // lines that come into being together
 constexpr size_t kAlignment = 1024;      // of shared memory
 constexpr unsigned char kPoison = 0xFF;  // NaN in every float format
 
@@ -41,12 +42,21 @@ struct Region {
   uintptr_t begin = 0;
   size_t bytes = 0;
   bool writable = true;
-  std::vector<Line> lines;
+  std::vector<std::unique_ptr<Line[]>> pages;  // of lines, where one was touched: buffers may be larger than memory
 
   bool holds(uintptr_t address, size_t size) const {
     return address >= begin && address - begin <= bytes && size <= bytes - (address - begin);
   }
-  Line& line(uintptr_t address) { return lines[address / kLine - begin / kLine]; }
+  void has_lines() {
+    pages.clear();
+    pages.resize(bytes / kLine / kPageLines + 2);
+  }
+  Line& line(uintptr_t address) {
+    const uintptr_t number = address / kLine - begin / kLine;
+    auto& page = pages[number / kPageLines];
+    if (page == nullptr) page = std::make_unique<Line[]>(kPageLines);
+    return page[number % kPageLines];
+  }
 };
 
 uint64_t launch_number = 0;
@@ -200,7 +210,7 @@ void register_buffer(const void* begin, size_t bytes, bool writable) {
     if (r.begin == address && r.bytes == bytes && (r.writable || !writable)) return;
   }
   buffers.push_back({address, bytes, writable, {}});
-  if (writable) buffers.back().lines.resize(bytes / kLine + 2);
+  if (writable) buffers.back().has_lines();
 }
 
 void forget_buffers() { buffers.clear(); }
@@ -213,7 +223,7 @@ void new_shared_memory(size_t bytes) {
   begin = (begin + kAlignment - 1) / kAlignment * kAlignment;
   std::memset(reinterpret_cast<void*>(begin), kPoison, bytes);
   shared.begin = begin, shared.bytes = bytes;
-  shared.lines.assign(bytes / kLine + 1, {});
+  shared.has_lines();
 }
 
 std::byte* shared_memory() { return reinterpret_cast<std::byte*>(shared.begin); }

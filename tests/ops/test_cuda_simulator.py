@@ -164,8 +164,8 @@ def test_launches_are_those_of_the_static_report(op):
 FORWARDS = {
     "linear_sample": ("linear_sample: weigh_kernel<BFloat16>", "linear_sample: pick_kernel<BFloat16>"),
     "moe_route": ("moe_route: forward_kernel<BFloat16>",),
-    "moe_dispatch": ("moe_dispatch: sort_kernel", "moe_dispatch: copy_kernel<BFloat16, 8>"),
-    "moe_combine": ("places_kernel<MoeCombineParams>", "moe_combine: forward_kernel<BFloat16, 8>"),
+    "moe_dispatch": ("moe_dispatch: forward_kernel<BFloat16, 8>",),
+    "moe_combine": ("moe_combine: forward_kernel<BFloat16, 8>",),
     "flow_noise": ("flow_noise: noise_kernel<BFloat16, 8>",),
     "flow_step": ("flow_step: step_kernel<BFloat16, 4>",),
 }
@@ -181,6 +181,76 @@ def test_forward_launches_are_those_of_the_static_report(op):
         _op_calls.CALLS[op](BF16)
     launched = [launch[1:] for launch in simulator.launches()]
     assert launched == [cuda_launches.launch_of(name) for name in FORWARDS[op]]
+
+
+ROUTED, CHOICES, ROUTED_WIDTH = 40, 3, 64  # three blocks of rows
+
+
+def routed(experts=2):
+    """(results and gradients of one op after the other, calls as (op and pass, launches, counters)) in bf16."""
+    simulator, calls = cuda_simulator.module(), []
+    g = torch.Generator().manual_seed(0)
+    x, dout = (normal(g, ROUTED, ROUTED_WIDTH).to(BF16) for _ in range(2))
+    logits = normal(g, ROUTED, 4 + experts).float()
+
+    def call(name, function, *args):
+        simulator.reset_counters()
+        made = function(*args)
+        calls.append((name, simulator.launches(), simulator.counters()))
+        return made
+
+    with cuda_simulator.running(), backends.force("cuda"):
+        leaves = [v.requires_grad_() for v in (x, logits)]
+        weights, picked = call("moe_route: forward", ops.moe_route, logits, CHOICES)
+        grouped, offsets, order = call("moe_dispatch: forward", ops.moe_dispatch, x, picked, 4 + experts)
+        out = call("moe_combine: forward", ops.moe_combine, grouped, order, weights)
+        grad = torch.autograd.grad
+        dgrouped, dweights = call("moe_combine: backward", grad, out, (grouped, weights), dout)
+        (dx,) = call("moe_dispatch: backward", grad, grouped, leaves[:1], dgrouped)
+        (dlogits,) = call("moe_route: backward", grad, weights, leaves[1:], dweights)
+    made = (weights, picked, grouped, offsets, order, out, dgrouped, dweights, dx, dlogits)
+    return [each.detach() for each in made], calls
+
+
+@needs_simulator
+def test_routing_is_one_launch_an_op_and_pass():
+    _, calls = routed()
+    for name, launches, _ in calls:
+        assert [launch[1:] for launch in launches] == [cuda_launches.launch_of(f"{name}_kernel<BFloat16, 8>")], name
+        assert launches[0][0][0] > 2, "one block would need no order among blocks"
+
+
+# Rows that an op reads and writes, of 40 with 3 choices each.
+MOVED = {
+    "moe_dispatch: forward": (ROUTED, ROUTED * CHOICES),
+    "moe_dispatch: backward": (ROUTED * CHOICES, ROUTED),
+    "moe_combine: forward": (ROUTED * CHOICES, ROUTED),
+    "moe_combine: backward": (2 * ROUTED * CHOICES, ROUTED * CHOICES),
+}
+
+
+@needs_simulator
+def test_routing_moves_each_row_once_in_16_byte_accesses():
+    _, calls = routed()
+    for name, _, count in calls:
+        if name not in MOVED:
+            continue
+        moved = tuple(count[f"global_{kind}_bytes_16"] // (2 * ROUTED_WIDTH) for kind in ("load", "store"))
+        assert moved == MOVED[name], name
+        assert not count.get("global_load_bytes_2") and not count.get("global_store_bytes_2"), name
+
+
+@needs_simulator
+@pytest.mark.parametrize("experts", [2, 1100])
+def test_routing_has_the_same_bits_in_every_order_of_blocks(experts):
+    """With more experts than are counted at a time, too."""
+    simulator, (want, _) = cuda_simulator.module(), routed(experts)
+    try:
+        for order in ORDERS:
+            simulator.set_order(order)
+            assert all(torch.equal(a, b) for a, b in zip(routed(experts)[0], want, strict=True)), order
+    finally:
+        simulator.set_order("forward")
 
 
 @needs_simulator

@@ -225,6 +225,12 @@ void right_kernels() {
       }
     });
     CHECK(out[0] != -1);
+    run([&] {  // lanes of a third of the warp find each other, and a vote finds them
+      const int third = gpu::lane() % 3;
+      if (gpu::lanes_with(third - 1) != 0x49249249u << third) out[0] = -1;
+      if (gpu::ballot(third == 1) != 0x92492492u) out[0] = -1;
+    });
+    CHECK(out[0] != -1);
     sim::forget_buffers();
   }
   sim::machine().set_order("forward");
