@@ -83,7 +83,8 @@ def test_the_reference_is_last_and_refuses_nothing():
 def test_every_table_has_a_backward_where_the_reference_has_one(name):
     reference = backends.table("reference")
     for op, kernel in backends.table(name).items():
-        assert (kernel.backward is None) == (reference[op].backward is None), f"{name}: {op}"
+        lacks = reference[op].backward is None or name == "cudnn"  # whose backward has no fixed order of sums
+        assert (kernel.backward is None) == lacks, f"{name}: {op}"
 
 
 def test_the_first_that_accepts_serves(add_backend):
@@ -296,11 +297,15 @@ def test_strides_of_a_backend_do_not_show(add_backend):
         assert all(grad.is_contiguous() for grad in torch.autograd.grad(out.sum(), (y, gate)))
 
 
-def test_a_backend_without_a_backward_is_told_apart(add_backend):
+def test_a_backend_without_a_backward_leaves_it_to_the_next(add_backend):
     mine = Counted(gated_residual, backward=False)
     add_backend("half", {"gated_residual": mine.kernel})
-    out = ops.gated_residual(*residual_inputs())
-    with pytest.raises(backends.BackendRefused, match=r"^gated_residual has no backward on backend half$"):
+    backward_of(ops.gated_residual(*residual_inputs()))
+    assert mine.calls == ["forward"]
+    with backends.force("half"):
+        out = ops.gated_residual(*residual_inputs())
+    told = r"^gated_residual is not served here: half: it has no backward$"
+    with pytest.raises(backends.BackendRefused, match=told):
         backward_of(out)
 
 

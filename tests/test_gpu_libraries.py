@@ -100,7 +100,8 @@ def flash_attn_2_backward(
     deterministic,
     rng_state=None,
 ):
-    """_flash_attn_varlen_backward of flash-attn 2.8."""
+    """_flash_attn_varlen_backward of flash-attn 2.8, which cuts dq's sum by multiprocessors / (samples * heads)."""
+    assert len(cu_seqlens_q) == 2, "dq's bits would depend on how many samples there are"
     assert deterministic and not causal and not dropout_p and not softcap and alibi_slopes is None
     assert window_size_left == window_size_right == -1
     args = packed_args(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -174,32 +175,6 @@ def cudnn_forward(query, key, value, attn_bias, compute_log_sumexp, *, scale):
     return (out.transpose(0, 1)[None], lse[None, ..., None], None, None, 0, 0, *torch.zeros(2, 1), None)
 
 
-def cudnn_backward(
-    grad_out,
-    query,
-    key,
-    value,
-    out,
-    logsumexp,
-    seed,
-    offset,
-    attn_bias,
-    cum_q,
-    cum_k,
-    max_q,
-    max_k,
-    p,
-    causal,
-    *,
-    scale,
-):
-    assert logsumexp.shape == (*query.shape[:3], 1) and (max_q, max_k) == (query.shape[2], key.shape[2])
-    assert attn_bias is cum_q is cum_k is None and p == 0.0 and causal is False
-    dout, out = (x[0].transpose(0, 1) for x in (grad_out, out))
-    grads = reference.backward(dout, out, logsumexp[0, ..., 0], *dense_args(query, key, value), scale)
-    return [grad.transpose(0, 1)[None] for grad in grads]
-
-
 @pytest.fixture
 def libraries(monkeypatch):
     two = SimpleNamespace(
@@ -209,7 +184,6 @@ def libraries(monkeypatch):
     monkeypatch.setattr(flash_attn, "_package", lambda: (two, None))
     monkeypatch.setattr(flash_attn_3, "_package", lambda: (three, None))
     monkeypatch.setattr(cudnn, "_forward", cudnn_forward)
-    monkeypatch.setattr(cudnn, "_backward", cudnn_backward)
     flash_attn_3._asked_for_lse.cache_clear()
     yield SimpleNamespace(two=two, three=three)
     flash_attn_3._asked_for_lse.cache_clear()
@@ -237,6 +211,9 @@ def test_values_are_those_of_the_reference(libraries, library, case):
     for got, want in zip((out, lse), reference.forward(*args), strict=True):
         assert got.shape == want.shape and got.dtype == want.dtype
         torch.testing.assert_close(got, want)
+    if library is cudnn:
+        assert kernel.backward is None, "torch asks for one without a fixed order of sums"
+        return
     for got, want in zip(
         kernel.backward(dout, out, lse, *args), reference.backward(dout, out, lse, *args), strict=True
     ):
@@ -277,12 +254,10 @@ def test_a_table_is_read_once_until_it_is_written_to(monkeypatch):
 
 def test_cudnn_is_called_as_torch_declares_it():
     """The real ops take these arguments: their shape functions run."""
-    q, k, v, dout = (torch.empty(rows, N, H, dtype=torch.bfloat16, device="meta") for rows in (7, 9, 9, 7))
+    q, k, v = (torch.empty(rows, N, H, dtype=torch.bfloat16, device="meta") for rows in (7, 9, 9))
     one = [samples.Packed(None, torch.tensor([0, rows]), (rows,)) for rows in (7, 9)]
     out, lse = cudnn._attend(q, k, v, *one, SCALE)
     assert out.shape == q.shape and lse.shape == (N, 7) and lse.dtype == torch.float32
-    grads = cudnn._attend_back(dout, out, lse, q, k, v, *one, SCALE)
-    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 
 def missing(monkeypatch, error):

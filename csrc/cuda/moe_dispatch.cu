@@ -44,7 +44,9 @@ class Sort {
   }
 
  private:
-  static UVG_DEVICE bool in_window(int32_t expert, int64_t first) { return expert >= first && expert < first + kWindow; }
+  static UVG_DEVICE bool in_window(int32_t expert, int64_t first) {
+    return expert >= first && expert < first + kWindow;
+  }
   static UVG_DEVICE uint32_t lanes_before() { return (1u << gpu::lane()) - 1; }
 
   // before_[e] becomes the place of the block's first slot of expert e. One warp.

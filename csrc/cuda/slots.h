@@ -1,10 +1,10 @@
 // What moe_dispatch and moe_combine share: slots (the choices of the rows, in order) and their places among the grouped
 // rows.
 //
-// One launch an op and direction. Nothing orders the blocks of a launch, so each of them works out the places of its own
-// slots from the whole table of slots. That is 4 bytes a slot and block out of the L2 cache: at most 256 blocks, each
-// with neighbouring rows, keep it at a quarter of the bytes of the rows (K = 2, 1,536 wide, bf16), for any number of
-// rows.
+// One launch an op and direction. Nothing orders the blocks of a launch, so each of them works out the places of its
+// own slots from the whole table of slots. That is 4 bytes a slot and block out of the L2 cache: at most 256 blocks,
+// each with neighbouring rows, keep it at a quarter of the bytes of the rows (K = 2, 1,536 wide, bf16), for any number
+// of rows.
 #pragma once
 
 #include "cuda/rows.h"

@@ -112,14 +112,15 @@ def _choice() -> Any:
     return importlib.import_module("uvg_engine.backends.choice")
 
 
-def select(op: str, args: tuple[Any, ...]) -> tuple[str, Kernel]:
-    """The backend that serves `op` on the forward arguments `args`, and its kernel. BackendRefused when none does."""
+def select(op: str, args: tuple[Any, ...], backward: bool = False) -> tuple[str, Kernel]:
+    """The backend that serves `op` on the forward arguments `args`, and its kernel; with `backward` one that has it.
+    BackendRefused when none does."""
     candidates = asked(op, args)
     for backend in candidates:
         kernel = (_tables.get(backend) or table(backend)).get(op)
-        if kernel is not None and kernel.refuses(*args) is None:
+        if kernel is not None and not (backward and kernel.backward is None) and kernel.refuses(*args) is None:
             return backend, kernel
-    reasons = [f"{backend}: {_reason(backend, op, args)}" for backend in candidates]
+    reasons = [f"{backend}: {_reason(backend, op, args) or 'it has no backward'}" for backend in candidates]
     raise BackendRefused(f"{op} is not served here: {'; '.join(reasons)}")
 
 

@@ -49,21 +49,27 @@ def _attend_back(
     keys: Packed,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """A call for each sample: the library cuts dq's sum by multiprocessors / (samples * heads) of the call, so that a
+    sample's bits would depend on how many others there are."""
     library = _package()[0]
     assert library is not None
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    library._flash_attn_varlen_backward(
-        *(dout, q, k, v, out, lse, *grads),
-        *(queries.bounds, keys.bounds, queries.longest, keys.longest),
-        dropout_p=0.0,
-        softmax_scale=scale,
-        causal=False,
-        window_size_left=-1,
-        window_size_right=-1,
-        softcap=0.0,
-        alibi_slopes=None,
-        deterministic=True,
-    )
+    asking, asked = queries.each(dout, q, out, lse.T, grads[0]), keys.each(k, v, *grads[1:])
+    for (q_bounds, dout_one, q_one, out_one, lse_one, dq), (k_bounds, k_one, v_one, dk, dv) in zip(
+        asking, asked, strict=True
+    ):
+        library._flash_attn_varlen_backward(
+            *(dout_one, q_one, k_one, v_one, out_one, lse_one.T.contiguous(), dq, dk, dv),
+            *(q_bounds, k_bounds, len(q_one), len(k_one)),
+            dropout_p=0.0,
+            softmax_scale=scale,
+            causal=False,
+            window_size_left=-1,
+            window_size_right=-1,
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=True,
+        )
     return grads
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,11 @@ class Packed:
     def longest(self) -> int:
         """Rows of the longest sample; 0 without one."""
         return max(self.lengths, default=0)
+
+    def each(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Of each sample its bounds (int32 [0, rows]) and its rows of each tensor, as views."""
+        bounds = (self.bounds[i : i + 2] - self.bounds[i] for i in range(len(self.lengths)))
+        return zip(bounds, *(x.split(self.lengths) for x in tensors), strict=True)
 
     def take(self, x: Tensor, dim: int = 0) -> Tensor:
         """The rows of x, packed."""

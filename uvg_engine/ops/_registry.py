@@ -44,14 +44,14 @@ def define_backward(op: str, schema: str, fake: Callable[..., Any], num_saved: i
     """Define torch.ops.uvg.<op>_bwd and return it.
 
     The first `num_saved` arguments of the backward are tensors that only a backward has (gradients, lse, ...); what
-    follows is a prefix of the forward's arguments, by which the backend is chosen: the same rules for both.
+    follows is a prefix of the forward's arguments, by which the backend is chosen: the same rules for both, so that it
+    is the forward's unless that has no backward.
     """
 
     def dispatch(*args: Any) -> Any:
-        backend, kernel = backends.select(op, args[num_saved:])
-        if kernel.backward is None:
-            raise backends.BackendRefused(f"{op} has no backward on backend {backend}")
-        return kernel.backward(*args)
+        backward = backends.select(op, args[num_saved:], backward=True)[1].backward
+        assert backward is not None
+        return backward(*args)
 
     def twice(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"{op} has no second derivative")
