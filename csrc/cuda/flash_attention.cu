@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) forward_kernel(Params p)
     float s[kKeys / 8][4];
     scores<kKeys>(s, q, own, k_tile(t));
     const int64_t left = num_keys - int64_t{t} * kKeys;  // beyond it there is no key
-    float before[2] = {largest[0], largest[1]};
+    float before[2] = {largest[0], largest[1]}, peak[2];
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) forward_kernel(Params p)
     for (int half = 0; half < 2; ++half) {
       largest[half] = gpu::max(largest[half], gpu::shuffle_xor(largest[half], 1));
       largest[half] = gpu::max(largest[half], gpu::shuffle_xor(largest[half], 2));
-      const float shrink = gpu::exp2(before[half] - largest[half]);
+      peak[half] = largest[half] == -kInfinity ? 0.0f : largest[half];  // so far nothing but -inf
+      const float shrink = gpu::exp2(before[half] - peak[half]);
       sum[half] *= shrink;
 #pragma unroll
       for (int n = 0; n < kHead / 8; ++n) acc[n][2 * half] *= shrink, acc[n][2 * half + 1] *= shrink;
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) forward_kernel(Params p)
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s[n][i] = gpu::exp2(s[n][i] - largest[i / 2]);
+        s[n][i] = gpu::exp2(s[n][i] - peak[i / 2]);
         sum[i / 2] += s[n][i];
       }
     }

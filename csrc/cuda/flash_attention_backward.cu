@@ -95,6 +95,9 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dq_kernel(Params p) {
 
 // One block: 64 neighbouring key rows of the buffer, 16 a warp, against the queries of every sample that names one of
 // them. Scores are transposed: a row is a key, a column a query.
+//
+// NaN in a sample's queries comes into all 16 rows of a warp, zero weights or not. So a row begins with its first
+// sample, and is stored after each of its own: what others do to it before and after is not seen.
 template <typename T, int kHead>
 __global__ void __launch_bounds__(kAttentionThreads, 2) dkv_kernel(Params p) {
   const int64_t first = gpu::block_x() * kTile, head = gpu::block_y(), stride = p.heads * p.width;
@@ -115,6 +118,17 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dkv_kernel(Params p) {
   const int lane = gpu::lane(), own = gpu::warp_in_block() * 16;
   const float scale = p.scale * kLog2e;
   float dk[kHead / 8][4] = {}, dv[kHead / 8][4] = {};
+  bool begun[2] = {false, false};
+  const auto clear = [&](int half) {
+#pragma unroll
+    for (int n = 0; n < kHead / 8; ++n)
+      dk[n][2 * half] = dk[n][2 * half + 1] = dv[n][2 * half] = dv[n][2 * half + 1] = 0.0f;
+  };
+  const auto store = [&](int half) {
+    const int64_t row = key_row(own + lane / 4 + 8 * half);
+    store_row<T, kHead>(static_cast<T*>(p.dk) + offset, row, stride, p.width, dk, half, p.scale);
+    store_row<T, kHead>(static_cast<T*>(p.dv) + offset, row, stride, p.width, dv, half, 1.0f);
+  };
   for (int64_t sample = 0; sample < p.samples; ++sample) {
     const SampleRows keys{p.k_spans + sample * p.spans_k * 2, p.spans_k};
     const SampleRows queries{p.q_spans + sample * p.spans_q * 2, p.spans_q};
@@ -123,8 +137,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dkv_kernel(Params p) {
     const int num_tiles = static_cast<int>((num_queries + kQueries - 1) / kQueries);
     float times[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < 2; ++half) {
       times[half] = static_cast<float>(keys.times(first + own + lane / 4 + 8 * half));
+      if (begun[half] || times[half] == 0.0f) continue;
+      begun[half] = true;
+      clear(half);
+    }
     const auto copy_queries = [&](int t) {
       const auto row = [&](int r) { return queries.row(int64_t{t} * kQueries + r); };
       copy_tile<kQueries>(part(t, 0), static_cast<const T*>(p.q) + offset, stride, p.width, row);
@@ -165,13 +183,17 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) dkv_kernel(Params p) {
       accumulate<kQueries>(dk, dp, part(t, 0));
       gpu::block_barrier();
     }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (times[half] > 0.0f) store(half);
+    }
   }
   gpu::async_wait<0>();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t row = key_row(own + lane / 4 + 8 * half);
-    store_row<T, kHead>(static_cast<T*>(p.dk) + offset, row, stride, p.width, dk, half, p.scale);
-    store_row<T, kHead>(static_cast<T*>(p.dv) + offset, row, stride, p.width, dv, half, 1.0f);
+    if (begun[half]) continue;
+    clear(half);
+    store(half);
   }
 }
 

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kAttentionThreads) weigh_kernel(Params p, Heat
   };
   const int depths = static_cast<int>((p.width + kDepth - 1) / kDepth), own = gpu::warp_in_block() * 16;
   float logits[kColumns / 8][4] = {};
-  copy(0);
+  if (depths > 0) copy(0);
   for (int d = 0; d < depths; ++d) {
     if (d + 1 < depths) {
       copy(d + 1);

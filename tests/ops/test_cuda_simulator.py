@@ -348,6 +348,47 @@ def test_keys_that_nobody_names_may_be_nan():
 
 
 @needs_simulator
+@pytest.mark.parametrize("spoilt", ["q", "k", "v", "dout"])
+def test_nan_of_another_sample_stays_there(spoilt):
+    """Its rows lie in the same tiles."""
+    g = torch.Generator().manual_seed(0)
+    given = {name: normal(g, 18, 1, 16).to(BF16) for name in ("q", "k", "v", "dout")}
+    table = torch.tensor([[[0, 9]], [[9, 9]]], dtype=torch.int32)
+
+    def results():
+        leaves = [given[name].clone().requires_grad_() for name in ("q", "k", "v")]
+        out, _ = ops.flash_attention(*leaves, table, table)
+        return [x[:9] for x in (out.detach(), *torch.autograd.grad(out, leaves, given["dout"]))]
+
+    want = on_cuda(results)
+    given[spoilt][9:] = torch.nan
+    for got, wanted in zip(on_cuda(results), want, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@needs_simulator
+def test_a_tile_of_keys_may_score_minus_infinity():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.ones(4, 1, 16), normal(g, 130, 1, 16), normal(g, 130, 1, 16)
+    k[:64] = -torch.inf
+    args = [x.to(BF16) for x in (q, k, v)]
+    tables = [torch.tensor([[[0, rows]]], dtype=torch.int32) for rows in (4, 130)]
+    out, lse = on_cuda(ops.flash_attention, *args, *tables)
+    with backends.force("reference"):
+        want, want_lse = ops.flash_attention(*args, *tables)
+    torch.testing.assert_close(out, want, rtol=0.02, atol=0.002)
+    torch.testing.assert_close(lse, want_lse)
+
+
+@needs_simulator
+def test_the_head_without_columns_draws_from_its_bias():
+    ids = torch.arange(3)
+    x, weight, bias = (torch.zeros(size, dtype=BF16) for size in ((3, 0), (5, 0), (5,)))
+    bias[3] = 1.0
+    assert on_cuda(ops.linear_sample, x, weight, bias, ids, ids, ids, temperature=0.0).tolist() == [3, 3, 3]
+
+
+@needs_simulator
 def test_minus_zero_ties_with_zero():
     logits = torch.tensor([[0.0, -0.0, -1.0], [-0.0, 0.0, -1.0], [-1.0, -0.0, 0.0]])
     assert on_cuda(ops.moe_route, logits, 1)[1].flatten().tolist() == [0, 0, 1]
