@@ -115,6 +115,21 @@ void uninitialised_and_in_flight() {
             gpu::load_shared(to + 4 * (x() ^ 1)));
   });
   buffer();
+  expect("written while it comes", "writes 4 bytes at offset 0 of shared memory, where a cp.async of thread (", [&] {
+    copy(true);
+    gpu::block_barrier();
+    PLANTED(gpu::store_shared(gpu::shared_memory<float>(), 1.0f));
+  });
+  buffer();
+  expect("copied from beyond", "out of bounds: reads 16 bytes at offset 1024 of a global buffer of 1024 bytes", [&] {
+    PLANTED(gpu::async_copy_16(gpu::shared_memory<float>() + 4 * x(), in.data() + 4 * (x() + 1), true));
+    gpu::async_commit();
+    gpu::async_wait<0>();
+  });
+  buffer();
+  expect("copied to an odd place", "writes 16 bytes at offset 4 of shared memory, which is not aligned to 16",
+         [&] { PLANTED(gpu::async_copy_16(gpu::shared_memory<float>() + 1, in.data(), true)); });
+  buffer();
   expect("never waited for", "leaves the kernel without waiting for this cp.async",
          [&] { PLANTED(gpu::async_copy_16(gpu::shared_memory<float>() + 4 * x(), in.data(), true)); });
 }
@@ -138,6 +153,10 @@ void collectives_and_barriers() {
   });
   expect("counts differ", "named barrier 2 expects",
          [] { PLANTED(gpu::named_barrier_wait(2, x() < 32 ? 64 : 32 + 64)); });
+  expect("a barrier that there is not", "named barrier must be 1 to 15, got 16",
+         [] { PLANTED(gpu::named_barrier_wait(16, 64)); });
+  expect("half a warp", "a named barrier's count must be whole warps, got 48",
+         [] { PLANTED(gpu::named_barrier_wait(1, 48)); });
   expect("nobody arrives", "waits for ever for a named barrier", [] {
     if (x() < 32) PLANTED(gpu::named_barrier_wait(3, 64));
   });
