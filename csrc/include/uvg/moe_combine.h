@@ -17,7 +17,7 @@ struct MoeCombineParams {
   int64_t rows, width, top_k;
   Dtype dtype;
   int threads;
-  int32_t* places;   // [rows * top_k]: memory to work in
+  int32_t* places;   // [rows * top_k]: memory to work in; cuda: forward
   void* out;         // [rows, width] in dtype; forward
   const void* dout;  // [rows, width] in dtype; backward
   void* dgrouped;    // [rows * top_k, width] in dtype; backward

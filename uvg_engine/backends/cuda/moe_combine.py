@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from uvg_engine.backends.cuda._tensors import as_floats, floats_like, launch, refuses_tensors
@@ -13,17 +12,15 @@ def refuses(rows: Tensor, *rest: object) -> str | None:
 
 
 def _fields(rows: Tensor, order: Tensor, weights: Tensor) -> dict[str, Any]:
-    """What forward and backward share, and memory to work in; tensors are packed here."""
-    order = order.contiguous()
+    """What forward and backward share; tensors are packed here."""
     sizes = {"rows": weights.shape[0], "width": rows.shape[1], "top_k": weights.shape[1], "dtype": rows.dtype}
-    tensors = {"grouped": rows.contiguous(), "order": order, "weights": as_floats(weights)}
-    return sizes | tensors | {"places": torch.empty_like(order)}
+    return sizes | {"grouped": rows.contiguous(), "order": order.contiguous(), "weights": as_floats(weights)}
 
 
 def forward(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """Arguments and results as in reference.moe_combine.forward."""
-    out = rows.new_empty(len(weights), rows.shape[1])
-    launch("moe_combine_forward", rows, **_fields(rows, order, weights), out=out)
+    out, places = rows.new_empty(len(weights), rows.shape[1]), order.new_empty(len(order))
+    launch("moe_combine_forward", rows, **_fields(rows, order, weights), places=places, out=out)
     return out
 
 
