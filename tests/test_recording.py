@@ -54,6 +54,9 @@ REFUSED = {
     "random numbers": lambda: torch.randn(3),
     "dropout": lambda: torch.nn.functional.dropout(X, 0.5),
     "a foreign tensor": lambda: X[0].add_(0),
+    "foreign tensors of a list": lambda: torch._foreach_mul_([X], 1.0),
+    "a tensor that grows": lambda: ops.gated_residual(X, X).resize_(60, 80)[:6].mul_(0),
+    "a tensor without strides": lambda: X.to_sparse().sum(),
     "a constant that is written to": lambda: torch.tensor([1.0, 2.0]).add_(1),
     "an op of the reference": lambda: ops.gated_residual(X.double(), X.double()),
 }
@@ -137,6 +140,31 @@ def test_packed_weights_are_not_the_recordings_own():
     assert recording.replay() and torch.equal(recording.result, ops.linear(X, weight))
     recording = Recording(partial(ops.linear, X, weight))
     assert packed_weights.packed(weight, True) is kept
+
+
+def test_packed_weights_go_with_their_weights():
+    weights = [torch.eye(8) for _ in range(3)]
+    recording = Recording(lambda: [ops.linear(X, weight) for weight in weights])
+    words = [weakref.ref(packed_weights.packed(weight, True)) for weight in weights]
+    assert recording.replay()
+    for weight in weights:
+        weight.mul_(2)
+        ops.linear(X, weight)
+    assert all(old() is None for old in words)
+    assert not recording.replay()
+
+
+def test_only_the_values_of_a_result_are_compared():
+    recording = Recording(lambda: torch.empty(100, 8)[:6].copy_(X))
+    assert torch.equal(recording.result, X)
+
+
+def test_a_torch_that_counts_no_users_uses_no_memory_again(monkeypatch):
+    monkeypatch.delattr(torch._C, "_storage_Use_Count")
+    own = X.clone()
+    recording = Recording(lambda: own_steps(own))
+    own.mul_(2)
+    assert recording.replay() and torch.equal(recording.result[0], own_steps(own)[0])
 
 
 def test_memory_is_bounded_while_it_is_taken():

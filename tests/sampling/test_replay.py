@@ -1,10 +1,13 @@
 """Forwards replayed from a recording: nothing but time changes; no recording outlives what it was made of."""
 
 import copy
+import dataclasses
+import gc
 import threading
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.sampling.tiny import alone, bits, make_engine, make_model, make_video
@@ -71,8 +74,18 @@ def test_a_batch_of_changing_requests_has_the_bits_of_each_alone():
         assert [bits(handle.result) for handle in handles] == want
 
 
-def replace_norm(model):
-    model.blocks[0].norm2.weight = torch.nn.Parameter(2 * model.blocks[0].norm2.weight)
+@pytest.mark.parametrize("guided", [(0,), (1,), (0, 2), (1, 2)])
+def test_a_recording_knows_which_samples_are_guided(guided):
+    engine, model = make_engine(), make_model()
+    seeds = {"a red seven": 1, "the two blue": 2, "down fast green": 3}
+
+    def requests(guided):
+        settings = [(prompt, seed, 3 if k in guided else 1) for k, (prompt, seed) in enumerate(seeds.items())]
+        return [Request("generate", p, seed=s, num_steps=5, guidance=g) for p, s, g in settings]
+
+    engine.run(requests((0, 1) if len(guided) > 1 else (2,)))  # as many branches of the same sizes
+    got = engine.run(requests(guided))
+    assert [bits(one) for one in got] == [bits(plainly(model, request)) for request in requests(guided)]
 
 
 CHANGES = {
@@ -87,6 +100,8 @@ CHANGES = {
     ),
     "another module": lambda m: m.blocks[0].attn1.to_out.__setitem__(0, torch.nn.Linear(32, 32)),
     "positions": lambda m: m.load_state_dict({**m.state_dict(), "rotary_emb_text.inv_freq": torch.rand(8)}),
+    "strides": lambda m: setattr(m.blocks[0].norm2.weight, "data", m.blocks[0].norm2.weight.data[:1].expand(32)),
+    "what it predicts": lambda m: setattr(m, "config", dataclasses.replace(m.config, prediction="sample")),
     "bytes": lambda m: setattr(m, "int8", True),
     "dtype of the products": lambda m: setattr(m, "compute_dtype", torch.bfloat16),
     "dtype": lambda m: m.bfloat16(),
@@ -104,6 +119,21 @@ def test_a_model_that_changes_is_read_anew(what):
     for _ in range(3):
         got = bits(alone(engine, FIRST))
         assert got == bits(plainly(copy.deepcopy(engine.model), FIRST)) and got != before
+
+
+def test_an_engine_may_get_another_model():
+    engine = make_engine()
+    alone(engine, FIRST)
+    for seed in (1, 0):
+        engine.model = make_model(seed)
+        for _ in range(2):
+            assert bits(alone(engine, FIRST)) == bits(plainly(make_model(seed), FIRST))
+
+
+def test_a_model_may_lack_what_nobody_reads():
+    model = make_model()
+    model.video_head = None
+    alone(make_engine(model), KINDS["caption"])
 
 
 class Watch(TorchDispatchMode):
@@ -136,6 +166,14 @@ def test_hooks_are_called(forwards):
         alone(engine, FIRST)
         handle.remove()
     assert len(seen) == 2 * FIRST.num_steps
+    for register in (register_module_forward_hook, register_module_forward_pre_hook):
+        del seen[:]
+        handle = register(
+            lambda module, *args: seen.append(module) if module is engine.model.blocks[0].experts else None
+        )
+        alone(engine, FIRST)
+        handle.remove()
+        assert len(seen) == FIRST.num_steps
     del forwards[:]
     alone(engine, FIRST)
     assert not forwards
@@ -170,6 +208,40 @@ def test_memory_is_bounded(forwards, monkeypatch):
     assert bits(alone(engine, long)) == bits(plainly(engine.model, long))
     assert len(forwards) == 2 * long.num_steps + 1  # one of them was to be recorded
     assert [one for one in engine.replays._known.values() if one is not False] == []
+
+
+def test_conditions_count_as_memory_and_are_not_kept(forwards, monkeypatch):
+    engine = make_engine()
+    alone(engine, FIRST)
+    (one,) = (each for each in engine.replays._known.values() if each is not True)
+    assert one.num_bytes == one.recording.num_bytes + sum(x.nbytes for x in (*one.changing, *one.resting))
+    gc.collect()
+    assert one.given() is None
+    monkeypatch.setattr(replay, "MOST_BYTES", one.num_bytes - 1)
+    engine = make_engine()
+    alone(engine, FIRST)
+    assert set(engine.replays._known.values()) == {False}
+
+
+def test_a_copy_that_was_cut_short_is_made_again(monkeypatch):
+    engine = make_engine()
+    want = bits(alone(engine, FIRST))
+    (one,) = (each for each in engine.replays._known.values() if each is not True)
+    first, second = ([torch.full_like(x, k) for x in one.resting] for k in (1, 2))
+    one.replay(one.changing, first)
+
+    def cut_short(own, values):
+        own[0].copy_(values[0])
+        if own is one.resting:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(replay, "_fill", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        one.replay(one.changing, second)
+    monkeypatch.undo()
+    assert one.replay(one.changing, first)
+    assert all(torch.equal(own, value) for own, value in zip(one.resting, first, strict=True))
+    assert bits(alone(engine, FIRST)) == want
 
 
 def test_two_threads_share_an_engine():

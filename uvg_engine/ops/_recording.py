@@ -7,6 +7,7 @@ same work on the same addresses, for functions whose course depends on shapes on
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,7 +23,6 @@ from uvg_engine.ops._registry import kernel_of
 _UNPREDICTABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
-
 _COPIES = {_aten.clone, _aten.contiguous, _aten._to_copy}
 
 
@@ -36,8 +36,9 @@ class Recording:
     result: what the function returned; its tensors are written anew by each `replay`. Tensors that the function reads
     are read again, where they were: change them in place. num_bytes: memory that is held for the steps. Raises
     NotRecordable where the course of the function hangs on a tensor's values or on random numbers, where it writes to
-    another's tensor, leaves the CPU, has an op served by another backend than `cpu`, or makes more than most_bytes at
-    once; and where a first replay, over memory full of NaN, does not give the same bits.
+    another's tensor, makes a tensor another one (`resize_`, `t_`), leaves the CPU, has an op served by another backend
+    than `cpu`, or makes more than most_bytes at once; and where a first replay, over memory full of NaN, does not give
+    the same bits. What is read behind torch, by `tolist()` or `numpy()`, has to be the same in every replay.
     """
 
     def __init__(self, function: Callable[[], Any], most_bytes: int = 1 << 62) -> None:
@@ -50,13 +51,15 @@ class Recording:
                 break
         else:
             raise NotRecordable("a weight had to be packed twice")
-        self._steps, self._held, self._weights = recorder.steps, recorder.held, weights
+        self._steps, self._held = recorder.steps, recorder.held
+        self._weights = [(weight, op, weakref.ref(words)) for weight, op, words, _ in weights]  # they own their words
         self._blocks, self.num_bytes = recorder.blocks, recorder.num_bytes
         self._check()
 
     def replay(self) -> bool:
         """Do it again, into `result`. False, and nothing done, where a packed weight was written to since."""
-        if not all(packed_weights.packed(weight, True, op) is words for weight, op, words, _ in self._weights):
+        words = [packed_weights.packed(weight, True, op) for weight, op, _ in self._weights]  # held while it runs
+        if not all(now is then() for now, (_, _, then) in zip(words, self._weights, strict=True)):
             return False
         with torch.no_grad():
             for step in self._steps:
@@ -65,10 +68,10 @@ class Recording:
 
     def _check(self) -> None:
         results = _tensors(self.result)
-        want = [_bytes(x.contiguous()).clone() for x in results]
+        want = [_bits(x).clone() for x in results]
         for block in self._blocks:
-            _bytes(block).fill_(255)
-        if not self.replay() or not all(torch.equal(_bytes(x.contiguous()), w) for x, w in zip(results, want)):
+            _storage(block).fill_(255)
+        if not self.replay() or not all(torch.equal(_bits(x), w) for x, w in zip(results, want, strict=True)):
             raise NotRecordable("a replay gave another result")
 
 
@@ -100,20 +103,23 @@ class _Recorder(TorchDispatchMode):
             return out
         if not _UNPREDICTABLE.isdisjoint(func.tags):
             raise NotRecordable(f"{func} depends on values or random numbers")
+        if torch.Tag.inplace_view in func.tags:
+            raise NotRecordable(f"{func} makes a tensor another one")
+        if not all(self._place(x) in self._ours for x in _written(func, args, kwargs)):
+            raise NotRecordable(f"{func} writes to a tensor that was not made here")
         out = func(*args, **kwargs)
-        if not all(x.is_cpu for x in _tensors(out)):
-            raise NotRecordable(f"{func} makes a tensor on another device")
+        if not all(x.is_cpu and x.layout is torch.strided for x in _tensors(out)):
+            raise NotRecordable(f"{func} makes a tensor on another device or without strides")
         return self._note(func, args, kwargs, out)
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         inputs, results = _tensors((args, kwargs)), _tensors(out)
         if func._schema.is_mutable:
-            if not all(self._place(x) in self._ours for x in results):
-                raise NotRecordable(f"{func} writes to a tensor that was not made here")
             self.steps.append(partial(func, *self._aliases(args), **self._aliases(kwargs)))
             return out
         known = set(map(self._place, inputs))
         if all(self._place(x) in known for x in results):  # views
+            self.held.extend(x for x in results if self._place(x) not in self._ours)  # a kernel may read them
             return out
         if func.overloadpacket in _EMPTY:
             if (block := self._free(out)) is not None:
@@ -137,6 +143,8 @@ class _Recorder(TorchDispatchMode):
     def _free(self, wanted: Tensor) -> Tensor | None:
         """A block of the size wanted that is ours alone."""
         size = wanted.untyped_storage().nbytes()
+        if not hasattr(torch._C, "_storage_Use_Count"):  # it is private to torch
+            return None
         for block in self.blocks:
             if block.untyped_storage().nbytes() == size and _users(block) == self._ours[self._place(block)]:
                 return block
@@ -162,6 +170,13 @@ def _tensors(values: Any) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Those of the arguments that an op writes to."""
+    written = [x.alias_info is not None and x.alias_info.is_write for x in func._schema.arguments]
+    names = [x.name for x, writes in zip(func._schema.arguments, written, strict=True) if writes]
+    return _tensors(([x for x, writes in zip(args, written) if writes], [kwargs.get(name) for name in names]))
+
+
 def _users(x: Tensor) -> int:
     """Tensors on the storage of x."""
     store = x.untyped_storage()
@@ -173,8 +188,13 @@ def _like(x: Tensor, block: Tensor) -> Tensor:
     return torch.empty(0, dtype=x.dtype).set_(block.untyped_storage(), 0, x.shape, x.stride())
 
 
-def _bytes(x: Tensor) -> Tensor:
-    """The whole storage of x."""
+def _bits(x: Tensor) -> Tensor:
+    """The values of x, as bytes."""
+    return x.contiguous().flatten().view(torch.uint8)
+
+
+def _storage(x: Tensor) -> Tensor:
+    """The whole storage of x, as bytes."""
     return torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
 
 

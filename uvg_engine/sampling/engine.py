@@ -55,7 +55,7 @@ class Engine:
         self.savings = savings or Savings()
         check_max_rows(max_rows)
         self.max_rows = max_rows
-        self.replays = Replays(model)
+        self.replays = Replays()
         config = model.config
         shape = codec.latent_shape((self.defaults.frames, self.defaults.height, self.defaults.width))
         if shape[0] != config.in_channels:

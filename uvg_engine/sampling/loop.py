@@ -161,7 +161,7 @@ class Loop:
 
         if self.savings.replay:
             key = (packed.key, tuple(read_video), tuple(read_text), len(changing))
-            out = self._replays.run(key, changing, packed.condition, forward)
+            out = self._replays.run(self.model, key, changing, packed.condition, forward)
         else:
             out = forward(changing, packed.condition)
         velocities: dict[Branch, Tensor] = {}
@@ -198,11 +198,12 @@ class Loop:
                 condition.append(torch.cat([idle if c.constant is None else c.constant for c in block]))
         masks = tuple(None if s.text_mask is None else tuple(s.text_mask.tolist()) for s in everyone)
         shape = (layout.grids, layout.text_lens, layout.cond_lens, masks, tuple(asks), len(states))
-        branches = None
+        branches, goes_on_from = None, None
         if self.savings.share_first_attention and len(everyone) > len(states):
             alone, places = self._layout(states, [0] * len(states)), {s.serial: i for i, s in enumerate(states)}
-            branches, layout = Selection.build(alone, layout, [places[s.serial] for s in everyone]), alone
-        self._packed = Packed(composition, (*shape, branches is None), layout, condition, asking, asks, branches)
+            goes_on_from = tuple(places[s.serial] for s in everyone)
+            branches, layout = Selection.build(alone, layout, goes_on_from), alone
+        self._packed = Packed(composition, (*shape, goes_on_from), layout, condition, asking, asks, branches)
         return self._packed
 
     def _reading_of(self, packed: Packed, video: list[bool], text: list[bool]) -> Reading | None:

@@ -4,6 +4,7 @@ recorded once and done again on the same memory."""
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.modules import module as modules_of_torch
 
 from uvg_engine import backends
 from uvg_engine.backends import native
@@ -19,7 +22,7 @@ from uvg_engine.model.univigu import PackedOutput
 from uvg_engine.ops._recording import NotRecordable, Recording
 from uvg_engine.ops._registry import alone
 
-MOST_BYTES = 64 << 20  # that all recordings of a loop hold
+MOST_BYTES = 64 << 20  # that all recordings of an engine in a thread hold
 _MOST_KEYS = 256  # that are remembered
 
 Forward = Callable[[Sequence[Tensor], Sequence[Tensor]], PackedOutput]
@@ -32,39 +35,43 @@ class _Taken:
     recording: Recording
     changing: list[Tensor]
     resting: list[Tensor]
-    given: Sequence[Tensor]  # what `resting` was copied from
+    given: Callable[[], Tensor | None]  # the first of those that `resting` was copied from, while it lives
 
     @property
     def num_bytes(self) -> int:
-        return self.recording.num_bytes
+        return self.recording.num_bytes + _size(self.changing) + _size(self.resting)
 
     def replay(self, changing: Sequence[Tensor], resting: Sequence[Tensor]) -> bool:
         """With these values. False where a weight was written to since."""
         _fill(self.changing, changing)
-        if self.given is not resting:
+        if resting and self.given() is not resting[0]:
+            self.given = _nothing  # until all are copied
             _fill(self.resting, resting)
-            self.given = resting
+            self.given = weakref.ref(resting[0])
         return self.recording.replay()
 
 
 class Replays(threading.local):
-    """Forwards of one model: as they are at first, recorded when a key comes again, from then on replayed. A replay
+    """Forwards of a model: as they are at first, recorded when a key comes again, from then on replayed. A replay
     runs the same kernels on the same values, so it gives the same bits. Each thread has recordings of its own.
 
     Left as they are: forwards on a device, without the native core, with more than MOST_BYTES at work (where Python's
-    part is small), with a gradient, under a profiler, mode, transform or autocast, of modules with hooks.
+    part is small), with a gradient, under a profiler, mode, transform or autocast, with hooks on modules, with weights
+    of a subclass of Tensor or in another dtype than that of the products. Seen before each replay: another model, other
+    weights and buffers, other values in them, `config`, `int8` and the dtype; not seen: other attributes of its modules
+    (an eps, a method).
     """
 
-    def __init__(self, model: UniViGU) -> None:
-        self._model = model
+    def __init__(self) -> None:
         self._known: OrderedDict[Hashable, _Taken | bool] = OrderedDict()  # True: came once, False: cannot be recorded
         self._state: Hashable = None  # of the model, that all recordings have seen
 
     def __reduce__(self) -> Any:
-        return Replays, (self._model,)
+        return Replays, ()
 
     def run(
         self,
+        model: UniViGU,
         key: Hashable,
         changing: Sequence[Tensor],
         resting: Sequence[Tensor],
@@ -72,11 +79,12 @@ class Replays(threading.local):
     ) -> PackedOutput:
         """forward(changing, resting).
 
-        changing, resting: the tensors that the forward reads, but for the weights; one object `resting` has the same
-        values always. key: all else that it depends on; with one key, shapes and dtypes are the same. The tensors of
-        the result are overwritten by the next call with this key.
+        changing, resting: the tensors that the forward reads, but for the weights of the model; where the first one of
+        `resting` is the object that it was, all have the values that they had. key: all else that it depends on; with
+        one key, shapes and dtypes are the same. The tensors of the result are overwritten by the next call with this
+        key.
         """
-        if not self._plain(changing):
+        if not self._plain(model, changing):
             return forward(changing, resting)
         key = (key, torch.get_num_threads(), torch.is_inference_mode_enabled(), backends.names(), backends.forced())
         known = self._known.get(key)
@@ -87,31 +95,35 @@ class Replays(threading.local):
         elif known:
             own = [value.clone() for value in changing], [value.clone() for value in resting]
             try:
-                recording = Recording(lambda: forward(*own), MOST_BYTES)
+                recording = Recording(lambda: forward(*own), MOST_BYTES - sum(map(_size, own)))
             except NotRecordable:
                 self._keep(key, False)
                 return forward(changing, resting)
-            self._keep(key, _Taken(recording, *own, resting))
+            self._keep(key, _Taken(recording, *own, weakref.ref(resting[0]) if resting else _nothing))
             return recording.result
         if known is not False:
             self._keep(key, True)
         return forward(changing, resting)
 
-    def _plain(self, changing: Sequence[Tensor]) -> bool:
+    def _plain(self, model: UniViGU, changing: Sequence[Tensor]) -> bool:
         """Whether only the kernels have to see the calls. Forgets all recordings where the model is another one."""
         if native.cpu() is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
-        if not alone(tuple(changing)):
+        if not alone(tuple(changing)) or modules_of_torch._has_any_global_hook():
             return False
-        model, places = self._model, []
+        found: list[Tensor | None] = [model.rotary_emb_text.table(1)]
         modules: list[Any] = [model]
         for module in modules:  # it grows
+            if module is None:
+                continue
             if module._forward_hooks or module._forward_pre_hooks:
                 return False
-            places += [*module._parameters.values(), *module._buffers.values()]
+            found += [*module._parameters.values(), *module._buffers.values()]
             modules += module._modules.values()
-        places.append(model.rotary_emb_text.table(1))
-        state = (model.int8, model.dtype, *(None if x is None else (x.data_ptr(), x.dtype) for x in places))
+        tensors = [x for x in found if x is not None]
+        if not {type(x) for x in tensors} <= {Tensor, Parameter}:
+            return False
+        state = (model, model.config, model.int8, model.dtype, *((x.data_ptr(), x.dtype, x.stride()) for x in tensors))
         if state != self._state:
             self._known.clear()
             self._state = state
@@ -124,6 +136,14 @@ class Replays(threading.local):
         while held > MOST_BYTES or len(self._known) > _MOST_KEYS:
             _, oldest = self._known.popitem(last=False)
             held -= oldest.num_bytes if isinstance(oldest, _Taken) else 0
+
+
+def _nothing() -> None:
+    return None
+
+
+def _size(tensors: Sequence[Tensor]) -> int:
+    return sum(x.nbytes for x in tensors)
 
 
 def _fill(own: Sequence[Tensor], values: Sequence[Tensor]) -> None:
