@@ -1,6 +1,7 @@
 #include "common/row_lists.h"
 
 #include <algorithm>
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -31,8 +32,9 @@ RowLists::RowLists(const int32_t* spans, int64_t samples, int64_t per_sample, in
   for (int64_t row = 0; row < num_rows; ++row)
     if (taken[static_cast<size_t>(row)] == 0) all.push_back(static_cast<int32_t>(row));
   first.push_back(static_cast<int64_t>(all.size()));
-  first_ = new int64_t[first.size()];
+  std::unique_ptr<int64_t[]> firsts(new int64_t[first.size()]);  // freed if there is no memory for the rows
   rows_ = new int32_t[all.size()];
+  first_ = firsts.release();
   std::copy(first.begin(), first.end(), first_);
   std::copy(all.begin(), all.end(), rows_);
 }

@@ -1,12 +1,16 @@
 // Rows of each sample in the order of its spans, and those of none; memory on cache lines of its own.
 #include "common/row_lists.h"
 
+#include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <vector>
 
 #include "tests/check.h"
 
 namespace {
+
+int64_t live = 0, left = -1;  // pieces of memory in use; how many more there are, -1 for any number
 
 std::vector<int32_t> list(const uvg::RowLists& lists, int64_t number) {
   return {lists.rows(number), lists.rows(number) + lists.size(number)};
@@ -21,7 +25,38 @@ bool refused(std::vector<int32_t> spans, int64_t rows) {
   return false;
 }
 
+// Whatever allocation fails, nothing is kept.
+bool leaks(const std::vector<int32_t>& spans, int64_t rows) {
+  for (int64_t allowed = 0;; ++allowed) {
+    const int64_t before = live;
+    left = allowed;
+    try {
+      const uvg::RowLists lists(spans.data(), 1, static_cast<int64_t>(spans.size() / 2), rows);
+      left = -1;
+      return false;
+    } catch (const std::bad_alloc&) {
+      left = -1;
+      if (live != before) return true;
+    }
+  }
+}
+
 }  // namespace
+
+void* operator new(size_t size) {
+  void* memory = left == 0 ? nullptr : std::malloc(size + 1);
+  if (memory == nullptr) throw std::bad_alloc();
+  if (left > 0) --left;
+  ++live;
+  return memory;
+}
+
+void operator delete(void* memory) noexcept {
+  if (memory != nullptr) --live;
+  std::free(memory);
+}
+
+void operator delete(void* memory, size_t) noexcept { operator delete(memory); }
 
 int main() {
   using Rows = std::vector<int32_t>;
@@ -43,6 +78,8 @@ int main() {
   CHECK(refused({-1, 2}, 5));
   CHECK(refused({0, -2}, 5));
   CHECK(!refused({3, 2}, 5));
+
+  CHECK(!leaks({3, 2}, 9));
 
   uvg::Scratch scratch;
   for (int64_t count : {1, 0, 1000}) {
