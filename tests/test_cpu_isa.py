@@ -127,6 +127,32 @@ def test_bits_do_not_depend_on_threads(isa, dtype, isa_restored):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("isa", usable())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_alone_and_in_a_group(isa, dtype, isa_restored):
+    """Norms take four rows at once where they can; which, depends on the neighbours."""
+    g = torch.Generator().manual_seed(0)
+    h, y, dout = (torch.randn(6, WIDE, generator=g).to(dtype) for _ in range(3))
+    weight, bias = torch.randn(2, WIDE, generator=g)
+
+    def results(rows):
+        leaves = [h[rows].clone().requires_grad_(), y[rows].clone().requires_grad_()]
+        outs = [
+            ops.modulated_layer_norm(leaves[0], weight=weight, bias=bias),
+            *ops.gated_residual_norm(*leaves, weight=weight, bias=bias),
+            *ops.qk_norm_rope(*leaves, weight, bias),
+        ]
+        grads = torch.autograd.grad(outs, leaves, [dout[rows]] * len(outs))
+        return [out.detach() for out in outs] + list(grads)
+
+    native.core().use_isa(isa)
+    with backends.force("cpu"):
+        whole = results(slice(None))
+        for row in range(6):
+            alone = results(slice(row, row + 1))
+            assert all(torch.equal(a[row : row + 1], b) for a, b in zip(whole, alone, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_results_have_the_bits_of_small_ones(dtype):
     """Results of 8 MiB and more are stored past the cache: rows at both ends against calls with those rows alone."""
@@ -141,7 +167,10 @@ def test_large_results_have_the_bits_of_small_ones(dtype):
         plain, other = ops.gated_residual(*leaves, part[0], spans), ops.modulated_layer_norm(leaves[0])
         grads = (torch.autograd.grad(o, leaves[:n], d[rows]) for o, n, d in ((plain, 2, dh), (other, 1, dn)))
         both = torch.autograd.grad((out, normed), leaves, (dh[rows], dn[rows]))
-        return [t.detach() for t in (out, normed, plain, other)] + [t for pair in (*grads, both) for t in pair]
+        queries, keys = ops.qk_norm_rope(*leaves, part[0, 0], part[1, 0])
+        heads = torch.autograd.grad((queries, keys), leaves, (dh[rows], dn[rows]))
+        outs = [t.detach() for t in (out, normed, plain, other, queries, keys)]
+        return outs + [t for pair in (*grads, both, heads) for t in pair]
 
     with backends.force("cpu"):
         whole = results(slice(None))

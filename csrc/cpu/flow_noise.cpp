@@ -10,7 +10,7 @@ namespace {
 
 using Params = FlowNoiseParams;
 
-constexpr int64_t kBlock = 64;  // values of one `normals`; divides kAloneNoiseValues
+static_assert(kAloneNoiseValues % kNormals == 0, "a chunk begins where the normals of a call begin");
 
 template <typename T>
 void latents(const Params& p) {
@@ -26,11 +26,12 @@ void latents(const Params& p) {
       continue;
     }
     const float sigma = p.sigma[chunk.span];
-    for (int64_t block = 0; block < chunk.rows; block += kBlock) {
-      float noise[kBlock];
-      normals(p.seeds[chunk.span], p.step, (chunk.offset + block) / 4, noise);
+    const RoundKeys keys(p.seeds[chunk.span]);
+    for (int64_t block = 0; block < chunk.rows; block += kNormals) {
+      float noise[kNormals];
+      normals(keys, p.step, (chunk.offset + block) / 4, noise);
       const int64_t rest = chunk.rows - block, first = chunk.first + block;
-      columns(rest < kBlock ? rest : kBlock, [&](int64_t i, int64_t n) {
+      columns(rest < kNormals ? rest : kNormals, [&](int64_t i, int64_t n) {
         const Vec clean = load(data + first + i, n), drawn = load(noise + i);
         store(x + first + i, (1.0f - sigma) * clean + sigma * drawn, n);
         store(velocity + first + i, drawn - clean, n);

@@ -11,12 +11,64 @@ namespace {
 using Params = FlowStepParams;
 
 constexpr int64_t kCoefs = 10;
+constexpr int64_t kVecs = 4;  // under one look at the coefficients
 
-// factor * value, nothing where the factor is 0. `value` is not asked for then: it may not be there.
-template <typename Value>
-inline Vec term(float factor, Value&& value) {
-  return factor == 0.0f ? Vec{} : factor * value();
+// Adds factor * values, nothing where the factor is 0: values in memory are not read then, they may not be there.
+template <int64_t kCount>
+UVG_INLINE void add(Vec (&sum)[kCount], float factor, const Vec (&values)[kCount]) {
+  if (factor != 0.0f) each<kCount>([&](auto k) UVG_INLINED { sum[k] += factor * values[k]; });
 }
+
+template <int64_t kCount, typename T>
+UVG_INLINE void add(Vec (&sum)[kCount], float factor, const T* values, int64_t i, int64_t n) {
+  if (factor != 0.0f) each<kCount>([&](auto k) UVG_INLINED { sum[k] += factor * load(values + i + k * kLanes, n); });
+}
+
+// What a span's values are computed with.
+template <typename T>
+struct Step {
+  const T *x, *v_cond, *v_uncond, *last, *m1, *m2;  // v_uncond: null where there is no guidance
+  T *x_next, *corrected, *estimate;
+  float coefs[kCoefs], guidance;
+
+  Step(const Params& p, int64_t span)
+      : x(static_cast<const T*>(p.x)),
+        v_cond(static_cast<const T*>(p.v_cond)),
+        v_uncond(p.guidance[span] == 1.0f ? nullptr : static_cast<const T*>(p.v_uncond)),
+        last(static_cast<const T*>(p.last)),
+        m1(static_cast<const T*>(p.m1)),
+        m2(static_cast<const T*>(p.m2)),
+        x_next(static_cast<T*>(p.x_next)),
+        corrected(static_cast<T*>(p.corrected)),
+        estimate(static_cast<T*>(p.estimate)),
+        guidance(p.guidance[span]) {
+    std::memcpy(coefs, p.coefs + span * kCoefs, sizeof coefs);
+  }
+
+  // kCount vectors from value i on, the last of n values.
+  template <int64_t kCount>
+  UVG_INLINE void run(int64_t i, int64_t n) const {
+    const float* c = coefs;
+    Vec v[kCount], now[kCount], m[kCount], fixed[kCount] = {}, next[kCount] = {};
+    each<kCount>([&](auto k) UVG_INLINED {
+      const int64_t at = i + k * kLanes;
+      now[k] = m[k] = load(x + at, n);
+      v[k] = load(v_cond + at, n);
+      if (v_uncond == nullptr) return;
+      const Vec base = load(v_uncond + at, n);
+      v[k] = base + guidance * (v[k] - base);
+    });
+    add(m, c[0], v);
+    add(fixed, c[1], now), add(fixed, c[2], last, i, n), add(fixed, c[3], m);
+    add(fixed, c[4], m1, i, n), add(fixed, c[5], m2, i, n);
+    add(next, c[6], fixed), add(next, c[7], m), add(next, c[8], m1, i, n), add(next, c[9], v);
+    each<kCount>([&](auto k) UVG_INLINED {
+      store(estimate + i + k * kLanes, m[k], n);
+      store(corrected + i + k * kLanes, fixed[k], n);
+      store(x_next + i + k * kLanes, next[k], n);
+    });
+  }
+};
 
 template <typename T>
 void latents(const Params& p) {
@@ -32,27 +84,11 @@ void latents(const Params& p) {
         std::memcpy(to(out) + chunk.first, from(p.x) + chunk.first, size);
       continue;
     }
-    float c[kCoefs];  // a copy, which no store can change
-    std::memcpy(c, p.coefs + chunk.span * kCoefs, sizeof c);
-    const float guidance = p.guidance[chunk.span];
-    const bool guided = p.v_uncond != nullptr && guidance != 1.0f;
-    columns(chunk.rows, [&](int64_t i, int64_t n) {
-      const auto at = [&](const void* base) { return [=, &chunk] { return load(from(base) + chunk.first + i, n); }; };
-      const Vec x = at(p.x)();
-      Vec v = at(p.v_cond)();
-      if (guided) {
-        const Vec base = at(p.v_uncond)();
-        v = base + guidance * (v - base);
-      }
-      const Vec m = x + term(c[0], [&] { return v; });
-      const Vec corrected = term(c[1], [&] { return x; }) + term(c[2], at(p.last)) + term(c[3], [&] { return m; }) +
-                            term(c[4], at(p.m1)) + term(c[5], at(p.m2));
-      const Vec next = term(c[6], [&] { return corrected; }) + term(c[7], [&] { return m; }) + term(c[8], at(p.m1)) +
-                       term(c[9], [&] { return v; });
-      store(to(p.estimate) + chunk.first + i, m, n);
-      store(to(p.corrected) + chunk.first + i, corrected, n);
-      store(to(p.x_next) + chunk.first + i, next, n);
-    });
+    const Step<T> step(p, chunk.span);
+    int64_t i = chunk.first;
+    const int64_t end = i + chunk.rows;
+    for (; i + kVecs * kLanes <= end; i += kVecs * kLanes) step.template run<kVecs>(i, kLanes);
+    for (; i < end; i += kLanes) step.template run<1>(i, end - i < kLanes ? end - i : kLanes);
   }
 }
 

@@ -12,19 +12,38 @@ namespace UVG_ISA {
 namespace {
 
 using Params = GatedResidualNormParams;
-enum Part { kGate, kShift, kScale, kWeight, kBias, kParts };
+constexpr int64_t kGatePart = kNormParts, kParts = kNormParts + 1;
 
-NormFactors factors_of(const Params& p, int64_t span) {
-  const bool modulated = p.shift != nullptr && span >= 0;
-  return {p.weight, p.bias, modulated ? p.shift + span * p.width : nullptr,
-          modulated ? p.scale + span * p.width : nullptr};
+// kept: room for the rows where they go past the cache; they are normed from there.
+template <int64_t kRows, typename H, typename Y, typename N>
+UVG_NOINLINE void forward_rows(const Params& p, int64_t r, const Gate& gate, const NormFactors& factors, H* kept,
+                               const Target<H> out, const Target<N> normed) {
+  const int64_t width = p.width;
+  const H* h = static_cast<const H*>(p.h) + r * width;
+  const Y* y = static_cast<const Y*>(p.y) + r * width;
+  H* const rows = out.past() ? kept : out.row(r);
+  norm_rows<kRows>(
+      rows, width, p.eps, factors, p.mean + r, p.rstd + r,
+      [&](int64_t i, int64_t n, Vec(&values)[kRows]) UVG_INLINED {
+        const Vec weight = gate.at(i, n);
+        each<kRows>([&](auto k) UVG_INLINED {
+          const Vec sum = load(h + k * width + i, n) + weight * load(y + k * width + i, n);
+          store(rows + k * width + i, sum, n);
+          if (out.past()) out.put(r + k, i, sum, n);
+          values[k] = load(rows + k * width + i, n);  // as it was rounded
+        });
+      },
+      [&](int64_t i, int64_t n, const Vec(&values)[kRows]) UVG_INLINED {
+        ask_ahead<kRows>(h, width, i), ask_ahead<kRows>(y, width, i);
+        normed.put_rows(r, i, values, n);
+      });
 }
 
 template <typename H, typename Y, typename N>
 struct Forward {
-  struct Row {  // a row that goes past the cache is normed from here
-    H* values;
-    Row(Scratch& scratch, int64_t width) : values(reinterpret_cast<H*>(scratch.words(width))) {}
+  struct Room {
+    H* rows;
+    Room(Scratch& scratch, int64_t width) : rows(reinterpret_cast<H*>(scratch.words(kGroup * width))) {}
   };
 
   void operator()(const Params& p) const {
@@ -33,31 +52,46 @@ struct Forward {
     const Target<N> normed(p.normed, p.rows, p.width);
     const int threads = threads_for_rows(p.threads, p.rows, p.width);
     Scratch scratch;
-    const PerThread<Row> rows(scratch, threads, out.past() ? p.width : 0);
+    const PerThread<Room> rooms(scratch, threads, out.past() ? p.width : 0);
 #pragma omp parallel num_threads(threads)
     {
-      H* const kept = rows.own().values;
+      H* const kept = rooms.own().rows;
 #pragma omp for schedule(static)
       for (int64_t c = 0; c < chunks.size(); ++c) {
         const Gate gate(p.gate, chunks[c].span, p.width);
-        const NormFactors factors = factors_of(p, chunks[c].span);
-        for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
-          const H* h = static_cast<const H*>(p.h) + r * p.width;
-          const Y* y = static_cast<const Y*>(p.y) + r * p.width;
-          H* row = out.past() ? kept : out.row(r);
-          columns(p.width, [&](int64_t i, int64_t n) {
-            const Vec sum = load(h + i, n) + gate.at(i, n) * load(y + i, n);
-            store(row + i, sum, n);
-            if (out.past()) out.put(r, i, sum, n);
-          });
-          norm_row(row, p.width, p.eps, factors, p.mean + r, p.rstd + r,
-                   [&](int64_t i, Vec v, int64_t n) { normed.put(r, i, v, n); });
-        }
+        const NormFactors factors = NormFactors::of(p, chunks[c].span);
+        by_groups(chunks[c], [&](int64_t r, auto rows) {
+          forward_rows<rows.value, H, Y, N>(p, r, gate, factors, kept, out, normed);
+        });
         out.finish(), normed.finish();
       }
     }
   }
 };
+
+// sums: of the chunk, by part; that of the gate is null without one.
+template <int64_t kRows, typename H, typename Y, typename N>
+UVG_NOINLINE void backward_rows(const Params& p, int64_t r, const Gate& gate, const NormFactors& factors,
+                                float* const (&sums)[kParts], const Target<H> dh, const Target<Y> dy) {
+  const int64_t width = p.width, at = r * width;
+  const H *out = static_cast<const H*>(p.out) + at, *dout = static_cast<const H*>(p.dout) + at;
+  const Y* y = static_cast<const Y*>(p.y) + at;
+  const N* dnormed = static_cast<const N*>(p.dnormed) + at;
+  norm_rows_backward<kRows>(out, dnormed, width, p.mean + r, p.rstd + r, factors, sums[kPlain], sums[kProjected],
+                            [&](int64_t i, int64_t n, const Vec(&values)[kRows]) UVG_INLINED {
+                              ask_ahead<kRows>(out, width, i), ask_ahead<kRows>(dout, width, i);
+                              ask_ahead<kRows>(y, width, i), ask_ahead<kRows>(dnormed, width, i);
+                              const Vec weight = gate.at(i, n);
+                              Vec column = {};
+                              each<kRows>([&](auto k) UVG_INLINED {
+                                const Vec g = load(dout + k * width + i, n) + values[k];
+                                dh.put(r + k, i, g, n);
+                                dy.put(r + k, i, weight * g, n);
+                                if (sums[kGatePart] != nullptr) column += g * load(y + k * width + i, n);
+                              });
+                              if (sums[kGatePart] != nullptr) add_to(sums[kGatePart] + i, column, n);
+                            });
+}
 
 template <typename H, typename Y, typename N>
 struct Backward {
@@ -69,34 +103,15 @@ struct Backward {
 #pragma omp parallel for num_threads(threads_for_rows(p.threads, p.rows, p.width)) schedule(static)
     for (int64_t c = 0; c < chunks.size(); ++c) {
       const Gate gate(p.gate, chunks[c].span, p.width);
-      const NormFactors factors = factors_of(p, chunks[c].span);
-      const auto start = [&](const float* parameter, Part part) {
-        return parameter == nullptr ? nullptr : sums.start(c, part);
-      };
-      const NormSums own = {start(p.weight, kWeight), start(p.bias, kBias), start(p.shift, kShift),
-                            start(p.scale, kScale)};
-      float* own_gate = start(p.gate, kGate);
-      for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
-        const int64_t at = r * p.width;
-        const H *out = static_cast<const H*>(p.out) + at, *dout = static_cast<const H*>(p.dout) + at;
-        const Y* y = static_cast<const Y*>(p.y) + at;
-        norm_row_backward(out, static_cast<const N*>(p.dnormed) + at, p.width, p.mean[r], p.rstd[r], factors, own,
-                          [&](int64_t i, Vec dx, int64_t n) {
-                            const Vec g = load(dout + i, n) + dx;
-                            dh.put(r, i, g, n);
-                            dy.put(r, i, gate.at(i, n) * g, n);
-                            if (own_gate != nullptr) add_to(own_gate + i, g * load(y + i, n), n);
-                          });
-      }
+      const NormFactors factors = NormFactors::of(p, chunks[c].span);
+      float* const own[kParts] = {sums.start(c, kPlain), sums.start(c, kProjected),
+                                  p.gate == nullptr ? nullptr : sums.start(c, kGatePart)};
+      by_groups(chunks[c],
+                [&](int64_t r, auto rows) { backward_rows<rows.value, H, Y, N>(p, r, gate, factors, own, dh, dy); });
       dh.finish(), dy.finish();
     }
-    if (p.gate != nullptr) sums.per_span(kGate, p.dgate, p.num_spans);
-    if (p.shift != nullptr) {
-      sums.per_span(kShift, p.dshift, p.num_spans);
-      sums.per_span(kScale, p.dscale, p.num_spans);
-    }
-    if (p.weight != nullptr) sums.total(kWeight, p.dweight);
-    if (p.bias != nullptr) sums.total(kBias, p.dbias);
+    finish_norm(p, chunks, sums);
+    if (p.gate != nullptr) sums.per_span(kGatePart, p.dgate, p.num_spans);
   }
 };
 

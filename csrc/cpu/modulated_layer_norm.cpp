@@ -9,12 +9,19 @@ namespace UVG_ISA {
 namespace {
 
 using Params = ModulatedLayerNormParams;
-enum Part { kShift, kScale, kWeight, kBias, kParts };
 
-NormFactors factors_of(const Params& p, int64_t span) {
-  const bool modulated = p.shift != nullptr && span >= 0;
-  return {p.weight, p.bias, modulated ? p.shift + span * p.width : nullptr,
-          modulated ? p.scale + span * p.width : nullptr};
+template <int64_t kRows, typename T>
+UVG_NOINLINE void forward_rows(const Params& p, int64_t r, const NormFactors& factors, const Target<T> y) {
+  const int64_t width = p.width;
+  const T* x = static_cast<const T*>(p.x) + r * width;
+  norm_rows<kRows>(
+      x, width, p.eps, factors, p.mean + r, p.rstd + r,
+      [&](int64_t i, int64_t n, Vec(&values)[kRows])
+          UVG_INLINED { each<kRows>([&](auto k) UVG_INLINED { values[k] = load(x + k * width + i, n); }); },
+      [&](int64_t i, int64_t n, const Vec(&values)[kRows]) UVG_INLINED {
+        ask_ahead<kRows>(x, width, i);
+        y.put_rows(r, i, values, n);
+      });
 }
 
 template <typename T>
@@ -23,39 +30,38 @@ void forward(const Params& p) {
   const Target<T> y(p.y, p.rows, p.width);
 #pragma omp parallel for num_threads(threads_for_rows(p.threads, p.rows, p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {
-    const NormFactors factors = factors_of(p, chunks[c].span);
-    for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r)
-      norm_row(static_cast<const T*>(p.x) + r * p.width, p.width, p.eps, factors, p.mean + r, p.rstd + r,
-               [&](int64_t i, Vec v, int64_t n) { y.put(r, i, v, n); });
+    const NormFactors factors = NormFactors::of(p, chunks[c].span);
+    by_groups(chunks[c], [&](int64_t r, auto rows) { forward_rows<rows.value, T>(p, r, factors, y); });
     y.finish();
   }
+}
+
+template <int64_t kRows, typename T>
+UVG_NOINLINE void backward_rows(const Params& p, int64_t r, const NormFactors& factors, float* plain, float* projected,
+                                const Target<T> dx) {
+  const int64_t width = p.width;
+  const T *x = static_cast<const T*>(p.x) + r * width, *dy = static_cast<const T*>(p.dy) + r * width;
+  norm_rows_backward<kRows>(x, dy, width, p.mean + r, p.rstd + r, factors, plain, projected,
+                            [&](int64_t i, int64_t n, const Vec(&values)[kRows]) UVG_INLINED {
+                              ask_ahead<kRows>(x, width, i), ask_ahead<kRows>(dy, width, i);
+                              dx.put_rows(r, i, values, n);
+                            });
 }
 
 template <typename T>
 void backward(const Params& p) {
   const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
-  PartialSums sums(chunks, kParts, p.width);
+  PartialSums sums(chunks, kNormParts, p.width);
   const Target<T> dx(p.dx, p.rows, p.width);
 #pragma omp parallel for num_threads(threads_for_rows(p.threads, p.rows, p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {
-    const NormFactors factors = factors_of(p, chunks[c].span);
-    const auto start = [&](const float* parameter, Part part) {
-      return parameter == nullptr ? nullptr : sums.start(c, part);
-    };
-    const NormSums own = {start(p.weight, kWeight), start(p.bias, kBias), start(p.shift, kShift),
-                          start(p.scale, kScale)};
-    for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
-      norm_row_backward(static_cast<const T*>(p.x) + r * p.width, static_cast<const T*>(p.dy) + r * p.width, p.width,
-                        p.mean[r], p.rstd[r], factors, own, [&](int64_t i, Vec v, int64_t n) { dx.put(r, i, v, n); });
-    }
+    const NormFactors factors = NormFactors::of(p, chunks[c].span);
+    float *plain = sums.start(c, kPlain), *projected = sums.start(c, kProjected);
+    by_groups(chunks[c],
+              [&](int64_t r, auto rows) { backward_rows<rows.value, T>(p, r, factors, plain, projected, dx); });
     dx.finish();
   }
-  if (p.shift != nullptr) {
-    sums.per_span(kShift, p.dshift, p.num_spans);
-    sums.per_span(kScale, p.dscale, p.num_spans);
-  }
-  if (p.weight != nullptr) sums.total(kWeight, p.dweight);
-  if (p.bias != nullptr) sums.total(kBias, p.dbias);
+  finish_norm(p, chunks, sums);
 }
 
 }  // namespace

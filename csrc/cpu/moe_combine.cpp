@@ -1,7 +1,7 @@
 #include "uvg/moe_combine.h"
 
 #include "common/threads.h"
-#include "cpu/vec.h"
+#include "cpu/stream.h"
 
 namespace uvg {
 namespace UVG_ISA {
@@ -31,21 +31,24 @@ void forward(const Params& p) {
 
 template <typename T>
 void backward(const Params& p) {
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows * p.width > kAloneMoeValues)
-  for (int64_t t = 0; t < p.rows; ++t) {
-    const T* dout = static_cast<const T*>(p.dout) + t * p.width;
-    for (int64_t k = 0; k < p.top_k; ++k) {
-      const int64_t slot = t * p.top_k + k, place = p.places[slot];
-      const T* grouped = static_cast<const T*>(p.grouped) + place * p.width;
-      T* dgrouped = static_cast<T*>(p.dgrouped) + place * p.width;
-      Vec dot = {};
-      columns(p.width, [&](int64_t i, int64_t n) {
-        const Vec gradient = load(dout + i, n);
-        dot += gradient * load(grouped + i, n);
-        store(dgrouped + i, p.weights[slot] * gradient, n);
-      });
-      p.dweights[slot] = sum(dot);
+  const Target<T> dgrouped(p.dgrouped, p.rows * p.top_k, p.width);
+#pragma omp parallel num_threads(p.threads) if (p.rows * p.width > kAloneMoeValues)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t t = 0; t < p.rows; ++t) {
+      const T* dout = static_cast<const T*>(p.dout) + t * p.width;
+      for (int64_t k = 0; k < p.top_k; ++k) {
+        const int64_t slot = t * p.top_k + k, place = p.places[slot];
+        const T* grouped = static_cast<const T*>(p.grouped) + place * p.width;
+        const float weight = p.weights[slot];
+        p.dweights[slot] = sum_row(p.width, [&](int64_t i, int64_t n) UVG_INLINED {
+          const Vec gradient = load(dout + i, n);
+          dgrouped.put(place, i, weight * gradient, n);
+          return gradient * load(grouped + i, n);
+        });
+      }
     }
+    dgrouped.finish();
   }
 }
 

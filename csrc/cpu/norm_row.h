@@ -1,6 +1,8 @@
-// Layer norm of one row, forward and backward, for the kernels that hold a row in cache.
+// Layer norm of a group of rows, forward and backward, for the kernels that hold a group in cache.
 #pragma once
 
+#include "cpu/partial_sums.h"
+#include "cpu/rows.h"
 #include "cpu/vec.h"
 
 namespace uvg {
@@ -11,87 +13,117 @@ namespace UVG_ISA {
 struct NormFactors {
   const float *weight, *bias, *shift, *scale;  // [width]
 
-  Vec affine(Vec xhat, int64_t i, int64_t n) const {
-    if (weight != nullptr) xhat *= load(weight + i, n);
-    if (bias != nullptr) xhat += load(bias + i, n);
-    return xhat;
+  template <typename Params>
+  static NormFactors of(const Params& p, int64_t span) {
+    const bool modulated = p.shift != nullptr && span >= 0;
+    return {p.weight, p.bias, modulated ? p.shift + span * p.width : nullptr,
+            modulated ? p.scale + span * p.width : nullptr};
   }
 
-  Vec modulate(Vec v, int64_t i, int64_t n) const {
-    return scale == nullptr ? v : v * (1.0f + load(scale + i, n)) + load(shift + i, n);
-  }
+  Vec one_and_scale(int64_t i, int64_t n) const { return scale == nullptr ? splat(1.0f) : 1.0f + load(scale + i, n); }
 
-  // Gradient of xhat from that of the result.
-  Vec through(Vec dy, int64_t i, int64_t n) const {
-    if (scale != nullptr) dy *= 1.0f + load(scale + i, n);
-    return weight == nullptr ? dy : dy * load(weight + i, n);
+  Vec weights(int64_t i, int64_t n) const { return weight == nullptr ? splat(1.0f) : load(weight + i, n); }
+
+  Vec biases(int64_t i, int64_t n) const { return bias == nullptr ? Vec{} : load(bias + i, n); }
+
+  // y = xhat * slope + offset
+  Vec slope(int64_t i, int64_t n) const { return weights(i, n) * one_and_scale(i, n); }
+
+  Vec offset(int64_t i, int64_t n) const {
+    const Vec inner = biases(i, n) * one_and_scale(i, n);
+    return shift == nullptr ? inner : inner + load(shift + i, n);
   }
 };
 
-// Where the gradients of a norm's parts add up, [width] each; those of absent parts are not touched.
-struct NormSums {
-  float *weight, *bias, *shift, *scale;
-};
-
-// Sum of term(first column, columns) over a row: four sums side by side, which hide the latency of an addition.
-template <typename Term>
-inline float sum_columns(int64_t width, Term&& term) {
-  Vec sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= width; i += 4 * kLanes)
-    for (int64_t j = 0; j < 4; ++j) sums[j] += term(i + j * kLanes, kLanes);
-  for (; i < width; i += kLanes) sums[0] += term(i, width - i < kLanes ? width - i : kLanes);
-  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
-// put(first column, y, columns) gets the result.
-template <typename X, typename Put>
-inline void norm_row(const X* x, int64_t width, float eps, const NormFactors& factors, float* mean, float* rstd,
-                     Put&& put) {
+// x: the first of kRows rows. first(first column, columns, Vec[kRows]) gives their values, in order and once;
+// then they are read from x. put(first column, columns, Vec[kRows]) gets the results.
+template <int64_t kRows, typename X, typename First, typename Put>
+UVG_INLINE void norm_rows(const X* x, int64_t width, float eps, const NormFactors& factors, float* mean, float* rstd,
+                          First&& first, Put&& put) {
   const auto size = static_cast<float>(width);
-  const float middle = sum_columns(width, [&](int64_t i, int64_t n) { return load(x + i, n); }) / size;
-  const float squares = sum_columns(width, [&](int64_t i, int64_t n) {
-    const Vec d = load(x + i, n, middle) - middle;
-    return d * d;
+  float sums[kRows], middle[kRows], scale[kRows];
+  sum_columns(width, sums, first);
+  each<kRows>([&](auto k) UVG_INLINED { mean[k] = middle[k] = sums[k] / size; });
+  sum_columns(width, sums, [&](int64_t i, int64_t n, Vec(&squares)[kRows]) UVG_INLINED {
+    each<kRows>([&](auto k) UVG_INLINED {
+      const Vec d = load(x + k * width + i, n, middle[k]) - middle[k];
+      squares[k] = d * d;
+    });
   });
-  const float scale = 1.0f / __builtin_sqrtf(squares / size + eps);
-  columns(width, [&](int64_t i, int64_t n) {
-    put(i, factors.modulate(factors.affine((load(x + i, n) - middle) * scale, i, n), i, n), n);
+  each<kRows>([&](auto k) UVG_INLINED { rstd[k] = scale[k] = 1.0f / __builtin_sqrtf(sums[k] / size + eps); });
+  columns(width, [&](int64_t i, int64_t n) UVG_INLINED {
+    const Vec slope = factors.slope(i, n), offset = factors.offset(i, n);
+    Vec y[kRows];
+    each<kRows>([&](auto k)
+                    UVG_INLINED { y[k] = (load(x + k * width + i, n) - middle[k]) * scale[k] * slope + offset; });
+    put(i, n, y);
   });
-  *mean = middle;
-  *rstd = scale;
 }
 
-// put(first column, dx, columns) gets the gradient of x.
-template <typename X, typename Y, typename Put>
-inline void norm_row_backward(const X* x, const Y* dy, int64_t width, float mean, float rstd,
-                              const NormFactors& factors, const NormSums& sums, Put&& put) {
-  Vec plain[2] = {}, projected[2] = {};
-  const auto step = [&](int64_t i, int64_t n, int64_t k) {
-    const Vec xhat = (load(x + i, n) - mean) * rstd;
-    Vec g = load(dy + i, n);  // zero beyond the row, and so is all that it is multiplied with
-    if (factors.scale != nullptr) {
-      add_to(sums.shift + i, g, n);
-      add_to(sums.scale + i, g * factors.affine(xhat, i, n), n);
-      g *= 1.0f + load(factors.scale + i, n);
-    }
-    if (factors.bias != nullptr) add_to(sums.bias + i, g, n);
-    if (factors.weight != nullptr) {
-      add_to(sums.weight + i, g * xhat, n);
-      g *= load(factors.weight + i, n);
-    }
-    plain[k] += g;
-    projected[k] += g * xhat;
+// The first n lanes of v, 0 in the others.
+inline Vec only(Vec v, int64_t n) { return reinterpret_cast<Vec>(reinterpret_cast<VecInts>(v) & first_lanes(n)); }
+
+// Of which a chunk's sums over its rows are: dy, and dy * xhat.
+enum NormPart { kPlain, kProjected, kNormParts };
+
+// x, dy: the first of kRows rows. plain, projected: the sums of their chunk. put(first column, columns, Vec[kRows])
+// gets the gradients of x.
+template <int64_t kRows, typename X, typename Y, typename Put>
+UVG_INLINE void norm_rows_backward(const X* x, const Y* dy, int64_t width, const float* mean, const float* rstd,
+                                   const NormFactors& factors, float* plain, float* projected, Put&& put) {
+  const auto size = static_cast<float>(width);
+  float middle[kRows], scale[kRows], sums[2 * kRows];
+  each<kRows>([&](auto k) UVG_INLINED { middle[k] = mean[k], scale[k] = rstd[k]; });
+  sum_columns(width, sums, [&](int64_t i, int64_t n, Vec(&terms)[2 * kRows]) UVG_INLINED {
+    const Vec slope = factors.slope(i, n);
+    Vec column = {}, column_x = {};
+    each<kRows>([&](auto k) UVG_INLINED {
+      const Vec xhat = (load(x + k * width + i, n) - middle[k]) * scale[k];
+      const Vec g = load(dy + k * width + i, n);  // zero beyond the row, and so is all that it is multiplied with
+      column += g;
+      column_x += g * xhat;
+      terms[k] = g * slope;
+      terms[kRows + k] = terms[k] * xhat;
+    });
+    add_to(plain + i, column, n), add_to(projected + i, column_x, n);
+  });
+  each<2 * kRows>([&](auto k) UVG_INLINED { sums[k] /= size; });
+  columns(width, [&](int64_t i, int64_t n) UVG_INLINED {
+    const Vec slope = factors.slope(i, n);
+    Vec dx[kRows];  // that of a row of one value is 0: `only` rounds the product before the mean is taken off
+    each<kRows>([&](auto k) UVG_INLINED {
+      const Vec xhat = (load(x + k * width + i, n) - middle[k]) * scale[k];
+      const Vec g = load(dy + k * width + i, n);
+      const Vec inner = n < kLanes ? only(g * slope, n) : g * slope;
+      dx[k] = scale[k] * (inner - sums[k] - xhat * sums[kRows + k]);
+    });
+    put(i, n, dx);
+  });
+}
+
+// dshift, dscale, dweight and dbias, where the parameters are given, out of the sums of the chunks.
+template <typename Params>
+void finish_norm(const Params& p, const RowChunks& chunks, const PartialSums& sums) {
+  const auto clear = [&](const float* parameter, float* gradient, int64_t rows) {
+    if (parameter != nullptr) std::memset(gradient, 0, static_cast<size_t>(rows * p.width) * sizeof(float));
   };
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= width; i += 2 * kLanes) step(i, kLanes, 0), step(i + kLanes, kLanes, 1);
-  for (; i < width; i += kLanes) step(i, width - i < kLanes ? width - i : kLanes, 0);
-  const auto size = static_cast<float>(width);
-  const float mean_g = sum(plain[0] + plain[1]) / size, mean_gx = sum(projected[0] + projected[1]) / size;
-  columns(width, [&](int64_t c, int64_t n) {
-    const Vec xhat = (load(x + c, n) - mean) * rstd, g = factors.through(load(dy + c, n), c, n);
-    put(c, rstd * (g - mean_g - xhat * mean_gx), n);
-  });
+  clear(p.shift, p.dshift, p.num_spans), clear(p.scale, p.dscale, p.num_spans);
+  clear(p.weight, p.dweight, 1), clear(p.bias, p.dbias, 1);
+  for (int64_t c = 0; c < chunks.size(); ++c) {
+    const float *plain = sums.at(c, kPlain), *projected = sums.at(c, kProjected);
+    const NormFactors factors = NormFactors::of(p, chunks[c].span);
+    const int64_t span = chunks[c].span * p.width;
+    columns(p.width, [&](int64_t i, int64_t n) UVG_INLINED {
+      Vec g = load(plain + i, n), g_xhat = load(projected + i, n);
+      if (factors.scale != nullptr) {
+        add_to(p.dshift + span + i, g, n);
+        add_to(p.dscale + span + i, factors.weights(i, n) * g_xhat + factors.biases(i, n) * g, n);
+      }
+      const Vec one = factors.one_and_scale(i, n);
+      if (p.bias != nullptr) add_to(p.dbias + i, g * one, n);
+      if (p.weight != nullptr) add_to(p.dweight + i, g_xhat * one, n);
+    });
+  }
 }
 
 }  // namespace UVG_ISA

@@ -26,6 +26,9 @@ class PartialSums {
     return own;
   }
 
+  // The sum that chunk c has: [width].
+  float* at(int64_t c, int64_t part) const { return data_ + (c * parts_ + part) * width_; }
+
   // Sum of all chunks: [width].
   void total(int64_t part, float* out) {
     std::memset(out, 0, static_cast<size_t>(width_) * sizeof(float));
@@ -40,8 +43,6 @@ class PartialSums {
   }
 
  private:
-  float* at(int64_t c, int64_t part) { return data_ + (c * parts_ + part) * width_; }
-
   void add(int64_t c, int64_t part, float* out) {
     const float* own = at(c, part);
     columns(width_, [&](int64_t i, int64_t n) { add_to(out + i, load(own + i, n), n); });

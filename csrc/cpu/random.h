@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/philox.h"
-#include "cpu/vec.h"
+#include "cpu/rows.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -32,22 +32,45 @@ inline void multiply(VecBits x, uint32_t factor, VecBits& high, VecBits& low) {
 #endif
 }
 
-// Draws (step, stream, token + 0..15, 0) under the key of a seed.
-inline Words philox(int64_t seed, int64_t step, PhiloxStream stream, int64_t token) {
+// The keys of the rounds, of one seed.
+struct RoundKeys {
+  uint32_t low[10], high[10];
+
+  explicit RoundKeys(int64_t seed) {
+    auto key_low = static_cast<uint32_t>(seed), key_high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+    for (int round = 0; round < 10; ++round) {
+      low[round] = key_low, high[round] = key_high;
+      key_low += 0x9E3779B9u, key_high += 0xBB67AE85u;
+    }
+  }
+};
+
+// Draws (step, stream, token + 0..15, 0) under a key, and the sixteen after them, kCount times: side by side, as a
+// round waits for the one before it.
+template <int64_t kCount>
+UVG_INLINE void philox(const RoundKeys& keys, int64_t step, PhiloxStream stream, int64_t token, Words (&out)[kCount]) {
   const VecBits lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const VecBits zero = {};
-  VecBits a = zero + static_cast<uint32_t>(step), b = zero + static_cast<uint32_t>(stream),
-          c = lane + static_cast<uint32_t>(token), d = zero;
-  auto key_lo = static_cast<uint32_t>(seed), key_hi = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+  each<kCount>([&](auto k) UVG_INLINED {
+    out[k] = {{zero + static_cast<uint32_t>(step), zero + static_cast<uint32_t>(stream),
+               lane + static_cast<uint32_t>(token + k * kLanes), zero}};
+  });
   for (int round = 0; round < 10; ++round) {
-    VecBits high_a, low_a, high_c, low_c;
-    multiply(a, 0xD2511F53u, high_a, low_a);
-    multiply(c, 0xCD9E8D57u, high_c, low_c);
-    a = high_c ^ b ^ key_lo, b = low_c;
-    c = high_a ^ d ^ key_hi, d = low_a;
-    key_lo += 0x9E3779B9u, key_hi += 0xBB67AE85u;
+    each<kCount>([&](auto k) UVG_INLINED {
+      VecBits high_a, low_a, high_c, low_c;
+      VecBits(&w)[4] = out[k].w;
+      multiply(w[0], 0xD2511F53u, high_a, low_a);
+      multiply(w[2], 0xCD9E8D57u, high_c, low_c);
+      w[0] = high_c ^ w[1] ^ keys.low[round], w[1] = low_c;
+      w[2] = high_a ^ w[3] ^ keys.high[round], w[3] = low_a;
+    });
   }
-  return {{a, b, c, d}};
+}
+
+inline Words philox(int64_t seed, int64_t step, PhiloxStream stream, int64_t token) {
+  Words out[1];
+  philox(RoundKeys(seed), step, stream, token, out);
+  return out[0];
 }
 
 // Odd multiples of 2^-24 in (0, 1), exact.
@@ -138,13 +161,19 @@ inline void interleave(const Vec (&from)[4], float* to) {
 #endif
 }
 
-// The 64 normals of draws (step, kNoise, quad + 0..15, 0), as they stand in a sample.
-inline void normals(int64_t seed, int64_t step, int64_t quad, float (&to)[64]) {
-  const Words words = philox(seed, step, kNoise, quad);
-  Vec made[4];
-  normal_pair(words.w[0], words.w[1], made[0], made[1]);
-  normal_pair(words.w[2], words.w[3], made[2], made[3]);
-  interleave(made, to);
+constexpr int64_t kNormals = 128;  // in one call
+
+// The normals of draws (step, kNoise, quad + 0..31, 0), as they stand in a sample.
+inline void normals(const RoundKeys& keys, int64_t step, int64_t quad, float (&to)[kNormals]) {
+  Words words[2];
+  philox(keys, step, kNoise, quad, words);
+  each<2>([&](auto k) UVG_INLINED {
+    const VecBits(&w)[4] = words[k].w;
+    Vec made[4];
+    normal_pair(w[0], w[1], made[0], made[1]);
+    normal_pair(w[2], w[3], made[2], made[3]);
+    interleave(made, to + k * 4 * kLanes);
+  });
 }
 
 }  // namespace UVG_ISA

@@ -1,7 +1,7 @@
 // Stores past the cache, for results that are too large to be found there when they are read.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/rows.h"
 
 namespace uvg {
 namespace UVG_ISA {
@@ -20,12 +20,18 @@ class Target {
 
   T* row(int64_t r) const { return data_ + r * width_; }
 
-  void put(int64_t r, int64_t i, Vec v, int64_t n) const {
+  UVG_INLINE void put(int64_t r, int64_t i, Vec v, int64_t n) const {
     T* p = row(r) + i;
 #if defined(__AVX512F__)
     if (past_) return stream(p, v);
 #endif
     store(p, v, n);
+  }
+
+  // The same columns of kRows rows from r on.
+  template <int64_t kRows>
+  UVG_INLINE void put_rows(int64_t r, int64_t i, const Vec (&v)[kRows], int64_t n) const {
+    each<kRows>([&](auto k) UVG_INLINED { put(r + k, i, v[k], n); });
   }
 
   // Orders the stores of this thread before whatever it tells others next.

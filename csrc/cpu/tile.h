@@ -18,9 +18,6 @@ constexpr int kTileVecs = 1;
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kPanel = kTileVecs * kLanes;
 
-#define UVG_INLINE inline __attribute__((always_inline))
-#define UVG_NOINLINE __attribute__((noinline))
-
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 UVG_INLINE VecBits load_bits(const uint32_t* p) {

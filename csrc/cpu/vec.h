@@ -13,6 +13,10 @@
 #include <immintrin.h>
 #endif
 
+#define UVG_INLINE inline __attribute__((always_inline))
+#define UVG_NOINLINE __attribute__((noinline))
+#define UVG_INLINED __attribute__((always_inline))  // of a lambda: arrays of vectors that it sees stay in registers
+
 namespace uvg {
 namespace UVG_ISA {
 
@@ -67,23 +71,52 @@ inline void store(BFloat16* p, Vec v) {
 #endif
 }
 
-// The first n of sixteen; the others are `fill`.
+#if defined(__AVX512F__)
+inline __mmask16 first_bits(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+inline Vec load_part(const float* p, int64_t n, Vec fill) {
+  return (Vec)_mm512_mask_loadu_ps((__m512)fill, first_bits(n), p);
+}
+
+inline Vec load_part(const BFloat16* p, int64_t n, Vec fill) {
+  const __m512i bits = _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_maskz_loadu_epi16(first_bits(n), p));
+  return (Vec)_mm512_mask_slli_epi32((__m512i)fill, first_bits(n), bits, 16);
+}
+
+inline void store_part(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, first_bits(n), (__m512)v); }
+
+inline void store_part(BFloat16* p, Vec v, int64_t n) {
+  __m256i half;
+  store(reinterpret_cast<BFloat16*>(&half), v);
+  _mm256_mask_storeu_epi16(p, first_bits(n), half);
+}
+#else
 template <typename T>
-inline Vec load(const T* p, int64_t n, float fill = 0.0f) {
-  if (n >= kLanes) return load(p);
+inline Vec load_part(const T* p, int64_t n, Vec fill) {
   T part[kLanes] = {};
   std::memcpy(part, p, static_cast<size_t>(n) * sizeof(T));
   Vec v = load(part);
-  for (int64_t i = n; i < kLanes; ++i) v[i] = fill;
+  for (int64_t i = n; i < kLanes; ++i) v[i] = fill[i];
   return v;
 }
 
 template <typename T>
-inline void store(T* p, Vec v, int64_t n) {
-  if (n >= kLanes) return store(p, v);
+inline void store_part(T* p, Vec v, int64_t n) {
   T part[kLanes];
   store(part, v);
   std::memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
+}
+#endif
+
+// The first n of sixteen; the others are `fill`.
+template <typename T>
+inline Vec load(const T* p, int64_t n, float fill = 0.0f) {
+  return n >= kLanes ? load(p) : load_part(p, n, splat(fill));
+}
+
+template <typename T>
+inline void store(T* p, Vec v, int64_t n) {
+  n >= kLanes ? store(p, v) : store_part(p, v, n);
 }
 
 // Lane i meets lane i + 8, then i + 4, i + 2, i + 1.
@@ -91,8 +124,13 @@ inline float sum(Vec v) {
   typedef float Eight __attribute__((vector_size(32)));
   typedef float Four __attribute__((vector_size(16)));
   Eight low8, high8;
+#if defined(__AVX512F__)  // by memcpy, g++ 12 would keep v in memory, in the loops that sum it too
+  low8 = (Eight)_mm512_maskz_extractf32x8_ps(0xFF, (__m512)v, 0);  // unmasked, g++ 12 warns of its own header
+  high8 = (Eight)_mm512_maskz_extractf32x8_ps(0xFF, (__m512)v, 1);
+#else
   std::memcpy(&low8, &v, sizeof low8);
   std::memcpy(&high8, reinterpret_cast<const char*>(&v) + sizeof low8, sizeof high8);
+#endif
   low8 += high8;
   Four low4, high4;
   std::memcpy(&low4, &low8, sizeof low4);
