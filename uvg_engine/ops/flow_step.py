@@ -122,7 +122,7 @@ def _check(x: Tensor, v_cond: Tensor, v_uncond: Any, guidance: Tensor, coefs: Te
     require_inside("latent_spans", latent_spans, len(x))
     require_inside("token_spans", token_spans, len(tokens))
     if last is None or m1 is None or m2 is None:
-        asked = list(coefs.detach().numpy().any(axis=0))  # NaN asks too
+        asked: Any = coefs.detach().numpy().any(axis=0)  # of each column; NaN asks too
         history = (("last", last, asked[2]), ("m1", m1, asked[4] or asked[8]), ("m2", m2, asked[5]))
         for name, value, needed in history:
             require(value is not None or not needed, f"{name} must be given where its coefficient is not zero", value)
