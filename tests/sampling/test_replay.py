@@ -203,6 +203,7 @@ def test_memory_is_bounded(forwards, monkeypatch):
     alone(engine, FIRST)
     assert forwards
     monkeypatch.setattr(replay, "MOST_BYTES", 1000)
+    engine = make_engine()
     del forwards[:]
     long = Request("generate", "a red seven moving right", seed=3, num_steps=4)
     assert bits(alone(engine, long)) == bits(plainly(engine.model, long))
@@ -221,6 +222,26 @@ def test_conditions_count_as_memory_and_are_not_kept(forwards, monkeypatch):
     engine = make_engine()
     alone(engine, FIRST)
     assert set(engine.replays._known.values()) == {False}
+
+
+def test_recordings_do_not_drive_each_other_out(monkeypatch):
+    engine, prompts, taken = make_engine(), ("one", "a red", "a red seven"), []
+    for prompt in prompts:
+        alone(engine, Request("generate", prompt, seed=1, num_steps=3))
+    sizes = [one.num_bytes for one in engine.replays._known.values() if not isinstance(one, bool)]
+    assert len(sizes) == 3
+    monkeypatch.setattr(replay, "MOST_BYTES", sum(sizes) - 1)
+    monkeypatch.setattr(replay, "Recording", lambda *args, real=replay.Recording: taken.append(1) or real(*args))
+    engine = make_engine()
+    schedulers = [engine.scheduler() for _ in prompts]
+    handles = [
+        scheduler.submit(Request("generate", prompt, seed=1, num_steps=40))
+        for scheduler, prompt in zip(schedulers, prompts, strict=True)
+    ]
+    while not all(handle.done for handle in handles):
+        for scheduler in schedulers:
+            scheduler.step()
+    assert len(taken) <= 3 + 3 * 40 // 64
 
 
 def test_a_copy_that_was_cut_short_is_made_again(monkeypatch):

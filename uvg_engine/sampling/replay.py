@@ -24,6 +24,7 @@ from uvg_engine.ops._registry import alone
 
 MOST_BYTES = 64 << 20  # that all recordings of an engine in a thread hold
 _MOST_KEYS = 256  # that are remembered
+_RECENT = 64  # forwards; untuned
 
 Forward = Callable[[Sequence[Tensor], Sequence[Tensor]], PackedOutput]
 
@@ -36,6 +37,7 @@ class _Taken:
     changing: list[Tensor]
     resting: list[Tensor]
     given: Callable[[], Tensor | None]  # the first of those that `resting` was copied from, while it lives
+    used: int  # at which of all forwards last
 
     @property
     def num_bytes(self) -> int:
@@ -53,7 +55,8 @@ class _Taken:
 
 class Replays(threading.local):
     """Forwards of a model: as they are at first, recorded when a key comes again, from then on replayed. A replay
-    runs the same kernels on the same values, so it gives the same bits. Each thread has recordings of its own.
+    runs the same kernels on the same values, so it gives the same bits. Each thread has recordings of its own. Where
+    one that was used of late had to go for another, none is taken for a while: taking one costs several forwards.
 
     Left as they are: forwards on a device, without the native core, with more than MOST_BYTES at work (where Python's
     part is small), with a gradient, under a profiler, mode, transform or autocast, with hooks on modules, with weights
@@ -65,6 +68,7 @@ class Replays(threading.local):
     def __init__(self) -> None:
         self._known: OrderedDict[Hashable, _Taken | bool] = OrderedDict()  # True: came once, False: cannot be recorded
         self._state: Hashable = None  # of the model, that all recordings have seen
+        self._forwards = self._record_from = 0
 
     def __reduce__(self) -> Any:
         return Replays, ()
@@ -88,18 +92,21 @@ class Replays(threading.local):
             return forward(changing, resting)
         key = (key, torch.get_num_threads(), torch.is_inference_mode_enabled(), backends.names(), backends.forced())
         known = self._known.get(key)
+        self._forwards += 1
         if isinstance(known, _Taken):
             self._known.move_to_end(key)
+            known.used = self._forwards
             if known.replay(changing, resting):
                 return known.recording.result
-        elif known:
+        elif known and self._forwards >= self._record_from:
             own = [value.clone() for value in changing], [value.clone() for value in resting]
             try:
                 recording = Recording(lambda: forward(*own), MOST_BYTES - sum(map(_size, own)))
             except NotRecordable:
                 self._keep(key, False)
                 return forward(changing, resting)
-            self._keep(key, _Taken(recording, *own, weakref.ref(resting[0]) if resting else _nothing))
+            given = weakref.ref(resting[0]) if resting else _nothing
+            self._keep(key, _Taken(recording, *own, given, self._forwards))
             return recording.result
         if known is not False:
             self._keep(key, True)
@@ -135,7 +142,10 @@ class Replays(threading.local):
         held = sum(each.num_bytes for each in self._known.values() if isinstance(each, _Taken))
         while held > MOST_BYTES or len(self._known) > _MOST_KEYS:
             _, oldest = self._known.popitem(last=False)
-            held -= oldest.num_bytes if isinstance(oldest, _Taken) else 0
+            if isinstance(oldest, _Taken):
+                held -= oldest.num_bytes
+                if self._forwards - oldest.used < _RECENT:
+                    self._record_from = self._forwards + _RECENT
 
 
 def _nothing() -> None:
