@@ -51,12 +51,6 @@ int64_t RowChunks::size() const { return size_; }
 
 const RowChunk& RowChunks::operator[](int64_t index) const { return chunks_[index]; }
 
-Floats::Floats(int64_t size) : data_(new float[static_cast<size_t>(size)]()) {}
-
-Floats::~Floats() { delete[] data_; }
-
-float* Floats::data() const { return data_; }
-
 void check_rope_spans(const int32_t* spans, int64_t num_spans, int64_t positions) {
   for (int64_t s = 0; s < num_spans; ++s) {
     const int32_t* span = spans + s * 6;

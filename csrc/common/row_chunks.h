@@ -33,20 +33,6 @@ class RowChunks {
   int64_t size_;
 };
 
-// Floats that start as zero.
-class Floats {
- public:
-  explicit Floats(int64_t size);
-  ~Floats();
-  Floats(const Floats&) = delete;
-  Floats& operator=(const Floats&) = delete;
-
-  float* data() const;
-
- private:
-  float* data_;
-};
-
 // Throws std::invalid_argument on rope spans (start, len, kind, F, Y, X) whose kind or len is wrong or whose positions
 // the table lacks.
 void check_rope_spans(const int32_t* spans, int64_t num_spans, int64_t positions);

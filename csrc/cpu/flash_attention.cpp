@@ -27,7 +27,7 @@ struct Plain {
                                   int64_t width) {
     for (auto& row : x)
       for (Vec& value : row) value = Vec{};
-    UVG_ISA::multiply<F, kTileVecs>(x, queries, query_words(width), 1, panel, depth_of<F>(width));
+    UVG_ISA::multiply<F>(x, queries, query_words(width), 1, panel, kPanel, depth_of<F>(width));
   }
 
   static UVG_INLINE float scale_of(const uint32_t*, int64_t) { return 1.0f; }

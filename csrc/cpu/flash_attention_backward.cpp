@@ -48,7 +48,7 @@ template <typename F>
 UVG_NOINLINE void probability(const uint32_t* keys, const uint32_t* panel, int64_t width, float scale, const float* lse,
                               uint32_t* out, int64_t column) {
   Vec x[kTileRows][kTileVecs] = {};
-  multiply<F, kTileVecs>(x, keys, row_words<F>(width), 1, panel, depth_of<F>(width));
+  multiply<F>(x, keys, row_words<F>(width), 1, panel, kPanel, depth_of<F>(width));
 #pragma GCC unroll 6
   for (int64_t r = 0; r < kTileRows; ++r) {
     Vec p[kTileVecs];
@@ -65,7 +65,7 @@ UVG_NOINLINE void score_gradient(const uint32_t* values, const uint32_t* panel, 
                                  int64_t column) {
   constexpr int64_t row = Workspace<F>::kRow;
   Vec dp[kTileRows][kTileVecs] = {};
-  multiply<F, kTileVecs>(dp, values, row_words<F>(width), 1, panel, depth_of<F>(width));
+  multiply<F>(dp, values, row_words<F>(width), 1, panel, kPanel, depth_of<F>(width));
 #pragma GCC unroll 6
   for (int64_t r = 0; r < kTileRows; ++r) {
     Vec ds[kTileVecs];

@@ -85,7 +85,7 @@ struct InBytes {
     for (int64_t r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
       for (int j = 0; j < kTileVecs; ++j) sum[r][j] = reinterpret_cast<VecInts>(load_bits(tails + kPanel + j * kLanes));
-    UVG_ISA::multiply<B, kTileVecs>(sum, queries, query_words(width), 1, panel, depth_of<B>(width));
+    UVG_ISA::multiply<B>(sum, queries, query_words(width), 1, panel, kPanel, depth_of<B>(width));
 #pragma GCC unroll 6
     for (int64_t r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4

@@ -4,14 +4,14 @@
 // sum over the depth in one order, in blocks that the depth alone decides.
 #pragma once
 
-#include "common/row_chunks.h"
 #include "cpu/gelu.h"
 #include "cpu/int8.h"
+#include "cpu/per_thread.h"
 
 namespace uvg {
 namespace UVG_ISA {
 
-constexpr int64_t kRowBlock = 32 * kTileRows;  // rows that meet a panel while it stays in the second-level cache
+constexpr int64_t kRowBlock = 16 * kTileRows;  // rows that meet a panel while it stays in the second-level cache
 constexpr int64_t kDepthBlock = 768;           // dwords of the depth that are summed up in registers
 
 #if defined(__AVX512BF16__)
@@ -71,19 +71,6 @@ struct Tasks {
   static int64_t blocks(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
 };
 
-// One block of the depth for one tile: where it starts, and what becomes of the sums.
-template <typename F>
-struct Step {
-  const uint32_t* left;
-  int64_t left_row;
-  const uint32_t* panel;
-  int64_t depth;
-  float* sums;  // [rows, kPanel], carried from block to block
-  bool first, last;
-  const Product<F>* product;
-  int64_t row, column;
-};
-
 template <typename F>
 UVG_INLINE Vec value_of(const Product<F>&, Vec sum, int64_t, int64_t) {
   return sum;
@@ -100,74 +87,39 @@ UVG_INLINE Vec value_of(const Product<F>& p, VecInts sum, int64_t row, int64_t c
   return __builtin_convertvector(sum, Vec) * reinterpret_cast<Vec>(load_bits(tails)) * tail.scale;
 }
 
-template <typename F, int R, int V>
-UVG_NOINLINE void gemm_tile(const Step<F>& s) {
+// What becomes of the sums of a tile, `rows` rows kPanel apart, whose place in the product is (row, column).
+template <typename F>
+UVG_NOINLINE void finish(const Product<F>& p, const float* sums, int64_t rows, int64_t row, int64_t column) {
   using Sum = typename F::Sum;
-  Sum sum[R][V] = {};
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < s.depth; ++k) {
-    VecBits right[V];
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) right[j] = load_bits(s.panel + k * kPanel + j * kLanes);
-#pragma GCC unroll 6
-    for (int64_t r = 0; r < R; ++r) {
-      uint32_t value;
-      std::memcpy(&value, s.left + r * s.left_row + k, sizeof value);  // of another type as a rule
-#pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) sum[r][j] = F::mac(sum[r][j], value, right[j]);
-    }
-  }
-  if (!s.first) {
-#pragma GCC unroll 6
-    for (int64_t r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) sum[r][j] += reinterpret_cast<Sum>(load(s.sums + r * kPanel + j * kLanes));
-  }
-  if (!s.last) {
-#pragma GCC unroll 6
-    for (int64_t r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) store(s.sums + r * kPanel + j * kLanes, reinterpret_cast<Vec>(sum[r][j]));
-    return;
-  }
-  const Product<F>& p = *s.product;
-#pragma GCC unroll 4
-  for (int j = 0; j < V; ++j) {
-    const int64_t column = s.column + j * kLanes, left = p.width - column;
-    const Vec bias = p.bias == nullptr ? Vec{} : load(p.bias + column, left);
-#pragma GCC unroll 6
-    for (int64_t r = 0; r < R; ++r) {
-      const int64_t at = (s.row + r) * p.out_row + column;
-      Vec value = value_of(p, sum[r][j], s.row + r, column) + bias;
+  columns(p.width - column < kPanel ? p.width - column : kPanel, [&](int64_t i, int64_t n) {
+    const int64_t first = column + i;
+    const Vec bias = p.bias == nullptr ? Vec{} : load(p.bias + first, n);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (row + r) * p.out_row + first;
+      Vec value = value_of(p, reinterpret_cast<Sum>(load(sums + r * kPanel + i)), row + r, first) + bias;
       if (p.slope_at != nullptr) {
-        const GeluAndSlope gelu(load(p.slope_at + at, left));
+        const GeluAndSlope gelu(load(p.slope_at + at, n));
         value = value * gelu.slope;
       }
-      if (p.pre != nullptr) store(p.pre + at, value, left);
-      store(p.out + at, p.gelu ? gelu(value) : value, left);
+      if (p.pre != nullptr) store(p.pre + at, value, n);
+      store(p.out + at, p.gelu ? gelu(value) : value, n);
     }
-  }
+  });
 }
 
-template <typename F, int R>
-void gemm_tile_of([[maybe_unused]] int64_t vecs, const Step<F>& s) {
-#if defined(__AVX512F__)
-  if (vecs >= 4) return gemm_tile<F, R, 4>(s);
-  if (vecs == 3) return gemm_tile<F, R, 3>(s);
-  if (vecs == 2) return gemm_tile<F, R, 2>(s);
-#endif
-  gemm_tile<F, R, 1>(s);
-}
-
-// Room that a thread needs for its tasks, in dwords.
+// What a thread works in.
 template <typename F>
-int64_t gemm_room(const Product<F>& p, const Tasks& tasks) {
-  const int64_t sums = depth_of<F>(p.depth) > kDepthBlock ? tasks.row_block * kPanel : 0;
-  return sums + (lies_ready(p) ? 0 : tasks.row_block * row_words<F>(p.depth));
-}
+struct GemmRoom {
+  float* sums;     // of a tile, or of a row block: carried from one block of the depth to the next
+  uint32_t* left;  // rows of x as dwords, where they do not lie ready
+
+  GemmRoom(Scratch& scratch, const Product<F>& p, const Tasks& tasks)
+      : sums(scratch.floats((depth_of<F>(p.depth) > kDepthBlock ? tasks.row_block : kTileRows) * kPanel)),
+        left(lies_ready(p) ? nullptr : scratch.words(tasks.row_block * row_words<F>(p.depth))) {}
+};
 
 template <typename F>
-void gemm_task(const Product<F>& p, const Tasks& tasks, int64_t task, float* room) {
+void gemm_task(const Product<F>& p, const Tasks& tasks, int64_t task, const GemmRoom<F>& room) {
   const int64_t first_row = task % tasks.row_blocks * tasks.row_block;
   const int64_t rows = p.rows - first_row < tasks.row_block ? p.rows - first_row : tasks.row_block;
   const int64_t depth = depth_of<F>(p.depth);
@@ -175,10 +127,9 @@ void gemm_task(const Product<F>& p, const Tasks& tasks, int64_t task, float* roo
   const uint32_t* left = reinterpret_cast<const uint32_t*>(p.x + first_row * p.x_row);
   int64_t left_row = p.x_row / F::kPer;
   if constexpr (F::kTail == 0) {
-    if (!lies_ready(p)) {
-      auto* packed = reinterpret_cast<uint32_t*>(room + (depth_blocks > 1 ? tasks.row_block * kPanel : 0));
-      pack_rows<F>({p.x + first_row * p.x_row, p.x_row, nullptr, rows}, p.depth, rows, packed);
-      left = packed;
+    if (room.left != nullptr) {
+      pack_rows<F>({p.x + first_row * p.x_row, p.x_row, nullptr, rows}, p.depth, rows, room.left);
+      left = room.left;
       left_row = row_words<F>(p.depth);
     }
   }
@@ -188,25 +139,16 @@ void gemm_task(const Product<F>& p, const Tasks& tasks, int64_t task, float* roo
     const int64_t column = panel * kPanel, vecs = (p.width - column + kLanes - 1) / kLanes;
     for (int64_t b = 0; b < depth_blocks; ++b) {
       const int64_t from = depth * b / depth_blocks, to = depth * (b + 1) / depth_blocks;
-      for (int64_t r = 0; r < rows;) {
-        const Step<F> step{left + r * left_row + from,
-                           left_row,
-                           p.packed + column * tailed_words<F>(p.depth) + from * kPanel,
-                           to - from,
-                           room + r * kPanel,
-                           b == 0,
-                           b + 1 == depth_blocks,
-                           &p,
-                           first_row + r,
-                           column};
+      const uint32_t* right = p.packed + column * tailed_words<F>(p.depth) + from * kPanel;
+      for (int64_t r = 0, count; r < rows; r += count) {
         const int64_t rest = rows - r;
-        if (rest >= kTileRows) {
-          gemm_tile_of<F, kTileRows>(vecs, step), r += kTileRows;
-        } else if (rest >= 3) {
-          gemm_tile_of<F, 3>(vecs, step), r += 3;
-        } else {
-          gemm_tile_of<F, 1>(vecs, step), r += 1;
-        }
+        count = rest >= kTileRows ? kTileRows : (rest >= 3 ? 3 : 1);
+        const auto multiply = count == 1   ? tile_of<F, 1>(vecs)
+                              : count == 3 ? tile_of<F, 3>(vecs)
+                                           : tile_of<F, kTileRows>(vecs);
+        float* sums = depth_blocks > 1 ? room.sums + r * kPanel : room.sums;
+        multiply(sums, kPanel, left + r * left_row + from, left_row, 1, right, kPanel, to - from, b == 0);
+        if (b + 1 == depth_blocks) finish(p, sums, count, first_row + r, column);
       }
     }
   }
@@ -215,28 +157,29 @@ void gemm_task(const Product<F>& p, const Tasks& tasks, int64_t task, float* roo
 template <typename F>
 void gemm(const Product<F>& p, int threads) {
   const Tasks tasks(p.rows, p.width, threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const Floats room(gemm_room<F>(p, tasks));
-#pragma omp for schedule(dynamic)
-    for (int64_t t = 0; t < tasks.size(); ++t) gemm_task<F>(p, tasks, t, room.data());
-  }
+  Scratch scratch;
+  const PerThread<GemmRoom<F>> rooms(scratch, threads, p, tasks);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+  for (int64_t t = 0; t < tasks.size(); ++t) gemm_task<F>(p, tasks, t, rooms.own());
 }
+
+// Where a thread packs sixteen rows of a weight before it turns them.
+struct PackRoom {
+  uint32_t* rows;
+  PackRoom(Scratch& scratch, int64_t words) : rows(scratch.words(kLanes * words)) {}
+};
 
 // Panels of weight_words dwords from rows of `depth` values.
 template <typename F>
 void pack_weight(const typename F::Value* weight, int64_t width, int64_t depth, uint32_t* out, int threads) {
   const int64_t words = row_words<F>(depth), panels = round_up(width, kPanel) / kPanel;
   const Rows<typename F::Value> rows{weight, depth, nullptr, width};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const Floats room(kLanes * words);
-    auto* work = reinterpret_cast<uint32_t*>(room.data());
-#pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int64_t first = panel * kPanel, left = width - first;
-      pack_transposed<F>(rows.from(first, left < kPanel ? left : kPanel), depth, out + first * words, work);
-    }
+  Scratch scratch;
+  const PerThread<PackRoom> rooms(scratch, threads, words);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t first = panel * kPanel, left = width - first;
+    pack_transposed<F>(rows.from(first, left < kPanel ? left : kPanel), depth, out + first * words, rooms.own().rows);
   }
 }
 

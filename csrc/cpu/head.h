@@ -54,12 +54,15 @@ struct HeadPanel {
 // A tile of logits; body(row, logits of the row) in registers.
 template <typename F, typename Body>
 UVG_INLINE void logits_of(const uint32_t* x, const Head<F>& head, const HeadPanel<F>& panel, Body&& body) {
-  Vec logits[kTileRows][kTileVecs] = {};
-  multiply<F, kTileVecs>(logits, x, head.words(), 1, panel.weight, depth_of<F>(head.width));
+  alignas(64) float products[kTileRows * kPanel];
+  multiply_into<F, kTileRows, kTileVecs>(products, kPanel, x, head.words(), 1, panel.weight, kPanel,
+                                         depth_of<F>(head.width), true);
+  Vec logits[kTileRows][kTileVecs];
 #pragma GCC unroll 6
   for (int64_t r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kTileVecs; ++j) logits[r][j] += load(panel.bias + j * kLanes);
+    for (int j = 0; j < kTileVecs; ++j)
+      logits[r][j] = load(products + r * kPanel + j * kLanes) + load(panel.bias + j * kLanes);
     body(r, logits[r]);
   }
 }

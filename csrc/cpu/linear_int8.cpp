@@ -21,28 +21,26 @@ template <typename T>
 void pack(const Params& p) {
   using F = Bytes<T>;
   const int64_t words = row_words<F>(p.depth), panels = round_up(p.width, kPanel) / kPanel;
-#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
-  {
-    const Floats room(kLanes * words);
-    auto* work = reinterpret_cast<uint32_t*>(room.data());
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < panels * kPanel / kLanes; ++i) {
-      const int64_t first = i * kLanes / kPanel * kPanel, lane = i * kLanes - first;
-      uint32_t* panel = p.pack_into + first * tailed_words<F>(p.depth) + lane;
-      const uint32_t* rows[kLanes];
-      for (int64_t r = 0; r < kLanes; ++r) {
-        rows[r] = work + r * words;
-        Tail tail{0.0f, 0};
-        std::memset(work + r * words, 0, static_cast<size_t>(words) * sizeof(uint32_t));
-        const int64_t from = i * kLanes + r;
-        if (from < p.width)
-          tail = to_signed(static_cast<const T*>(p.weight) + from * p.depth, p.depth, 0,
-                           reinterpret_cast<uint8_t*>(work + r * words));
-        std::memcpy(panel + words * kPanel + r, &tail.scale, sizeof tail.scale);
-        std::memcpy(panel + (words + 1) * kPanel + r, &tail.number, sizeof tail.number);
-      }
-      for (int64_t c = 0; c < words; c += kLanes) transpose16(rows, c, panel + c * kPanel, kPanel);
+  Scratch scratch;
+  const PerThread<PackRoom> rooms(scratch, p.threads, words);
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.threads > 1)
+  for (int64_t i = 0; i < panels * kPanel / kLanes; ++i) {
+    uint32_t* work = rooms.own().rows;
+    const int64_t first = i * kLanes / kPanel * kPanel, lane = i * kLanes - first;
+    uint32_t* panel = p.pack_into + first * tailed_words<F>(p.depth) + lane;
+    const uint32_t* rows[kLanes];
+    for (int64_t r = 0; r < kLanes; ++r) {
+      rows[r] = work + r * words;
+      Tail tail{0.0f, 0};
+      std::memset(work + r * words, 0, static_cast<size_t>(words) * sizeof(uint32_t));
+      const int64_t from = i * kLanes + r;
+      if (from < p.width)
+        tail = to_signed(static_cast<const T*>(p.weight) + from * p.depth, p.depth, 0,
+                         reinterpret_cast<uint8_t*>(work + r * words));
+      std::memcpy(panel + words * kPanel + r, &tail.scale, sizeof tail.scale);
+      std::memcpy(panel + (words + 1) * kPanel + r, &tail.number, sizeof tail.number);
     }
+    for (int64_t c = 0; c < words; c += kLanes) transpose16(rows, c, panel + c * kPanel, kPanel);
   }
 }
 

@@ -134,37 +134,53 @@ UVG_INLINE void pair_rows(const uint32_t* two, int64_t row, int64_t column, uint
   }
 }
 
-// sum[r][j] += left row r times columns j of a panel. left(r, k) = left[r * row + k * step].
-template <typename F, int V>
-UVG_INLINE void multiply(typename F::Sum (&sum)[kTileRows][V], const uint32_t* left, int64_t row, int64_t step,
-                         const uint32_t* panel, int64_t depth) {
+// sum[r][j] += left row r times columns j of a panel. left(r, k) = left[r * row + k * step]; rows of the panel lie
+// panel_row dwords apart. Kept in registers where little follows: see multiply_into.
+template <typename F, int R, int V>
+UVG_INLINE void multiply(typename F::Sum (&sum)[R][V], const uint32_t* left, int64_t row, int64_t step,
+                         const uint32_t* panel, int64_t panel_row, int64_t depth) {
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
     VecBits right[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) right[j] = load_bits(panel + k * V * kLanes + j * kLanes);
+    for (int j = 0; j < V; ++j) right[j] = load_bits(panel + k * panel_row + j * kLanes);
 #pragma GCC unroll 6
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      const uint32_t value = left[r * row + k * step];
+    for (int64_t r = 0; r < R; ++r) {
+      uint32_t value;
+      std::memcpy(&value, left + r * row + k * step, sizeof value);  // may be values of a tensor
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) sum[r][j] = F::mac(sum[r][j], value, right[j]);
     }
   }
 }
 
-// A tile of out [kTileRows, V * kLanes] (+)= left times panel.
-template <typename F, int V>
+// A tile of out [R, V * kLanes] (+)= left times panel. A function of its own: of sums that a longer one goes on with,
+// g++ 12 stores half to the stack in every round of the loop.
+template <typename F, int R, int V>
 UVG_NOINLINE void multiply_into(float* out, int64_t out_row, const uint32_t* left, int64_t row, int64_t step,
-                                const uint32_t* panel, int64_t depth, bool first) {
-  Vec sum[kTileRows][V] = {};  // a sum of its own for every block of the depth: long ones lose fewer bits
-  multiply<F, V>(sum, left, row, step, panel, depth);
+                                const uint32_t* panel, int64_t panel_row, int64_t depth, bool first) {
+  using Sum = typename F::Sum;
+  Sum sum[R][V] = {};  // a sum of its own for every block of the depth: long ones lose fewer bits
+  multiply<F>(sum, left, row, step, panel, panel_row, depth);
 #pragma GCC unroll 6
-  for (int64_t r = 0; r < kTileRows; ++r)
+  for (int64_t r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) {
       float* to = out + r * out_row + j * kLanes;
-      store(to, first ? sum[r][j] : load(to) + sum[r][j]);
+      const Sum all = first ? sum[r][j] : reinterpret_cast<Sum>(load(to)) + sum[r][j];
+      store(to, reinterpret_cast<Vec>(all));
     }
+}
+
+// multiply_into for R rows and `vecs` vectors of columns, kTileVecs at the most.
+template <typename F, int R>
+UVG_INLINE auto tile_of([[maybe_unused]] int64_t vecs) {
+#if defined(__AVX512F__)
+  if (vecs >= 4) return multiply_into<F, R, 4>;
+  if (vecs == 3) return multiply_into<F, R, 3>;
+  if (vecs == 2) return multiply_into<F, R, 2>;
+#endif
+  return multiply_into<F, R, 1>;
 }
 
 // out [rows, width] (+)= left times a matrix packed by pack_columns, of which depth rows of dwords from `skip` on are
@@ -177,18 +193,9 @@ void multiply_all(float* out, int64_t rows, int64_t width, const uint32_t* left,
     const int64_t vecs = (width - c + kLanes - 1) / kLanes;
     const uint32_t* base = packed + c * total;
     for (int64_t r = 0; r < rows; r += kTileRows) {
-      const auto run = [&](auto tile, int64_t count) {
-        tile(out + r * out_row + c, out_row, left + r * row, row, step, base + skip * count * kLanes, depth, first);
-      };
-      if (vecs >= kTileVecs) {
-        run(multiply_into<F, kTileVecs>, kTileVecs);
-      } else if (vecs == 3) {
-        run(multiply_into<F, 3>, 3);
-      } else if (vecs == 2) {
-        run(multiply_into<F, 2>, 2);
-      } else {
-        run(multiply_into<F, 1>, 1);
-      }
+      const int64_t panel_row = (vecs < kTileVecs ? vecs : kTileVecs) * kLanes;
+      tile_of<F, kTileRows>(vecs)(out + r * out_row + c, out_row, left + r * row, row, step, base + skip * panel_row,
+                                  panel_row, depth, first);
     }
   }
 }
