@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench import roofline
-from bench.pages import with_part
+from bench.pages import write_part
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 # Bytes of a block, the most a launch may ask for. What serves sm_80 serves 8.6, 8.9 and 12.x too, which have the least.
@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compiled = compile_all(args.op or ops(), sorted(SHARED_LIMIT))
     text = "\n".join(roofline.table(compiled))
     if args.write:
-        args.write.write_text(with_part(args.write.read_text(), "triton", text))
+        write_part(args.write, "triton", text)
     else:
         print(text)
     faults = [fault for one in compiled for fault in one.faults()]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import cuda_launches, occupancy, roofline
-from bench.pages import with_part
+from bench.pages import write_part
 from uvg_engine.backends import native
 
 COUNTED = ("HMMA", "LDSM", "LDGSTS", "LDG.128", "STG.128", "LDL", "STL")
@@ -139,7 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     text = table(kernels())
     if args.write:
-        args.write.write_text(with_part(args.write.read_text(), "cuda", text))
+        write_part(args.write, "cuda", text)
     else:
         print(text)
 

@@ -24,6 +24,7 @@ from bench.timing import machine
 from uvg_engine import backends
 from uvg_engine.backends import gpu_limits
 from uvg_engine.cli._op_calls import CALLS, ask
+from uvg_engine.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"gpu_{torch.cuda.get_device_name()}_{about.get('commit', 'unknown')}".replace(" ", "_").replace("/", "_")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.md"
-    path.write_text(report(found))
+    with replacing(path) as temporary:
+        temporary.write_text(report(found))
     print(json.dumps({"ok": found["ok"], "report": os.path.relpath(path, ROOT)}))
     return 0 if found["ok"] else 1
 

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from uvg_engine.files import replacing
+
+
+def write_part(path: Path, name: str, text: str) -> None:
+    """`with_part` of the page at `path`, written whole or not at all."""
+    page = with_part(path.read_text(), name, text)
+    with replacing(path) as temporary:
+        temporary.write_text(page)
+
 
 def with_part(page: str, name: str, text: str) -> str:
     """The page with what stands between `<!-- name: begin -->` and `<!-- name: end -->` replaced by `text`.

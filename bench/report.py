@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.pages import with_part
+from bench.pages import write_part
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, IMAGES = DOCS / "benchmarks.md", DOCS / "images"
@@ -27,7 +27,7 @@ def write(path: Path) -> list[Path]:
     }
     shown = "\n\n".join(f"![{what}](images/{path.name})" for what, path in pictures.items() if path)
     told = f"From `bench/results/{path.name}`: {about(lines[0])}.\n\n{shown}\n\n{table(lines)}"
-    PAGE.write_text(with_part(PAGE.read_text(), "measured", f"\n{told}"))
+    write_part(PAGE, "measured", f"\n{told}")
     return [PAGE, *(picture for picture in pictures.values() if picture)]
 
 

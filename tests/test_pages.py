@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.pages import with_part
+from bench.pages import with_part, write_part
 
 PAGE = "one\n<!-- a: begin -->\nold\n<!-- a: end -->\ntwo\n<!-- b: begin -->\nkept\n<!-- b: end -->\n"
 
@@ -16,3 +16,13 @@ def test_only_the_part_that_is_named_is_written_anew():
 def test_a_page_without_the_marks_is_refused(page):
     with pytest.raises(ValueError, match=r"^page must have the marks <!-- a: begin --> and end, got "):
         with_part(page, "a", "new")
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    write_part(page, "a", "new")
+    assert page.read_text() == PAGE.replace("old", "new")
+    with pytest.raises(ValueError, match="page must have the marks"):
+        write_part(page, "c", "new")
+    assert page.read_text() == PAGE.replace("old", "new") and list(tmp_path.iterdir()) == [page]
