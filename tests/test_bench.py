@@ -174,11 +174,13 @@ def test_gpu_check_ends_in_time():
     assert lines == [] and set(missing) == {*gpu_check.OPS, "block"}
 
 
-def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys):
-    """All of it but the device: shards of tests, one of them late, lines of timings, what serves, the report."""
+@pytest.mark.parametrize("spent, most", [(0, 235), (250, 110), (3000, 60)])
+def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys, spent, most):
+    """All of it but the device: shards of tests, one of them late, lines of timings, what serves, the report. most:
+    seconds for the tests, after `spent` ones of building."""
 
     def python(seconds, *arguments):
-        assert 0 < seconds <= gpu_check.TESTS_LAST
+        assert 0 < seconds <= most
         if arguments[1] == "bench":
             line = {"op": arguments[2], "shape": "T=1", "pass": "forward", "backend": "triton", "times_faster": {}}
             return 0, json.dumps(line | {"ms": 1.0, "of_roof": 0.5})
@@ -198,7 +200,7 @@ def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu_check, "limits", dict)
     monkeypatch.delenv("UVG_BACKENDS", raising=False)
-    assert gpu_check.main([]) == 1
+    assert gpu_check.main(["--spent", str(spent)]) == 1
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("gpu_H100_80_GB_") and json.loads(capsys.readouterr().out)["ok"] is False
     told = path.read_text()
