@@ -1,14 +1,17 @@
 """The model against its equations, sample by sample, in every shape that hurts."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
 from dense_model import dense, double_state, make_config, make_inputs, make_model, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from uvg_engine.model import UniViGU
+from uvg_engine import ops
+from uvg_engine.model import UniViGU, blocks, univigu
 
 MASK = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
 CASES = {
@@ -236,12 +239,34 @@ def test_a_block_compiles_whole():
     config = make_config(layers=1)
     model = make_model(config)
     inputs = case_inputs(config, {})
-    want = model(*inputs)[0]
-    model.blocks[0].compile(fullgraph=True, backend="aot_eager")
+    want, block = model(*inputs)[0], model.blocks[0]
+    graphs = CompileCounterWithBackend("aot_eager")
+    for name in ("norm", "mix", "ask_condition"):
+        setattr(block, name, torch.compile(getattr(block, name), fullgraph=True, backend=graphs))
     got = model(*inputs)[0]
+    assert graphs.frame_count == 3
     got.sum().backward()
     assert relative(got.detach(), want.detach()) < 1e-6
-    assert model.blocks[0].experts.w1.grad is not None
+    assert block.experts.w1.grad is not None
+
+
+def test_one_pass_updates_the_stream_and_norms_it_for_the_next_block(monkeypatch):
+    model, calls = make_model(make_config(layers=3)), Counter()
+    for name in ("gated_residual", "gated_residual_norm", "modulated_layer_norm"):
+        for module in (blocks, univigu, ops):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, counted(getattr(module, name), name, calls))
+    model(*case_inputs(model.config, {}))
+    # of the norms alone one for the first block and one a head; of the updates alone the last
+    assert calls == {"modulated_layer_norm": 3, "gated_residual_norm": 3 * 3 - 1, "gated_residual": 1}
+
+
+def counted(function, name, calls):
+    def counting(*args, **kwargs):
+        calls[name] += 1
+        return function(*args, **kwargs)
+
+    return counting
 
 
 def test_wrong_shapes_are_told():

@@ -145,10 +145,9 @@ class Block(nn.Module):
         self._register_state_dict_hook(_publish_experts)
         self.register_load_state_dict_pre_hook(_stack_experts)
 
-    def modulation(self, rows: Rows, half: int) -> tuple[Tensor, ...]:
-        """Shift, scale and gate, each [S, D] fp32, of self-attention (half 0) or of the experts (1)."""
-        part = slice(3 * half, 3 * half + 3)
-        return (self.scale_shift_table.float()[:, part] + rows.modulation_S6D[:, part]).unbind(1)
+    def modulation(self, rows: Rows, first: int, end: int) -> tuple[Tensor, ...]:
+        """Some of shift, scale and gate of self-attention (0, 1, 2) and of the experts (3, 4, 5), each [S, D] fp32."""
+        return (self.scale_shift_table.float()[:, first:end] + rows.modulation_S6D[:, first:end]).unbind(1)
 
     def condition_kv(self, cond: Tensor, dtype: torch.dtype, spans: Tensor | None) -> BlockCondition:
         """Keys and values [U, D] of the condition rows [U, D]; they depend on no step and no token."""
@@ -162,18 +161,22 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, rows: Rows, condition: BlockCondition) -> Tensor:
         """h: residual stream [T, D]. Returns the new one."""
-        return self.ask_condition(*self.mix(h, rows), rows, condition)
+        return self.ask_condition(*self.mix(h, self.norm(h, rows), rows), rows, condition)[0]
+
+    def norm(self, h: Tensor, rows: Rows) -> Tensor:
+        """What `mix` reads beside the stream [T, D], where no block before has made it."""
+        shift, scale = self.modulation(rows, 0, 2)
+        return modulated_layer_norm(h, shift, scale, rows.layout.row_spans).to(rows.dtype)
 
     def mix(
-        self, h: Tensor, rows: Rows, asks: Rows | None = None, index: Tensor | None = None
+        self, h: Tensor, a: Tensor, rows: Rows, asks: Rows | None = None, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Self-attention, which knows of no condition: the stream [T, D] after it, and its norm for `ask_condition`.
 
-        asks, index: some of the rows and where they lie among all; then these alone ask, and the results are theirs.
+        a: the stream's norm. asks, index: some of the rows and where they lie among all; then these alone ask, and the
+        results are theirs.
         """
         layout, dtype, int8, attn = rows.layout, rows.dtype, rows.int8, self.attn1
-        shift, scale, gate = self.modulation(rows, 0)
-        a = modulated_layer_norm(h, shift, scale, layout.row_spans).to(dtype)
         k, v = (linear(layer, a, dtype, rows.spans, int8=int8) for layer in (attn.to_k, attn.to_v))
         weight_q, weight_k, table = attn.norm_q.weight, attn.norm_k.weight, rows.rope_table
         if asks is None or index is None:
@@ -181,24 +184,31 @@ class Block(nn.Module):
             q = linear(attn.to_q, a, dtype, rows.spans, int8=int8)
             q, k = ops.qk_norm_rope(q, k, weight_q, weight_k, layout.rope_spans, table, attn.heads)
         else:
-            h, (_, _, gate) = h.index_select(0, index), self.modulation(asks, 0)
+            h = h.index_select(0, index)
             q = linear(attn.to_q, a.index_select(0, index), dtype, asks.spans, int8=int8)
             q, _ = ops.qk_norm_rope(q, None, weight_q, None, asks.layout.rope_spans, table, attn.heads)
             k, _ = ops.qk_norm_rope(k, None, weight_k, None, layout.rope_spans, table, attn.heads)
         y = attn.attend(q, k, v, asks.layout.query_spans, layout.key_spans, int8)
         y, norm = linear(attn.to_out[0], y, dtype, asks.spans, int8=int8), self.norm2
+        (gate,) = self.modulation(asks, 2, 3)
         return ops.gated_residual_norm(
             h, y, gate, asks.layout.row_spans, weight=norm.weight, bias=norm.bias, eps=norm.eps, norm_dtype=dtype
         )
 
-    def ask_condition(self, h: Tensor, n: Tensor, rows: Rows, condition: BlockCondition) -> Tensor:
-        """What follows `mix`: cross-attention and the experts."""
-        layout = rows.layout
-        shift, scale, gate = self.modulation(rows, 1)
+    def ask_condition(
+        self, h: Tensor, n: Tensor, rows: Rows, condition: BlockCondition, following: Block | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What follows `mix`: cross-attention and the experts. The stream [T, D], and its norm for the following block,
+        made in the pass that writes the stream; where none follows, the stream twice."""
+        spans, dtype = rows.layout.row_spans, rows.dtype
+        shift, scale, gate = self.modulation(rows, 3, 6)
         y = self._cross(n, rows, condition)
-        h, f = ops.gated_residual_norm(h, y, None, None, shift, scale, layout.row_spans, norm_dtype=rows.dtype)
+        h, f = ops.gated_residual_norm(h, y, None, None, shift, scale, spans, norm_dtype=dtype)
         y = self.experts(f, rows)
-        return ops.gated_residual(h, y, gate, layout.row_spans)
+        if following is None:
+            return (ops.gated_residual(h, y, gate, spans),) * 2
+        shift, scale = following.modulation(rows, 0, 2)
+        return ops.gated_residual_norm(h, y, gate, spans, shift, scale, spans, norm_dtype=dtype)
 
     def _cross(self, n: Tensor, rows: Rows, condition: BlockCondition) -> Tensor:
         """Cross-attention of normed rows [T, D] to their condition."""

@@ -198,10 +198,12 @@ class UniViGU(nn.Module):
         patches = patchify(latents, layout, config)
         video = affine(*self._patch_linear(), patches, dtype, _video(spans))
         h = torch.cat([video.float(), self.vocab_embed(tokens).float()])
-        for index, (block, block_condition) in enumerate(zip(self.blocks, condition, strict=True)):
-            read = reading if index == len(self.blocks) - 1 else None
+        a = self.blocks[0].norm(h, rows)
+        followings = (*self.blocks[1:], None)
+        for index, (block, following, of_block) in enumerate(zip(self.blocks, followings, condition, strict=True)):
+            read = reading if following is None else None
             if index == 0 or read is None:
-                h, n = block.mix(h, rows)
+                h, n = block.mix(h, a, rows)
             if index == 0 and branches is not None:
                 rows = rows.select(branches, asking)
                 h, n = h.index_select(0, branches.rows), n.index_select(0, branches.rows)
@@ -210,9 +212,9 @@ class UniViGU(nn.Module):
                 if index == 0:
                     h, n = h.index_select(0, place), n.index_select(0, place)
                 else:
-                    h, n = block.mix(h, rows, read_rows, place)
+                    h, n = block.mix(h, a, rows, read_rows, place)
                 rows = read_rows
-            h = block.ask_condition(h, n, rows, block_condition)
+            h, a = block.ask_condition(h, n, rows, of_block, following)
         if branches is not None:
             samples = branches.samples
             temb_v, temb_t, time_v = (x.index_select(0, samples) for x in (temb_v, temb_t, time_v))
