@@ -11,7 +11,6 @@ namespace {
 using Params = FlashAttentionParams;
 
 constexpr int64_t kQueries = 192, kKeys = 192;  // of a block; multiples of kTileRows and kPanel
-constexpr float kNever = -__builtin_inff();
 
 template <typename F>
 struct Workspace {

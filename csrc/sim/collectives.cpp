@@ -153,14 +153,20 @@ uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
 }
 
+#if defined(__aarch64__)
+using Half = __fp16;  // g++ has _Float16 there from 13 on
+#else
+using Half = _Float16;
+#endif
+
 float from_fp16(uint16_t bits) {
-  _Float16 half;
+  Half half;
   std::memcpy(&half, &bits, 2);
   return static_cast<float>(half);
 }
 
 uint16_t to_fp16(float value) {
-  const auto half = static_cast<_Float16>(value);
+  const auto half = static_cast<Half>(value);
   uint16_t bits;
   std::memcpy(&bits, &half, 2);
   return bits;

@@ -103,6 +103,10 @@ def test_shapes_that_do_not_fit_are_told():
         ours.flash_attn_func(x, x[:1], x[:1])
     with pytest.raises(ValueError, match="heads of q must be a multiple of k's 3, got 4"):
         ours.flash_attn_func(x, x[:, :, :3], x[:, :, :3])
+    with pytest.raises(ValueError, match=r"v must have k's shape \(2, 3, 4, 8\), got \(2, 3, 2, 8\)"):
+        ours.flash_attn_func(x, x, x[:, :, :2])
+    with pytest.raises(ValueError, match=r"v must have k's shape \(3, 2, 8\), got \(3, 4, 8\)"):
+        ours.flash_attn_varlen_func(x[0], x[0, :, :2], x[0], bounds, bounds, 3, 3)
     with pytest.raises(ValueError, match=r"qkv must be \(B, L, 3, N, H\)"):
         ours.flash_attn_qkvpacked_func(x)
     with pytest.raises(ValueError, match="cu_seqlens_k must be an int32"):
@@ -111,10 +115,11 @@ def test_shapes_that_do_not_fit_are_told():
         ours.flash_attn_varlen_func(x[0], x[0], x[0], bounds, bounds, 3, 3, block_table=bounds)
 
 
-@pytest.mark.parametrize("wrong", [[1, 3, 9], [-1, 3, 9], [0, 5, 3]])
+@pytest.mark.parametrize("wrong", [[1, 3, 9], [-1, 3, 9], [0, 5, 3], [0, 3, 10]])
 @pytest.mark.parametrize("which", ["cu_seqlens_q", "cu_seqlens_k"])
-def test_bounds_begin_with_0_and_do_not_fall(which, wrong):
+def test_bounds_rise_from_0_and_end_within_the_rows(which, wrong):
     x, bounds = torch.ones(9, 2, 8), torch.tensor([0, 3, 9]).int()
     given = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds} | {which: torch.tensor(wrong).int()}
-    with pytest.raises(ValueError, match=rf"{which} must begin with 0 and not fall, got \[{wrong[0]}, "):
+    rule = rf"{which} must begin with 0, not fall, and end within the 9 rows, got \[{wrong[0]}, "
+    with pytest.raises(ValueError, match=rule):
         ours.flash_attn_varlen_func(x, x, x, max_seqlen_q=6, max_seqlen_k=6, **given)

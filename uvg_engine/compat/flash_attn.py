@@ -46,6 +46,7 @@ def flash_attn_func(
     for name, x in (("q", q), ("k", k), ("v", v)):
         _require(x.ndim == 4, f"{name} must be (B, L, N, H)", tuple(x.shape))
         _require(x.shape[0] == q.shape[0], f"{name} must have q's B = {q.shape[0]}", tuple(x.shape))
+    _require(v.shape == k.shape, f"v must have k's shape {tuple(k.shape)}", tuple(v.shape))
     samples, queries, heads = q.shape[:3]
     q_spans, k_spans = _even_spans(samples, queries, q), _even_spans(samples, k.shape[1], q)
     out, lse = _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), q_spans, k_spans, softmax_scale)
@@ -78,19 +79,21 @@ def flash_attn_varlen_func(
     cu_seqlens_q, cu_seqlens_k: int32 [B + 1], where each sample starts, and the end. max_seqlen_q, max_seqlen_k: the
     longest sample; our kernels do not need them. Returns out [T, N, H], with return_attn_probs also lse (fp32 [N, T])
     and None. A sample without keys gives 0 and -inf, and so do rows past the end. Raises ValueError as
-    `flash_attn_func`, on block_table, and, of tensors on the CPU, on bounds that do not begin with 0, or that fall.
+    `flash_attn_func`, on block_table, and, of tensors on the CPU, on bounds that do not begin with 0,
+    that fall, or that end beyond the rows.
     """
     _refuse(dropout_p=dropout_p, causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes)
     _require(block_table is None, "block_table must be None: paged keys are not served", block_table)
     for name, x in (("q", q), ("k", k), ("v", v)):
         _require(x.ndim == 3, f"{name} must be (T, N, H)", tuple(x.shape))
-    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+    _require(v.shape == k.shape, f"v must have k's shape {tuple(k.shape)}", tuple(v.shape))
+    for name, x, rows in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, len(k))):
         ok = x.ndim == 1 and x.dtype == torch.int32 and len(x) == len(cu_seqlens_q) >= 1
         _require(ok, f"{name} must be an int32 (B + 1), the same B for both", f"{x.dtype} {tuple(x.shape)}")
         if alone((x,)):  # on a device the host would have to wait for the values
             bounds = x.tolist()
-            rising = bounds[0] == 0 and all(a <= b for a, b in itertools.pairwise(bounds))
-            _require(rising, f"{name} must begin with 0 and not fall", bounds)
+            rising = bounds[0] == 0 and all(a <= b for a, b in itertools.pairwise((*bounds, rows)))
+            _require(rising, f"{name} must begin with 0, not fall, and end within the {rows} rows", bounds)
     out, lse = _attend(q, k, v, _spans(cu_seqlens_q), _spans(cu_seqlens_k), softmax_scale)
     return (out, lse, None) if return_attn_probs else out
 
