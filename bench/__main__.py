@@ -15,9 +15,11 @@ import torch
 
 from bench.case import PASSES, SIZES
 from bench.one_case import NAMES, Line, Options, bench_case, cases
+from bench.peers import PEERS
 from bench.record import record
 from bench.sampling import bench_sampling
-from bench.timing import MIN_ROUNDS, Clock, Roof, machine
+from bench.timing import MIN_ROUNDS, Clock, Roof, machine, positive
+from uvg_engine import backends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -58,7 +60,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pass", choices=PASSES, action="append", dest="passes", help="if not given: the case's own")
     parser.add_argument("--only", action="append", help="this backend or peer only (may be repeated)")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each contender (default 1)")
-    parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--threads", type=positive, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--cpu-time", action="store_true", help="time by the cores' seconds; needs --threads 1")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
@@ -70,6 +72,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if strangers := sorted(set(args.what) - set(what)):
         parser.error(f"nothing here is called {', '.join(strangers)}; have {', '.join(what)}")
+    contenders = [*backends.names(), "uvg", *PEERS]
+    if strangers := sorted(set(args.only or ()) - set(contenders)):
+        parser.error(f"--only: no backend or peer is called {', '.join(strangers)}; have {', '.join(contenders)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here")
     if args.cpu_time and (args.threads != 1 or args.device != "cpu"):
@@ -111,4 +116,7 @@ def _text(line: Line) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # what was measured is told, and in the file of --record
+        sys.exit(130)

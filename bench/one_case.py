@@ -160,6 +160,8 @@ class Pass:
             if seconds > max(SLOWEST * quick, 0.1):
                 yield {"backend": name, "slow": f"{seconds * 1e3:.0f} ms, {seconds / quick:.0f} times the quickest"}
                 del fit[name]
+        if not fit:
+            return
         reach = self.roof.of(self.dtype)
         timings = self.roof.clock.alternate({name: contender.call for name, contender in fit.items()})
         peers = {name for name in fit if not fit[name].ours}

@@ -1,7 +1,8 @@
 """Samples and tokens a second end to end, and peak memory: the engine as it is against the plain reference loop.
 
-The plain loop is the same engine with every saving off, on the reference backend. Memory as in `bench.memory`. Model
-1.3b: its widths, --layers blocks of random weights in bf16, a small vocabulary, and pixels in place of the VAE.
+The plain loop is the same engine with every saving off, on the reference backend. Memory as in `bench.memory`: what a
+call takes beside the weights and the optimiser's state. Model 1.3b: its widths, --layers blocks of random weights,
+products in bf16, a small vocabulary, and pixels in place of the VAE; it is trained on the clips of digits.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import argparse
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.memory import alone, extra_memory
-from bench.timing import Clock, machine
+from bench.timing import Clock, machine, positive
 from uvg_engine import Engine, Request, Savings, backends
 from uvg_engine.media import HashTextEncoder, PixelCodec, WordTokenizer
 from uvg_engine.model import UniViGU, named_config
@@ -27,26 +28,36 @@ PROMPT = "a red seven moving right , fast"
 WAYS = ("uvg", "reference")  # the second: plain
 SIDE = {"digits": (8, 32, 32), "1.3b": (8, 128, 160)}  # frames, height, width: 64 and 1,280 video tokens
 TEXT = {"digits": 28, "1.3b": 64}
+DTYPES = {"digits": "float32", "1.3b": "bfloat16"}  # of the products
 LINE = dict[str, Any]
 
 
-def main(job: str) -> int:
+def main(job: str, arguments: Sequence[str] | None = None) -> int:
     """The scripts `bench/throughput_<job>.py`: one line per way."""
     parser = argparse.ArgumentParser(description=f"{job}: {__doc__}", formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=SIDE, default="digits")
-    parser.add_argument("--layers", type=int, default=2, help="of model 1.3b (30 in full; default 2)")
-    parser.add_argument("--samples", type=int, default=8, help="in one batch (default 8)")
-    parser.add_argument("--steps", type=int, default=8, help="of the sampler, or of training (default 8)")
+    parser.add_argument("--layers", type=positive, default=2, help="of model 1.3b (30 in full; default 2)")
+    parser.add_argument("--samples", type=positive, default=8, help="in one batch (default 8)")
+    parser.add_argument("--steps", type=positive, default=8, help="of the sampler, or of training (default 8)")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each way (default 10)")
-    parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
-    args = parser.parse_args()
+    parser.add_argument("--threads", type=positive, help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    for line in lines(
-        job, args.model, args.layers, args.samples, args.steps, Clock(seconds=args.seconds, min_rounds=3)
-    ):
-        print(json.dumps(line | machine()), flush=True)
+    about, clock = machine(), Clock(seconds=args.seconds, min_rounds=3)
+    if not args.json:
+        print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    for line in lines(job, args.model, args.layers, args.samples, args.steps, clock):
+        print(json.dumps(line | about) if args.json else _text(line), flush=True)
     return 0
+
+
+def _text(line: LINE) -> str:
+    head = f"{line['op']} {line['case']:6} {line['shape']:32} {line['dtype']:8} {line['backend']:10}"
+    told = [f"{line['ms']:9.1f} ms +-{line['spread']:4.0%}", f"{line['samples_per_second']:8.3f} samples/s"]
+    told += [f"{line['tokens_per_second']:9.0f} tokens/s", f"{line['extra_mb']:6.0f} MB"]
+    return "  ".join([head, *told, *(f"{ratio:.2f} x {other}" for other, ratio in line["times_faster"].items())])
 
 
 def lines(job: str, model: str, layers: int, samples: int, steps: int, clock: Clock) -> Iterator[LINE]:
@@ -54,12 +65,13 @@ def lines(job: str, model: str, layers: int, samples: int, steps: int, clock: Cl
     given = (job, model, layers, samples, steps)
     calls = {way: make(way, *given) for way in WAYS}
     timings = clock.alternate(calls)
-    frames, height, width = SIDE[model]
-    tokens = samples * steps * (frames // 2 * height // 8 * width // 8 + TEXT[model])
+    data = "digits" if job == "train" else model
+    frames, height, width = SIDE[data]
+    tokens = samples * steps * (frames // 2 * height // 8 * width // 8 + TEXT[data])
     shape = f"{samples} x {frames}x{height}x{width}, {steps} steps" + (f", {layers} layers" if model == "1.3b" else "")
     for way, timing in timings.items():
         line = {"op": f"throughput {job}", "case": model, "shape": shape, "pass": "end to end", "backend": way}
-        line |= {"dtype": "bfloat16" if model == "1.3b" else "float32", "ms": timing.median * 1e3}
+        line |= {"dtype": DTYPES[model], "ms": timing.median * 1e3}
         line |= {"spread": timing.spread, "rounds": len(timing.rounds)}
         line |= {"samples_per_second": samples * (steps if job == "train" else 1) / timing.median}
         line |= {"tokens_per_second": tokens / timing.median}
@@ -126,7 +138,8 @@ def training(model: str, layers: int, samples: int, steps: int) -> Callable[[], 
             "codec": {"type": "pixel", "block": [2, 4, 4], "keep": [2, 2, 2]},
             "text_encoder": {"type": "hash", "text_dim": sizes["text_dim"], "max_len": 16},
             "batch_size": samples,
-            "text_length": 28,
+            "text_length": TEXT["digits"],
+            "dtype": DTYPES[model],
             "stages": [{"name": "refine", "text": "caption", "steps": 10**6, "lr": 1e-4}],
         }
     )

@@ -25,6 +25,13 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 1000
 PACKAGES = ("openvino", "diffusers", "triton", "liger_kernel", "flash_attn")
 
 
+def positive(text: str) -> int:
+    """A count on the command line, for argparse."""
+    if int(text) < 1:
+        raise ValueError(f"a count must be positive, got {text}")
+    return int(text)
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of a call, one per round."""

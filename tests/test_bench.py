@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_check, report
+from bench import gpu_check, report, throughput
 from bench.__main__ import main
 from bench.one_case import OPS, Options, _difference, bench_case, cases
 from bench.peers import PEERS
@@ -236,3 +236,43 @@ def test_a_record_becomes_a_page_and_pictures(tmp_path, monkeypatch):
     page = report.PAGE.read_text()
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
     assert "90 GFLOP/s | 90% | torch 1.50" in page and "missing: no" in page and "threads 1" in page
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ("linaer", "nothing here is called linaer; have flash_attention, "),
+        ("linear --only torhc", "--only: no backend or peer is called torhc; have "),
+        ("linear --size L77", "invalid choice: 'L77' (choose from "),
+        ("linear --threads 0", "argument --threads: invalid positive value: '0'"),
+        ("linear --cpu-time", "--cpu-time needs --threads 1"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_told(given, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(given.split())
+    assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_a_contender_that_is_refused_may_be_the_only_one(capsys):
+    assert main("moe_route --only triton --size digits --dtype fp32 --pass forward --seconds 0".split()) == 0
+    assert "refused: moe_route is not served here: triton: tensors are on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["digits", "1.3b"])
+@pytest.mark.parametrize("job", ["generate", "train"])
+def test_throughput_tells_of_what_was_run(job, model, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "make", lambda *given: lambda: time.sleep(1e-3))
+    monkeypatch.setattr(throughput, "alone", lambda *given: 3.0)
+    given = f"--model {model} --layers 5 --samples 2 --steps 3 --seconds 0".split()
+    assert throughput.main(job, [*given, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["backend"] for line in lines] == ["uvg", "reference"]
+    digits = job == "train" or model == "digits"  # training takes the clips of digits
+    for line in lines:
+        assert line["tokens_per_second"] * line["ms"] / 1e3 == pytest.approx(2 * 3 * (64 + 28 if digits else 1280 + 64))
+        assert line["shape"].startswith("2 x 8x32x32, 3 steps" if digits else "2 x 8x128x160, 3 steps")
+        assert ("5 layers" in line["shape"]) == (model == "1.3b")
+    throughput.main(job, given)
+    about, ours, plain = capsys.readouterr().out.splitlines()
+    assert "torch" in about and "samples/s" in ours and "x reference" in ours and "tokens/s" in plain
