@@ -119,7 +119,7 @@ def case(name: str, text: bool, int8: bool = False) -> Case:
         sizes=("1.3b-2560", "1.3b-8192"),
         passes=(FORWARD,) if int8 else (FORWARD, BOTH),
         slack=IN_BYTES if int8 else None,
-        truth=lambda size: first,
+        truth=lambda size, device: first,
         whole=True,
     )
 

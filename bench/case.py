@@ -96,10 +96,10 @@ class Case:
     work: (flops, bytes) of a forward; those of the backward are `backward` times as many. peers: name in
     `bench.peers.PEERS` -> Peer from the size and the arguments. compiled_by: peers that take the code of the first
     one. name: of this variant of the op. sizes: those it is timed at if none is asked for. truth: what the others must
-    equal, a backend or a peer (where the reference would take too long). whole: made of many ops, so that "uvg" is
-    what serves by itself. draws: the result is random, so that a peer's differs. agree: share of whole numbers in a
-    result that have to equal the reference's. slack: how far results may be apart, as a share of the largest value, in
-    place of the dtype's own.
+    equal on a device, a backend or a peer (where the reference would take too long). whole: made of many ops, so that
+    "uvg" is what serves by itself. draws: the result is random, so that a peer's differs. agree: share of whole numbers
+    in a result that have to equal the reference's. slack: how far results may be apart, as a share of the largest
+    value, in place of the dtype's own.
     """
 
     call: Callable[..., Any]
@@ -112,7 +112,7 @@ class Case:
     sizes: tuple[str, ...] = ("1.3b",)
     passes: tuple[str, ...] = (FORWARD, BOTH)
     backward: tuple[float, float] = (2.0, 2.0)
-    truth: Callable[[Size], str] = lambda size: "reference"
+    truth: Callable[[Size, str], str] = lambda size, device: "reference"
     whole: bool = False
     draws: bool = False
     agree: float = 1.0

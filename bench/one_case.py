@@ -90,7 +90,7 @@ class Pass:
     options: Options
 
     def lines(self) -> Iterator[Line]:
-        truth_name = self.case.truth(self.size)
+        truth_name = self.case.truth(self.size, self.roof.clock.device)
         truth = self.contender(truth_name)
         first, full = truth.first(), _tensors(truth.call()) if truth.ours else ()
         fit: dict[str, Contender] = {}

@@ -10,6 +10,7 @@ import torch
 
 from bench import gpu_check, report, throughput
 from bench.__main__ import main
+from bench.case import SIZES
 from bench.one_case import OPS, Options, _difference, bench_case, cases
 from bench.peers import PEERS
 from bench.timing import Clock, Roof, Timing
@@ -51,6 +52,13 @@ def test_every_backend_and_peer_is_timed(op):
         beside = {other["backend"] for other in times if (other["case"], other["pass"]) == (line["case"], line["pass"])}
         if line["backend"] in serving:
             assert set(line["times_faster"]) >= beside - serving
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_truth_is_there_on_a_gpu(op):
+    """At the size of gpu_check.sh, a backend of ours that tells the truth is one that serves CUDA tensors."""
+    truths = {case.truth(SIZES[gpu_check.SIZE], "cuda") for case in cases(op)}
+    assert truths <= {"reference", *PEERS}
 
 
 def test_a_wrong_result_is_told_and_not_timed(monkeypatch):
@@ -171,7 +179,7 @@ def test_gpu_report_tells_what_is_missing_and_what_failed():
 def test_gpu_check_ends_in_time():
     assert gpu_check._python(1, "-c", "import time; print('begun', flush=True); time.sleep(30)") == (124, "begun\n")
     lines, missing = gpu_check.run_bench(time.monotonic())
-    assert lines == [] and set(missing) == {*gpu_check.OPS, "block"}
+    assert lines == [] and set(missing) == {*backends.table("triton"), "block"}
 
 
 @pytest.mark.parametrize("spent, most", [(0, 235), (250, 110), (3000, 60)])

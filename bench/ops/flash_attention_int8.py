@@ -17,7 +17,7 @@ CASES = tuple(
         call=ops.flash_attention_int8,
         peers={**case.peers, "full": full_peer},
         passes=(FORWARD,),
-        truth=lambda size: "torch",
+        truth=lambda size, device: "torch",
         slack=IN_BYTES,
     )
     for case in flash_attention.CASES
