@@ -1,12 +1,14 @@
 """How flash-attn 2 and 3 and cuDNN are called: libraries that compute by the reference and take just what the real ones
 take stand in for them, on the CPU."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from uvg_engine.backends import cudnn, flash_attn, flash_attn_3, samples
+from uvg_engine.compat import flash_attn as compat
 from uvg_engine.reference import flash_attention as reference
 
 N, H, SCALE = 2, 8, 0.3
@@ -276,6 +278,17 @@ def test_only_the_absence_of_the_library_itself_is_a_reason(monkeypatch):
     missing(monkeypatch, ImportError("undefined symbol"))
     with pytest.raises(ImportError, match="undefined symbol"):
         samples.library("flash_attn", "flash-attn")
+
+
+def test_our_own_calls_in_the_place_of_the_library_are_not_the_library(monkeypatch):
+    """As the quickstart puts them there; our op would call itself."""
+    for name in ("flash_attn", "flash_attn.flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, compat)
+    flash_attn._package.cache_clear()
+    try:
+        assert flash_attn._package() == (None, "flash_attn is uvg_engine.compat.flash_attn here")
+    finally:
+        flash_attn._package.cache_clear()
 
 
 @pytest.mark.parametrize("version, reason", [("2.6.3", "flash-attn 2.6.3; from 2.7 on"), ("2.8.1.post1", None)])

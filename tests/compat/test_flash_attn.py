@@ -1,6 +1,7 @@
 """flash-attn's calls: the same numbers as attention written out, samples kept apart, and refusals by name."""
 
 import inspect
+import sys
 
 import pytest
 import torch
@@ -54,6 +55,27 @@ def test_dense_with_gradients(scale, key_heads):
     dout = torch.randn_like(out)
     torch.testing.assert_close(torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(want, (q, k, v), dout))
     assert torch.equal(ours.flash_attn_func(q, k, v, softmax_scale=scale), out)
+
+
+def test_it_stands_in_for_the_package(monkeypatch):
+    """As the quickstart tells."""
+    for name in ("flash_attn", "flash_attn.flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, ours)
+    lines = (
+        "from flash_attn import flash_attn_func as a; from flash_attn.flash_attn_interface import flash_attn_func as b"
+    )
+    found = {}
+    exec(lines, found)
+    assert found["a"] is found["b"] is ours.flash_attn_func
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_are_served_on_the_cpu(dtype):
+    q, k, v = (normal(2, 9, 2, 16, seed=seed).to(dtype) for seed in range(3))
+    out = ours.flash_attn_func(q, k, v)
+    want, _ = written_out(q.double(), k.double(), v.double())
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=4e-3 if dtype == torch.float16 else 1e-12)
 
 
 def test_packed_qkv_is_its_parts():

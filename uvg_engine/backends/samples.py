@@ -150,8 +150,12 @@ def refuses(q: Tensor, widest: int) -> str | None:
 def library(module: str, package: str) -> tuple[Any, str | None]:
     """(the module, None), or (None, why it is not there). An import that fails for another reason is an error."""
     try:
-        return importlib.import_module(module), None
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name not in (module, module.partition(".")[0]):
             raise
         return None, f"{package} is not installed"
+    name = getattr(found, "__name__", module)
+    if name.startswith("uvg_engine."):  # our compat in its place: the op would call itself
+        return None, f"{module} is {name} here"
+    return found, None
