@@ -7,11 +7,13 @@ arguments specialised as Triton does it. `python -m bench.aot` prints the table 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import re
 import subprocess
 import sys
 import tempfile
+import tokenize
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -193,6 +195,18 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def digest() -> str:
+    """Of all that decides what is compiled: the text of kernels/ without comments and spaces, and Triton's version."""
+    import triton
+
+    parts = [triton.__version__]
+    for path in sorted(KERNELS.glob("*.py")):
+        with tokenize.open(path) as file:
+            tokens = tokenize.generate_tokens(file.readline)
+            parts.append(path.name + "".join(token.string for token in tokens if token.type != tokenize.COMMENT))
+    return hashlib.sha256("".join("".join(parts).split()).encode()).hexdigest()[:16]
+
+
 def compile_all(names: Sequence[str], capabilities: Sequence[tuple[int, int]], workers: int = 2) -> list[Compiled]:
     """`compile_op` of each op and architecture, in processes of their own."""
     jobs = [(op, capability) for op in names for capability in capabilities]
@@ -202,20 +216,22 @@ def compile_all(names: Sequence[str], capabilities: Sequence[tuple[int, int]], w
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; returns 1 where a kernel has a fault."""
+    """Print the table, or write it into a page; returns 1 where a kernel has a fault, and writes nothing then."""
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
     parser.add_argument("op", nargs="*", help="all that have kernels if none is named")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page, between its marks")
     args = parser.parse_args(arguments)
     if strangers := sorted(set(args.op) - set(ops())):
         parser.error(f"no kernel module here is called {', '.join(strangers)}; have {', '.join(ops())}")
+    if args.write and args.op:
+        parser.error("a page is written whole: name no op beside --write")
     compiled = compile_all(args.op or ops(), sorted(SHARED_LIMIT))
     text = "\n".join(roofline.table(compiled))
-    if args.write:
-        write_part(args.write, "triton", text)
-    else:
-        print(text)
     faults = [fault for one in compiled for fault in one.faults()]
+    if not args.write:
+        print(text)
+    elif not faults:
+        write_part(args.write, "triton", f"Of the kernels with the digest `{digest()}`.\n\n{text}")
     print("\n".join(faults), file=sys.stderr)
     return int(bool(faults))
 

@@ -49,7 +49,7 @@ class Launch:
 class AotCase:
     """What a kernel module is compiled for ahead of time: a call of its host functions on meta tensors.
 
-    A module lists its cases in `AOT_CASES`; together they reach each of its kernels and configurations.
+    A module lists its cases in `AOT_CASES`; together they reach each of its kernels and configurations, in every dtype.
     call: makes meta tensors and calls `forward`, `backward`. expects: kernel name to what its machine code must show:
     "dot" (tensor-core instructions), "tma" (descriptor loads, from sm_90 on), "wide" (128-bit global accesses move
     three quarters of the bytes at least), "vector" (the same of the stores alone, and no single 16-bit access).

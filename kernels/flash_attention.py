@@ -46,7 +46,7 @@ FORWARD = Table(
 QUERY = Table(
     "flash_attention.QUERY",
     {
-        (SM80, 2, 64): AttentionConfig(128, 64, 8, 2),
+        (SM80, 2, 64): AttentionConfig(128, 64, 8, 2, maxnreg=255),
         (SM80, 2, 127): AttentionConfig(64, 64, 8, 2, maxnreg=208),  # padded to 128
         (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
         (SM80, 4, 32): AttentionConfig(32, 16, 4, 1),
@@ -59,7 +59,7 @@ QUERY = Table(
 KEY = Table(
     "flash_attention.KEY",
     {
-        (SM80, 2, 64): AttentionConfig(32, 64, 8, 2),
+        (SM80, 2, 64): AttentionConfig(32, 64, 8, 2, maxnreg=255),
         (SM80, 2, 128): AttentionConfig(32, 64, 8, 2),
         (SM80, 4, 32): AttentionConfig(32, 32, 8, 1),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),

@@ -156,5 +156,5 @@ def _aot_call(dtype: torch.dtype, samples: int) -> None:
 _EXPECTS = {"flow_noise_kernel": ("vector",)}
 AOT_CASES = tuple(
     AotCase(f"B={samples} 480x832 {str(dtype)[6:]}", lambda a=(dtype, samples): _aot_call(*a), _EXPECTS)
-    for dtype, samples in ((torch.float32, 4), (torch.bfloat16, 4))
+    for dtype, samples in ((torch.float32, 4), (torch.bfloat16, 4), (torch.float16, 4))
 )

@@ -16,7 +16,7 @@ from uvg_engine.kernels._configs import ANY, Table, options
 from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed
 from uvg_engine.kernels._rows import FlowConfig, owners_of_block, run_of_row, span_block
 
-STEP = Table("flow_step.STEP", {(SM80, ANY): FlowConfig(2048, 128, 8)})  # 1024 with 4 warps spills on sm_80
+STEP = Table("flow_step.STEP", {(SM80, ANY): FlowConfig(2048, 128, 8, maxnreg=128)})
 
 
 @triton.jit
@@ -211,12 +211,12 @@ def forward(
     return *out, tokens_out
 
 
-def _aot_call(dtype: torch.dtype, samples: int, history: bool) -> None:
+def _aot_call(dtype: torch.dtype, samples: int, history: int) -> None:
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     size, num_tokens = 16 * 21 * 60 * 104 * samples, 256 * samples
-    others = [new(size) if history else None for _ in range(3)]
+    others = [new(size) if place < history else None for place in range(3)]
     numbers, spans = [new(samples, dtype=torch.int64) for _ in range(2)], new(samples, 2, dtype=torch.int32)
     tokens = [new(num_tokens, dtype=torch.int64) for _ in range(2)]
     one = new(samples, dtype=torch.float32)
@@ -225,11 +225,10 @@ def _aot_call(dtype: torch.dtype, samples: int, history: bool) -> None:
 
 
 _EXPECTS = {"flow_step_kernel": ("vector",)}
+# The first steps have less of a history. Left alone, ptxas spills in a third of such variants.
+_HISTORIES = {"Euler": 0, "UniPC, second step": 2, "UniPC": 3}
 AOT_CASES = tuple(
-    AotCase(
-        f"B={samples} 480x832 {str(dtype)[6:]} {'UniPC' if history else 'Euler'}",
-        lambda a=(dtype, samples, history): _aot_call(*a),
-        _EXPECTS,
-    )
-    for dtype, samples, history in ((torch.float32, 4, True), (torch.bfloat16, 4, False))
+    AotCase(f"B=4 480x832 {str(dtype)[6:]} {name}", lambda a=(dtype, 4, history): _aot_call(*a), _EXPECTS)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for name, history in _HISTORIES.items()
 )

@@ -140,6 +140,8 @@ AOT_CASES = tuple(
     AotCase(f"T={rows} D={width} {str(dtype)[6:]}", lambda a=(rows, width, dtype): _aot_call(*a), _EXPECTS)
     for rows, width, dtype in (
         (32768, 1536, torch.bfloat16),
+        (32768, 1536, torch.float16),
+        (32768, 1536, torch.float32),
         (32768, 5120, torch.bfloat16),
         (2944, 512, torch.bfloat16),
         (1024, 128, torch.float32),

@@ -253,15 +253,15 @@ def backward(
     return dh, dy, *grads
 
 
-def _aot_call(rows: int, width: int, stream: torch.dtype, num_spans: int, affine: bool) -> None:
+def _aot_call(rows: int, width: int, stream: torch.dtype, dtype: torch.dtype, num_spans: int, affine: bool) -> None:
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    h, y = new(rows, width, dtype=stream), new(rows, width, dtype=torch.bfloat16)
+    h, y = new(rows, width, dtype=stream), new(rows, width, dtype=dtype)
     gate, shift, scale = (new(num_spans, width) for _ in range(3))
     weight, bias, spans = new(width), new(width), new(num_spans, 2, dtype=torch.int32)
     parts = (gate, None, None, spans, weight, bias) if affine else (gate, shift, scale, spans, None, None)
-    given = (y, *parts, 1e-6, torch.bfloat16)
+    given = (y, *parts, 1e-6, dtype)
     out, normed, mean, rstd = forward(h, *given)
     backward(out, normed, mean, rstd, out, *given)
 
@@ -270,16 +270,18 @@ _KERNELS = ("gated_residual_norm_fwd_kernel", "gated_residual_norm_bwd_kernel", 
 _EXPECTS = dict.fromkeys(_KERNELS, ("wide",))
 AOT_CASES = tuple(
     AotCase(
-        f"T={rows} D={width} {str(stream)[6:]} stream {'affine' if affine else 'modulated'}",
-        lambda a=(rows, width, stream, 4, affine): _aot_call(*a),
+        f"T={rows} D={width} {str(dtype)[6:]} {str(stream)[6:]} stream {'affine' if affine else 'modulated'}",
+        lambda a=(rows, width, stream, dtype, 4, affine): _aot_call(*a),
         _EXPECTS,
     )
-    for rows, width, stream, affine in (
-        (32768, 1536, torch.float32, False),
-        (32768, 1536, torch.float32, True),
-        (32768, 5120, torch.bfloat16, False),
-        (2944, 512, torch.bfloat16, False),
-        (1024, 1536, torch.float32, False),
-        (2944, 128, torch.float32, False),
+    for rows, width, stream, dtype, affine in (
+        (32768, 1536, torch.float32, torch.bfloat16, False),
+        (32768, 1536, torch.float32, torch.bfloat16, True),
+        (32768, 1536, torch.float16, torch.float16, False),
+        (32768, 1536, torch.float32, torch.float32, False),
+        (32768, 5120, torch.bfloat16, torch.bfloat16, False),
+        (2944, 512, torch.bfloat16, torch.bfloat16, False),
+        (1024, 1536, torch.float32, torch.bfloat16, False),
+        (2944, 128, torch.float32, torch.bfloat16, False),
     )
 )

@@ -189,4 +189,8 @@ def _aot_case(rows: int, width: int, vocab: int, dtype: torch.dtype) -> AotCase:
     return AotCase(label, lambda: _aot_call(rows, width, vocab, dtype), expects, flops)
 
 
-AOT_CASES = (_aot_case(256, 1536, 256300, torch.bfloat16), _aot_case(28, 128, 160, torch.float32))
+AOT_CASES = (
+    _aot_case(256, 1536, 256300, torch.bfloat16),
+    _aot_case(256, 1536, 256300, torch.float16),
+    _aot_case(28, 128, 160, torch.float32),
+)

@@ -241,6 +241,7 @@ AOT_CASES = tuple(
     )
     for rows, width, dtype, num_spans, affine in (
         (32768, 1536, torch.bfloat16, 4, False),
+        (32768, 1536, torch.float16, 4, False),
         (32768, 1536, torch.float32, 0, True),
         (32768, 5120, torch.bfloat16, 4, False),
         (2944, 512, torch.bfloat16, 4, False),

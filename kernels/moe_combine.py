@@ -149,6 +149,8 @@ AOT_CASES = tuple(
     AotCase(f"T={shape[0]} D={shape[1]} K={shape[2]} {str(shape[3])[6:]}", lambda a=shape: _aot_call(*a), _EXPECTS)
     for shape in (
         (32768, 1536, 2, torch.bfloat16),
+        (32768, 1536, 2, torch.float16),
+        (32768, 1536, 2, torch.float32),
         (32768, 5120, 2, torch.bfloat16),
         (2944, 512, 2, torch.bfloat16),
         (2944, 128, 2, torch.float32),

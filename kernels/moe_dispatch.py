@@ -161,6 +161,8 @@ AOT_CASES = tuple(
     AotCase(f"T={a[0]} D={a[1]} K={a[2]} E={a[3]} {str(a[4])[6:]}", lambda a=a: _aot_call(*a), _EXPECTS)
     for a in (
         (32768, 1536, 2, 8, torch.bfloat16),
+        (32768, 1536, 2, 8, torch.float16),
+        (32768, 1536, 2, 8, torch.float32),
         (32768, 5120, 2, 64, torch.bfloat16),
         (2944, 512, 2, 8, torch.bfloat16),
         (2944, 128, 2, 8, torch.float32),

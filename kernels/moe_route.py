@@ -137,5 +137,9 @@ def _aot_call(rows: int, num_experts: int, top_k: int, dtype: torch.dtype) -> No
 _EXPECTS = {"moe_route_fwd_kernel": (), "moe_route_bwd_kernel": ()}
 AOT_CASES = tuple(
     AotCase(f"T={shape[0]} E={shape[1]} K={shape[2]} {str(shape[3])[6:]}", lambda a=shape: _aot_call(*a), _EXPECTS)
-    for shape in ((32768, 8, 2, torch.bfloat16), (32768, 64, 8, torch.float32))
+    for shape in (
+        (32768, 8, 2, torch.bfloat16),
+        (32768, 8, 2, torch.float16),
+        (32768, 64, 8, torch.float32),
+    )
 )

@@ -338,6 +338,8 @@ AOT_CASES = tuple(
     )
     for shape in (
         (32768, 12, 128, torch.bfloat16, True),
+        (32768, 12, 128, torch.float16, True),
+        (32768, 12, 128, torch.float32, True),
         (32768, 40, 128, torch.bfloat16, True),
         (1024, 8, 64, torch.float32, True),
         (32768, 12, 128, torch.bfloat16, False),

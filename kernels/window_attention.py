@@ -29,7 +29,7 @@ FORWARD = Table(
     {
         (SM80, 2, 64): AttentionConfig(64, 64, 8, 3),
         (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
-        (SM80, 4, 32): AttentionConfig(32, 32, 8, 1),
+        (SM80, 4, 32): AttentionConfig(32, 32, 8, 1, maxnreg=128),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
         (SM80, 4, 128): AttentionConfig(32, 32, 8, 1),
     },
@@ -48,7 +48,7 @@ KEY = Table(
     "window_attention.KEY",
     {
         (SM80, 2, 128): AttentionConfig(32, 64, 8, 2),
-        (SM80, 4, 32): AttentionConfig(32, 32, 8, 1, maxnreg=128),
+        (SM80, 4, 32): AttentionConfig(32, 32, 8, 1, maxnreg=168),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1, maxnreg=168),
         (SM80, 4, 128): AttentionConfig(16, 16, 8, 1, maxnreg=255),
     },

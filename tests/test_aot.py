@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, without spills, with the instructions meant.
 
-`bench/aot.py` compiles; what each kernel must show stands in the `AOT_CASES` of its module, of which those marked
-`tested` are compiled here.
+`bench/aot.py` compiles; what each kernel must show stands in the `AOT_CASES` of its module. Those marked `tested` are
+compiled here; that the page was written for all of them as they are, without a fault, its digest tells.
 """
 
 import ast
@@ -50,6 +50,16 @@ def test_every_op_that_the_backend_serves_has_cases():
     assert set(backend.TABLE) <= set(aot.ops())
 
 
+@pytest.mark.parametrize("op", aot.ops())
+def test_cases_are_of_every_dtype(op):
+    found = set()
+    for case in aot.cases(op):
+        with _launch.recording(_launch.SM80) as launches:
+            case.call()
+        found |= {x.dtype for launch in launches for x in _launch.tensors_of(launch.args)}
+    assert found >= set(backend._DTYPES)
+
+
 def tables():
     """Every table of configurations in kernels/, by name."""
     modules = [importlib.import_module(f"uvg_engine.kernels.{path.stem}") for path in sorted(aot.KERNELS.glob("*.py"))]
@@ -83,6 +93,13 @@ def test_tables_bear_the_names_of_their_places():
     for name in tables():
         module, variable = name.split(".")
         assert getattr(importlib.import_module(f"uvg_engine.kernels.{module}"), variable).name == name
+
+
+@pytest.mark.skipif(FOUND != PINNED, reason=f"the page tells of Triton {PINNED}, here is {FOUND}")
+def test_the_page_was_written_for_the_kernels_as_they_are():
+    """Else: `python -m bench.aot --write docs/gpu_static_report.md`; where a kernel has a fault it writes nothing."""
+    page = (aot.KERNELS.parent / "docs/gpu_static_report.md").read_text()
+    assert f"`{aot.digest()}`" in page
 
 
 def test_the_page_names_kernels_that_are_there():
