@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from uvg_engine import ops
+from uvg_engine import backends, ops
 from uvg_engine.ops import _registry
 
 
@@ -98,3 +98,55 @@ def test_forward_mode_is_refused():
         with pytest.raises(NotImplementedError, match="gated_residual has no forward-mode derivative"):
             ops.gated_residual(dual, rows(2))
         assert torch.equal(ops.gated_residual(rows(0), rows(1)), rows(0) + rows(1))
+
+
+def test_a_call_follows_every_change_of_what_serves_it(monkeypatch):
+    """Nothing that an earlier call of the same arguments found is taken over."""
+    x, weight = rows(0), rows(1)
+
+    def served():
+        name, _ = backends.select("linear", (x, weight, None, "none", None, False))
+        ops.linear(x, weight)
+        return name
+
+    monkeypatch.delenv("UVG_BACKENDS", raising=False)
+    first = served()
+    monkeypatch.setenv("UVG_BACKENDS", "reference")
+    assert served() == "reference"
+    monkeypatch.setenv("UVG_BACKENDS", "nobody")
+    with pytest.raises(ValueError, match="UVG_BACKENDS must list backends"):
+        served()
+    monkeypatch.delenv("UVG_BACKENDS")
+    assert served() == first
+    with backends.force("reference"):
+        assert served() == "reference"
+    monkeypatch.setattr(backends, "ORDER", ("reference", *backends.ORDER[:-1]))
+    assert served() == "reference"
+    monkeypatch.undo()
+    assert served() == first
+
+
+def test_a_call_follows_a_span_table_that_is_written_to(plain):
+    h, gate, spans = rows(0), rows(1)[:1], torch.tensor([[0, 5]], dtype=torch.int32)
+    assert not torch.equal(ops.gated_residual(h, h, gate, spans), h)
+    spans.numpy()[:] = [0, 0]  # torch's version does not see it
+    assert torch.equal(ops.gated_residual(h, h, gate, spans), h)
+    spans[0, 1] = 6
+    with pytest.raises(ValueError, match=r"spans must lie in \[0, 5\), got \[\[0, 6\]\]"):
+        ops.gated_residual(h, h, gate, spans)
+    assert plain == [True, True, True]
+
+
+def test_a_call_follows_grad_mode_and_compile(plain):
+    x, weight = rows(0), rows(1).requires_grad_()
+    with torch.no_grad():
+        want = ops.linear(x, weight, activation="gelu_tanh")
+    assert not want.requires_grad
+    out = ops.linear(x, weight, activation="gelu_tanh")
+    assert out.requires_grad and torch.equal(out, want)
+    compiled = torch.compile(lambda x, w: ops.linear(x, w, activation="gelu_tanh"), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight), want)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ops.linear(x, weight, activation="gelu_tanh"), want)
+    strided = torch.cat([x, x], 1)[:, ::2]
+    assert torch.equal(ops.linear(strided, weight), ops.linear(strided.contiguous(), weight))

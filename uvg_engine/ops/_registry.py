@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from uvg_engine import backends
@@ -26,18 +27,17 @@ def define(op: str, schema: str, fake: Callable[..., Any], check: Callable[..., 
     check(*args) raises ValueError on values that nobody could serve: spans beyond the rows, ids out of range. It runs
     on the CPU alone, where no backend then repeats it; on a device the host would have to wait for the values.
     Whatever a kernel or a fake returns comes out contiguous, so strides never depend on the backend. A kernel gives
-    None for a result that the arguments do not ask for; torch sees an empty tensor [0].
+    None for a result that the arguments do not ask for; torch sees an empty tensor [0], a plain call may see the None.
     """
 
     def dispatch(*args: Any) -> Any:
         return backends.select(op, args)[1].forward(*args)
 
     def checked(*args: Any) -> Any:
-        if check is not None:
-            check(*args)
-        return dispatch(*args)
+        check(*args)  # type: ignore[misc]
+        return backends.select(op, args)[1].forward(*args)
 
-    return _register(op, schema, fake, checked, dispatch)
+    return _register(op, schema, fake, dispatch if check is None else checked, dispatch)
 
 
 def define_backward(op: str, schema: str, fake: Callable[..., Any], num_saved: int) -> Any:
@@ -65,19 +65,19 @@ def _register(
     name: str, schema: str, fake: Callable[..., Any], on_cpu: Callable[..., Any], on_cuda: Callable[..., Any]
 ) -> Any:
     LIBRARY.define(f"{name}{schema}")
-    direct = _packed(on_cpu)
-    LIBRARY.impl(name, direct, "CPU")
+    direct, kernel = _contiguous(on_cpu), _packed(on_cpu)
+    LIBRARY.impl(name, kernel, "CPU")
     LIBRARY.impl(name, _packed(on_cuda), "CUDA")
     torch.library.register_fake(f"uvg::{name}", _packed(fake), lib=LIBRARY)
     op = getattr(torch.ops.uvg, name).default
-    _kernels[name] = direct
+    _kernels[name] = kernel
 
     def call(*args: Any) -> Any:
         if not alone(args):
-            if _CAN_TELL and not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            if _CAN_TELL and not is_compiling() and forward_ad._current_level >= 0:
                 _refuse_tangents(name, args)
             return op(*args)
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        if not (is_grad_enabled() and _any_requires_grad(*args)):
             return direct(*args)
         return _functions[name].apply(*args) if name in _functions else op(*args)
 
@@ -102,10 +102,20 @@ _NEEDED = (
 )
 _CAN_TELL = all(hasattr(place, name) for place, name in _NEEDED)
 _PLAIN: set[int] = set()  # dispatch keys of CPU tensors that are nothing but memory
-if _CAN_TELL:
-    _PLAIN.add(torch._C._dispatch_keys(torch.empty(0)).raw_repr())
+if _CAN_TELL:  # names of this module: to look each up in torch costs as much as to call it
+    from torch._C import (
+        _any_requires_grad,
+        _dispatch_keys,
+        _get_tracing_state,
+        _len_torch_dispatch_stack,
+        _len_torch_function_stack,
+    )
+    from torch._C._autograd import _profiler_enabled
+    from torch._C._functorch import peek_interpreter_stack
+
+    _PLAIN.add(_dispatch_keys(torch.empty(0)).raw_repr())
     with torch.inference_mode():
-        _PLAIN.add(torch._C._dispatch_keys(torch.empty(0)).raw_repr())
+        _PLAIN.add(_dispatch_keys(torch.empty(0)).raw_repr())
 
 
 def alone(args: tuple[Any, ...]) -> bool:
@@ -115,18 +125,19 @@ def alone(args: tuple[Any, ...]) -> bool:
     """
     if (
         not _CAN_TELL
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or is_compiling()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
         or forward_ad._current_level >= 0
     ):
         return False
     for x in args:
-        if type(x) is Tensor or type(x) is Parameter:
-            if torch._C._dispatch_keys(x).raw_repr() not in _PLAIN:
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            if _dispatch_keys(x).raw_repr() not in _PLAIN:
                 return False
         elif isinstance(x, Tensor):  # a subclass, which may have a __torch_function__
             return False
@@ -139,12 +150,25 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
         raise NotImplementedError(f"{name} has no forward-mode derivative")
 
 
-def _packed(function: Callable[..., Any]) -> Callable[..., Any]:
-    def packed(*args: Any) -> Any:
+def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
+    def contiguous(*args: Any) -> Any:
         result = function(*args)
         if isinstance(result, Tensor):
             return result.contiguous()
-        return tuple(_nothing(result) if part is None else part.contiguous() for part in result)
+        return tuple([None if part is None else part.contiguous() for part in result])
+
+    return contiguous
+
+
+def _packed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As `_contiguous`, with a tensor in place of every None, as torch's op must have it."""
+    contiguous = _contiguous(function)
+
+    def packed(*args: Any) -> Any:
+        result = contiguous(*args)
+        if isinstance(result, Tensor):
+            return result
+        return tuple([_nothing(result) if part is None else part for part in result])
 
     return packed
 

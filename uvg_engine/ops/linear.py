@@ -19,6 +19,7 @@ from uvg_engine.ops._registry import (
 )
 
 ACTIVATIONS = ("none", "gelu_tanh")
+_ACTIVATION_RULE = f"activation must be one of {', '.join(ACTIVATIONS)}"
 
 
 def linear(
@@ -45,7 +46,7 @@ def linear(
     require_shape("weight", weight, (weight.shape[0], x.shape[1]), x.dtype)
     if bias is not None:
         require_shape("bias", bias, (weight.shape[0],), x.dtype)
-    require(activation in ACTIVATIONS, f"activation must be one of {', '.join(ACTIVATIONS)}", activation)
+    require(activation in ACTIVATIONS, _ACTIVATION_RULE, activation)
     if row_spans is not None:
         require_spans("row_spans", row_spans)
     for_backward = torch.is_grad_enabled() and (

@@ -56,14 +56,19 @@ def qk_norm_rope(
         require_shape("weight_k", weight_k, (width,))
     _require_together("rope_spans, rope_table and num_heads", rope_spans, rope_table, num_heads)
     if rope_spans is None or rope_table is None or num_heads is None:
-        return _fwd(q, k, weight_q, weight_k, None, None, 1, eps)[:2]
+        return _both(*_fwd(q, k, weight_q, weight_k, None, None, 1, eps)[:2])
     ok = num_heads > 0 and width % (2 * num_heads) == 0
     require(ok, f"num_heads must divide D = {width} into even head widths", num_heads)
     require_spans("rope_spans", rope_spans, 6)
     require_floating("rope_table", rope_table, "2, P, H/2, 2")
     require_shape("rope_table", rope_table, (2, rope_table.shape[1], width // num_heads // 2, 2))
     require(not rope_table.requires_grad, "rope_table must not require a gradient", rope_table.requires_grad)
-    return _fwd(q, k, weight_q, weight_k, rope_spans, rope_table, num_heads, eps)[:2]
+    return _both(*_fwd(q, k, weight_q, weight_k, rope_spans, rope_table, num_heads, eps)[:2])
+
+
+def _both(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A plain call without k gives None for it, torch's op an empty tensor."""
+    return q, torch.empty(0, device=q.device) if k is None else k
 
 
 def _require_together(names: str, *values: Any) -> None:
