@@ -58,6 +58,7 @@ class Size:
 
 SIZES = {  # the vocabulary of 1.3b is cut where the head is not the point: 256 k words by 1536 are 1.5 GB in fp32
     "digits": Size("digits", samples=8, grid=(4, 4, 4), text=28, vocab=160),
+    "digits-1": Size("digits", samples=1, grid=(4, 4, 4), text=28, vocab=160),
     "1.3b": Size("1.3b", samples=2, grid=(2, 8, 15), text=32, vocab=16384),
     "1.3b-2560": Size("1.3b", samples=1, grid=(4, 20, 32), text=256, vocab=16384),
     "1.3b-8192": Size("1.3b", samples=1, grid=(8, 32, 32), text=256, vocab=16384),

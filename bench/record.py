@@ -15,6 +15,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 ROWS = "modulated_layer_norm gated_residual gated_residual_norm qk_norm_rope"
 ROUTING = "moe_route moe_dispatch moe_combine"
+SMALL = f"linear moe_mlp flash_attention {ROWS} {ROUTING} linear_sample flow_step flow_noise"  # a call shows
 ATTENTION = "flash_attention --only cpu --only torch --only openvino"  # the reference would take most of the time
 BLOCK = "block --only uvg --only torch --only inductor --only openvino --only diffusers"
 RUNS = (  # arguments of `python -m bench`
@@ -25,6 +26,7 @@ RUNS = (  # arguments of `python -m bench`
     "linear_sample linear_cross_entropy --dtype bf16 --size 1.3b-vocab --memory --only cpu --only torch",
     f"{ROUTING} flow_step flow_noise --dtype bf16 --size 1.3b-2560 --seconds 0.5",
     f"{ATTENTION} --dtype fp32 --size L2048 --pass forward --pass backward",
+    f"{SMALL} --dtype fp32 --size digits-1 --seconds 0.3 --only cpu --only torch",
     f"{BLOCK} --dtype bf16 --size 1.3b-8192 --pass forward",
     f"{BLOCK} --dtype fp32 --size 1.3b-2560 --pass forward",
     f"{ATTENTION} --dtype bf16 --size L8192 --size L16384 --pass forward",
