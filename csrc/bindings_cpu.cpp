@@ -161,12 +161,14 @@ void linear(Address x, Address packed, Address bias, int64_t rows, int64_t depth
 }
 
 void linear_backward(Address dz, Address x, Address weight, int64_t rows, int64_t depth, int64_t width, int64_t x_row,
-                     bool gelu, int dtype, int threads, Address dx, Address dweight, Address dbias) {
+                     int64_t weight_row, bool gelu, int dtype, int threads, Address dx, Address dweight, Address dbias,
+                     Address dx_before, Address dx_so_far) {
   uvg::LinearBackwardParams p{};
   p.dz = at<void>(dz), p.x = at<void>(x), p.weight = at<void>(weight);
-  p.rows = rows, p.depth = depth, p.width = width, p.x_row = x_row;
+  p.rows = rows, p.depth = depth, p.width = width, p.x_row = x_row, p.weight_row = weight_row;
   p.gelu = gelu, p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
   p.dx = at<void>(dx), p.dweight = at<void>(dweight), p.dbias = at<void>(dbias);
+  p.dx_before = at<float>(dx_before), p.dx_so_far = at<float>(dx_so_far);
   run(uvg::linear_backward, p);
 }
 

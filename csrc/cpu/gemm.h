@@ -20,7 +20,7 @@ using Halves = Pairs;
 using Halves = Singles<BFloat16>;
 #endif
 
-// A product over some rows. Rows of x lie x_row values apart, those of out, pre and slope_at out_row.
+// A product over some rows. Rows of x lie x_row values apart, those of slope_at slope_row, of other arrays out_row.
 template <typename F>
 struct Product {
   using T = typename F::Value;
@@ -32,6 +32,9 @@ struct Product {
   T* out;                       // [rows, width]
   T* pre;                       // [rows, width]: before the activation, or null
   const T* slope_at = nullptr;  // [rows, width]: results are multiplied by GELU's derivative there
+  int64_t slope_row = 0;
+  const float* before = nullptr;  // [rows, width]: added to the results
+  float* so_far = nullptr;        // [rows, width]: takes the results in place of out
 };
 
 // Words of a packed row with its tail, and of a packed weight.
@@ -98,8 +101,13 @@ UVG_NOINLINE void finish(const Product<F>& p, const float* sums, int64_t rows, i
       const int64_t at = (row + r) * p.out_row + first;
       Vec value = value_of(p, reinterpret_cast<Sum>(load(sums + r * kPanel + i)), row + r, first) + bias;
       if (p.slope_at != nullptr) {
-        const GeluAndSlope gelu(load(p.slope_at + at, n));
+        const GeluAndSlope gelu(load(p.slope_at + (row + r) * p.slope_row + first, n));
         value = value * gelu.slope;
+      }
+      if (p.before != nullptr) value += load(p.before + at, n);
+      if (p.so_far != nullptr) {
+        store(p.so_far + at, value, n);
+        continue;
       }
       if (p.pre != nullptr) store(p.pre + at, value, n);
       store(p.out + at, p.gelu ? gelu(value) : value, n);

@@ -14,6 +14,8 @@ using Params = LinearBackwardParams;
 constexpr int64_t kLeft = 8 * kTileRows;            // columns of dz in a panel: whole tiles, whole vectors
 constexpr int64_t kBlock = 4 * kLeft;               // of them that meet a panel of x in the second-level cache
 constexpr int64_t kPackedWords = int64_t{4} << 20;  // of one operand at a time, where kBlock columns need no more
+constexpr int64_t kWeightWords = int64_t{1} << 20;  // of a weight packed at a time, where kFewestPanels need no more
+constexpr int64_t kFewestPanels = 4;                // that a thread takes at once (gemm.h)
 constexpr int64_t kSummed = 64;                     // rows whose sum for the bias starts anew: fewer lost bits
 
 // Columns of a matrix, whose rows lie row_step values apart, across its rows.
@@ -94,7 +96,7 @@ struct WeightGradient {
                         to - from, b == 0);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      T* to = static_cast<T*>(p.dweight) + (row + r) * p.depth + column;
+      T* to = static_cast<T*>(p.dweight) + (row + r) * p.weight_row + column;
       columns(width, [&](int64_t i, int64_t n) { store(to + i, load(out + r * out_row + i), n); });
     }
   }
@@ -135,19 +137,38 @@ struct WeightGradient {
   }
 };
 
+// The weight is packed by groups of panels, each read while it still lies in the last cache.
 template <typename F>
 void x_gradient(const Params& p) {
   using T = typename F::Value;
-  const Across<F> weight{static_cast<const T*>(p.weight), p.depth, p.width, p.depth, false};
-  const int64_t panel = weight_words<F>(kPanel, p.width);
+  const Across<F> weight{static_cast<const T*>(p.weight), p.weight_row, p.width, p.depth, false};
+  const int64_t panel = weight_words<F>(kPanel, p.width), panels = round_up(p.depth, kPanel) / kPanel;
+  const int64_t fit = kWeightWords / (panel + 1), most = fit < kFewestPanels ? kFewestPanels : fit;
+  const int64_t groups = panels > most ? (panels + most - 1) / most : 1, at_once = (panels + groups - 1) / groups;
   Scratch scratch;
-  uint32_t* packed = scratch.words(weight_words<F>(p.depth, p.width));
+  uint32_t* packed = scratch.words(at_once * panel);
+  for (int64_t first = 0; first < p.depth; first += at_once * kPanel) {
+    const int64_t left = p.depth - first, width = left < at_once * kPanel ? left : at_once * kPanel;
 #pragma omp parallel for num_threads(p.threads) schedule(dynamic, 1)
-  for (int64_t c = 0; c < p.depth; c += kPanel)
-    weight.template pack<kPanel>(c, kPanel, panel / kPanel, packed + c / kPanel * panel, nullptr);
-  gemm<F>({static_cast<const T*>(p.dz), packed, nullptr, p.rows, p.width, p.depth, p.width, p.depth, false,
-           static_cast<T*>(p.dx), nullptr, p.gelu ? static_cast<const T*>(p.x) : nullptr},
-          p.threads);
+    for (int64_t c = 0; c < width; c += kPanel)
+      weight.template pack<kPanel>(first + c, kPanel, panel / kPanel, packed + c / kPanel * panel, nullptr);
+    Product<F> product{static_cast<const T*>(p.dz),
+                       packed,
+                       nullptr,
+                       p.rows,
+                       p.width,
+                       width,
+                       p.width,
+                       p.depth,
+                       false,
+                       nullptr,
+                       nullptr};
+    if (p.dx_so_far != nullptr) product.so_far = p.dx_so_far + first;
+    if (p.dx_so_far == nullptr) product.out = static_cast<T*>(p.dx) + first;
+    if (p.dx_before != nullptr) product.before = p.dx_before + first;
+    if (p.gelu) product.slope_at = static_cast<const T*>(p.x) + first, product.slope_row = p.x_row;
+    gemm<F>(product, p.threads);
+  }
 }
 
 template <typename F>

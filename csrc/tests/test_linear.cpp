@@ -77,7 +77,7 @@ void check_backward(int64_t rows, int64_t depth, int64_t width, int64_t gap, boo
     Arrays out = {Array(dtype, rows * depth), Array(dtype, width * depth), Array(dtype, width)};
     LinearBackwardParams p{};
     p.dz = in[0].data(), p.x = in[1].data(), p.weight = in[2].data();
-    p.rows = rows, p.depth = depth, p.width = width, p.x_row = x_row;
+    p.rows = rows, p.depth = depth, p.width = width, p.x_row = x_row, p.weight_row = depth;
     p.gelu = act, p.dtype = dtype, p.threads = threads;
     p.dx = out[0].data(), p.dweight = out[1].data(), p.dbias = out[2].data();
     linear_backward(p);
@@ -94,6 +94,56 @@ void check_backward(int64_t rows, int64_t depth, int64_t width, int64_t gap, boo
           const double x = in[1][r * x_row + i];
           truth[0][r * depth + i] += dz * in[2][n * depth + i] * (act ? gelu_slope(x) : 1);
           truth[1][n * depth + i] += dz * (act ? gelu(x) : x);
+        }
+      }
+    }
+    return truth;
+  });
+}
+
+// Gradients from two parts of dz's columns, dx summed up over both; rows of the weight lie apart.
+void check_parts(int64_t rows, int64_t depth, int64_t width, int64_t cut) {
+  const int64_t weight_row = depth + 3;
+  const auto inputs = [&](Dtype dtype) {
+    return Arrays{Array::random(dtype, rows * width, 1), Array::random(dtype, rows * depth, 2),
+                  Array::random(dtype, width * weight_row, 3, 0.3f)};
+  };
+  const auto run = [&](Dtype dtype, int threads) {
+    Arrays in = inputs(dtype);
+    Arrays out = {Array(dtype, rows * depth), Array(dtype, width * depth), Array(dtype, width)};
+    Array sums(Dtype::kFloat32, rows * depth), dweight(dtype, width * weight_row);
+    const auto at = [&](Array& array, int64_t i) {
+      return static_cast<uint8_t*>(array.data()) + i * (dtype == Dtype::kFloat32 ? 4 : 2);
+    };
+    for (int64_t first : {int64_t{0}, cut}) {
+      const int64_t part = first == 0 ? cut : width - cut;
+      Array dz(dtype, rows * part);
+      for (int64_t r = 0; r < rows; ++r) dz.copy(r * part, in[0], r * width + first, part, 1.0f);
+      LinearBackwardParams p{};
+      p.dz = dz.data(), p.x = in[1].data(), p.weight = at(in[2], first * weight_row);
+      p.rows = rows, p.depth = depth, p.width = part, p.x_row = depth, p.weight_row = weight_row;
+      p.dtype = dtype, p.threads = threads;
+      p.dx = out[0].data(), p.dweight = at(dweight, first * weight_row), p.dbias = at(out[2], first);
+      if (first == 0) p.dx_so_far = sums.floats();
+      if (first != 0) p.dx_before = sums.floats();
+      linear_backward(p);
+    }
+    for (int64_t n = 0; n < width; ++n) {
+      out[1].copy(n * depth, dweight, n * weight_row, depth, 1.0f);
+      CHECK(std::isnan(dweight[n * weight_row + depth]));
+    }
+    return out;
+  };
+  everywhere(run, [&](Dtype dtype) {
+    const Arrays in = inputs(dtype);
+    Truth truth = {std::vector<double>(rows * depth), std::vector<double>(width * depth), std::vector<double>(width)};
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t n = 0; n < width; ++n) {
+        const double dz = in[0][r * width + n];
+        truth[2][n] += dz;
+        for (int64_t i = 0; i < depth; ++i) {
+          truth[0][r * depth + i] += dz * in[2][n * weight_row + i];
+          truth[1][n * depth + i] += dz * in[1][r * depth + i];
         }
       }
     }
@@ -151,8 +201,13 @@ int main() {
   check_backward(3, 2, 0, 0, false);
   check_backward(7, 33, 65, 4, false);
   check_backward(131, 65, 50, 0, true);
+  check_backward(29, 70, 33, 5, true);
+  check_backward(1, 300, 6700, 0, false);  // a weight of more than one group
   check_backward(64, 200, 193, 1, false);
   check_backward(1601, 17, 7, 0, true);
+  check_parts(37, 70, 50, 17);
+  check_parts(0, 5, 7, 4);
+  check_parts(1, 130, 1540, 1536);
   check_experts(17, 40);
   check_experts(64, 96);
   return finish("linear");

@@ -79,15 +79,17 @@ _bwd = define_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *tensors, ctx.eps, ctx.norm_dtype = inputs
+    _, y, gate, *tensors, ctx.eps, ctx.norm_dtype = inputs
     out, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(mean, rstd, out, *tensors)  # out in place of h: the backward needs h's dtype alone
+    if gate is None and y.dtype == ctx.norm_dtype:
+        y = None  # of it the backward needs shape and dtype alone, which are dnormed's
+    ctx.save_for_backward(mean, rstd, out, y, gate, *tensors)  # out in place of h: the backward needs h's dtype alone
 
 
 def _backward(ctx: Any, dout: Tensor, dnormed: Tensor, dmean: Any, drstd: Any) -> tuple[Any, ...]:
     mean, rstd, out, y, *parts = ctx.saved_tensors
-    dh, dy, *grads = _bwd(dout, dnormed, mean, rstd, out, y, *parts, ctx.eps, ctx.norm_dtype)
+    dh, dy, *grads = _bwd(dout, dnormed, mean, rstd, out, dnormed if y is None else y, *parts, ctx.eps, ctx.norm_dtype)
     gate, shift, scale, _, weight, bias = parts
     given = (gate, shift, scale, weight, bias)
     dgate, dshift, dscale, dweight, dbias = (None if v is None else g for g, v in zip(grads, given, strict=True))

@@ -24,17 +24,19 @@ struct LinearParams {
   int64_t* words;       // linear_words
 };
 
-// Gradients of a product x W^T + b. All arrays but x are packed.
+// Gradients of a product x W^T + b. All arrays but x, weight and dweight are packed.
 struct LinearBackwardParams {
   const void* dz;      // [rows, width]: gradient of the result
   const void* x;       // [rows, depth], rows x_row values apart
-  const void* weight;  // [width, depth]
-  int64_t rows, depth, width, x_row;
-  bool gelu;    // the product was with GELU (tanh form) of x, which is packed; dx is the gradient before it
+  const void* weight;  // [width, depth]; its rows and those of dweight lie weight_row values apart
+  int64_t rows, depth, width, x_row, weight_row;
+  bool gelu;    // the product was with GELU (tanh form) of x; dx is the gradient before it
   Dtype dtype;  // of all arrays
   int threads;
   void *dx, *dweight;
-  void* dbias;  // [width] or null
+  void* dbias;             // [width] or null
+  const float* dx_before;  // [rows, depth]: sums of earlier parts of the width, which dx adds to, or null
+  float* dx_so_far;        // [rows, depth]: takes the sums in place of dx, where parts follow, or null
 };
 
 UVG_KERNEL(linear_words, LinearParams)

@@ -1,5 +1,6 @@
 // Linear, GELU (tanh form), Linear by experts over contiguous groups of rows. All arrays are packed; weights as
-// linear_pack makes them, one expert after the other. The backward is linear_backward, twice an expert.
+// linear_pack makes them, one expert after the other. The backward is linear_backward, twice for
+// each part of an expert's hidden width.
 #pragma once
 
 #include <cstdint>

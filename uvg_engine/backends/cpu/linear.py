@@ -34,11 +34,27 @@ def forward(
     return y, pre
 
 
-def gradients(dz: Tensor, x: Tensor, weight: Tensor, gelu: bool, dx: Tensor, dweight: Tensor, dbias: Tensor | None):
-    """Gradients of x W^T + b, or of gelu(x) W^T + b, into the last three; all tensors are packed, but rows of x."""
+def gradients(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gelu: bool,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None,
+    before: Tensor | None = None,
+    so_far: Tensor | None = None,
+) -> None:
+    """Gradients of x W^T + b, or of gelu(x) W^T + b, into dx, dweight, dbias. All tensors are packed, but rows of x,
+    and those of weight and dweight, which lie alike.
+
+    Where dz is a part of a wider one: before, fp32 [rows, depth], is what earlier parts gave to dx; so_far takes the
+    sum in place of dx.
+    """
     native.core().linear_backward(
-        *(dz.data_ptr(), x.data_ptr(), weight.data_ptr(), *x.shape, weight.shape[0], x.stride(0), gelu),
-        *(DTYPES[x.dtype], torch.get_num_threads(), dx.data_ptr(), dweight.data_ptr(), at(dbias)),
+        *(dz.data_ptr(), x.data_ptr(), weight.data_ptr(), *x.shape, weight.shape[0], x.stride(0), weight.stride(0)),
+        *(gelu, DTYPES[x.dtype], torch.get_num_threads(), dx.data_ptr(), dweight.data_ptr(), at(dbias)),
+        *(at(before), at(so_far)),
     )
 
 

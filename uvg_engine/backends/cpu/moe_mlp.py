@@ -12,6 +12,7 @@ from uvg_engine.backends.packed_weights import packed
 
 _ROOM_BYTES = 16 * 2**20  # for hidden rows between the two products: stays in the last cache, needs no fresh pages
 _FEWEST_ROWS = 192
+_PART = 1536  # hidden values of a row that the backward works on at once: whole blocks of the products' depth
 
 
 def refuses(x: Tensor, w1: Tensor, *rest) -> str | None:
@@ -62,12 +63,21 @@ def forward(
 def backward(
     dy: Tensor, pre: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor
 ) -> tuple[Tensor, ...]:
-    """Arguments and results as in reference.moe_mlp.backward."""
+    """Arguments and results as in reference.moe_mlp.backward. Hidden values are worked on by parts of their width; dx
+    is summed up over them in fp32."""
     x = x if x.stride(1) == 1 else x.contiguous()
     dy, w1, w2, dx = dy.contiguous(), w1.contiguous(), w2.contiguous(), torch.empty(x.shape, dtype=x.dtype)
     dw1, db1, dw2, db2 = (torch.empty(p.shape, dtype=p.dtype) for p in (w1, b1, w2, b2))
+    hidden = w1.shape[1]
     for e, (first, end) in enumerate(pairwise(group_offsets.tolist())):
-        rows, dpre = slice(first, end), torch.empty((end - first, w1.shape[1]), dtype=x.dtype)
-        gradients(dy[rows], pre[rows], w2[e], True, dpre, dw2[e], db2[e])
-        gradients(dpre, x[rows], w1[e], False, dx[rows], dw1[e], db1[e])
+        rows = slice(first, end)
+        room = torch.empty((end - first) * min(hidden, _PART), dtype=x.dtype)
+        sums = torch.empty((end - first, x.shape[1])) if hidden > _PART else None
+        for start in range(0, max(1, hidden), _PART):  # once for db2
+            stop = min(start + _PART, hidden)
+            part, dbias = slice(start, stop), db2[e] if start == 0 else None
+            dpre = room[: (end - first) * (stop - start)].view(end - first, stop - start)
+            gradients(dy[rows], pre[rows, part], w2[e, :, part], True, dpre, dw2[e, :, part], dbias)
+            before, so_far = sums if start > 0 else None, sums if stop < hidden else None
+            gradients(dpre, x[rows], w1[e, part], False, dx[rows], dw1[e, part], db1[e, part], before, so_far)
     return dx, dw1, db1, dw2, db2
