@@ -45,6 +45,7 @@ class TestMoeMlp(DifferentiableOpSuite):
         case("many-experts", tuple(range(0, 19, 2)) + (18, 18, 31), 7, 11),
         case("no-experts-no-rows", (0,), 4, 8),
         case("block-and-one", (0, 33, 98), 65, 129),
+        case("two-parts-of-the-hidden-width", (0, 7, 7, 9), 5, 1701),
     )
     mistakes = (
         Mistake(r"x must be a floating-point \(T, D\)", {"x": lambda x: x[0]}),
