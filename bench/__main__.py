@@ -20,6 +20,7 @@ from bench.record import record
 from bench.sampling import bench_sampling
 from bench.timing import MIN_ROUNDS, Clock, Roof, machine, positive
 from uvg_engine import backends
+from uvg_engine.process import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -27,6 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns 1 where a result was wrong."""
     args = _parse(arguments)
+    keep_freed_memory()  # for all contenders; processes that measure memory do not
     if args.threads:
         torch.set_num_threads(args.threads)
     about = machine(args.device)

@@ -22,6 +22,7 @@ from bench.timing import Clock, machine, positive
 from uvg_engine import Engine, Request, Savings, backends
 from uvg_engine.media import HashTextEncoder, PixelCodec, WordTokenizer
 from uvg_engine.model import UniViGU, named_config
+from uvg_engine.process import keep_freed_memory
 from uvg_engine.training import TrainConfig, Trainer
 
 PROMPT = "a red seven moving right , fast"
@@ -43,6 +44,7 @@ def main(job: str, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=positive, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(arguments)
+    keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     about, clock = machine(), Clock(seconds=args.seconds, min_rounds=3)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from uvg_engine.backends import native
+
+os.environ["UVG_KEEP_MEMORY"] = "0"  # what `uvg` asks of its process would outlive a test that runs it in this one
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from uvg_engine.cli.doctor import doctor
 from uvg_engine.cli.evaluate import evaluate
 from uvg_engine.cli.generate import generate, joint
 from uvg_engine.cli.train import export, train
+from uvg_engine.process import keep_freed_memory, wait_briefly
 
 app = typer.Typer(
     name="uvg",
@@ -59,6 +60,8 @@ def _root(
 def main(args: Sequence[str] | None = None) -> int:
     """Run `uvg` with these arguments (None: the program's own). Returns the exit code."""
     args = list(sys.argv[1:] if args is None else args)
+    keep_freed_memory()
+    wait_briefly()
     try:
         with notes_on_stderr():
             code = app(args, prog_name="uvg", standalone_mode=False)
