@@ -249,7 +249,7 @@ def test_a_record_becomes_a_page_and_pictures(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "given, told",
     [
-        ("linaer", "nothing here is called linaer; have flash_attention, "),
+        ("linears", "nothing here is called linears; have flash_attention, "),
         ("linear --only torhc", "--only: no backend or peer is called torhc; have "),
         ("linear --size L77", "invalid choice: 'L77' (choose from "),
         ("linear --threads 0", "argument --threads: invalid positive value: '0'"),

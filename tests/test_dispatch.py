@@ -1,5 +1,8 @@
 """The short way of a plain call (no tracing, mode, transform or profiler) and the way through torch's op are one op."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -63,6 +66,35 @@ def test_a_function_mode_sees_the_op():
     assert "uvg.gated_residual.default" in seen
 
 
+@pytest.mark.parametrize("device, expected", [("cpu", True), ("meta", False)])
+def test_a_default_device_of_the_cpu_leaves_a_call_plain(plain, device, expected):
+    h, y = rows(0), rows(1)
+    with torch.device(device):
+        out = ops.gated_residual(h, y)
+    assert plain == [expected] and torch.equal(out, h + y)
+
+
+def test_another_default_device_at_import_changes_nothing():
+    lines = (
+        "import torch",
+        "torch.set_default_device('meta')",
+        "from uvg_engine.ops._registry import alone",
+        "torch.set_default_device('cpu')",
+        "assert alone((torch.ones(1),)) and not alone((torch.ones(1, device='meta'),))",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+
+
+def test_a_function_mode_within_a_default_device_sees_the_op(plain):
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    with torch.device("cpu"), Watch():
+        ops.gated_residual(rows(0), rows(1))
+    assert plain == [False]
+
+
 def test_vmap_maps(plain):
     h, y = (torch.stack([rows(seed), rows(seed + 1)]) for seed in (0, 2))
     assert torch.equal(
@@ -98,6 +130,33 @@ def test_forward_mode_is_refused():
         with pytest.raises(NotImplementedError, match="gated_residual has no forward-mode derivative"):
             ops.gated_residual(dual, rows(2))
         assert torch.equal(ops.gated_residual(rows(0), rows(1)), rows(0) + rows(1))
+
+
+@pytest.mark.parametrize(
+    "differentiated",
+    [
+        torch.func.grad,
+        lambda f: lambda h, y: torch.func.vjp(f, h, y),
+        lambda f: torch.func.jacrev(torch.func.grad(f)),
+        lambda f: lambda h, y: torch.func.grad(lambda h: torch.vmap(f)(h, y[None]).sum())(h[None]),
+        lambda f: lambda h, y: torch.vmap(torch.func.grad(f))(h[None], y[None]),
+    ],
+)
+def test_gradients_of_torch_func_are_refused(differentiated):
+    rule = "gated_residual is not served under torch.func transforms; use torch.autograd.grad"
+    with pytest.raises(NotImplementedError, match=rule):
+        differentiated(lambda h, y: ops.gated_residual(h, y).sum())(rows(0), rows(1))
+
+
+def test_gradients_of_torch_func_may_pass_by_an_op():
+    h, y = rows(0), rows(1)
+
+    def loss(scale):
+        with torch.no_grad():
+            unseen = ops.gated_residual(h * scale, y)
+        return (scale * (ops.gated_residual(h, y) + unseen)).sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(torch.tensor(1.0)), 2 * (h + y).sum())
 
 
 def test_a_call_follows_every_change_of_what_serves_it(monkeypatch):

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from uvg_engine.compat import flash_attn as ours
 
@@ -145,3 +147,30 @@ def test_bounds_rise_from_0_and_end_within_the_rows(which, wrong):
     rule = rf"{which} must begin with 0, not fall, and end within the 9 rows, got \[{wrong[0]}, "
     with pytest.raises(ValueError, match=rule):
         ours.flash_attn_varlen_func(x, x, x, max_seqlen_q=6, max_seqlen_k=6, **given)
+
+
+@pytest.mark.parametrize(
+    "looks_on",
+    [
+        lambda: torch.device("cpu"),
+        lambda: torch.device("meta"),
+        BaseTorchFunctionMode,
+        lambda: FlopCounterMode(display=False),
+        lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+        torch.autograd.forward_ad.dual_level,
+    ],
+)
+def test_bounds_are_checked_whoever_looks_on(looks_on):
+    x, bounds = torch.ones(9, 2, 8), torch.tensor([1, 3, 9]).int()
+    with pytest.raises(ValueError, match="cu_seqlens_q must begin with 0"), looks_on():
+        ours.flash_attn_varlen_func(x, x, x, bounds, bounds, 6, 6)
+
+
+def test_bounds_without_values_are_not_read():
+    x, bounds = torch.ones(9, 2, 8), torch.tensor([0, 3, 9]).int()
+
+    def attend(bounds):
+        return ours.flash_attn_varlen_func(x, x, x, bounds, bounds, 6, 6)
+
+    many = torch.vmap(attend)(torch.stack([bounds, bounds]))
+    assert torch.equal(many, attend(bounds).expand_as(many))

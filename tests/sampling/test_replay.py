@@ -63,6 +63,14 @@ def test_a_forward_runs_twice_in_python_and_never_again(forwards):
     assert len(forwards) == 4
 
 
+def test_a_default_device_of_the_cpu_keeps_replays(forwards):
+    engine = make_engine()
+    with torch.device("cpu"):
+        result = alone(engine, FIRST)
+        assert len(forwards) == 2
+    assert bits(result) == bits(plainly(engine.model, FIRST))
+
+
 def test_a_batch_of_changing_requests_has_the_bits_of_each_alone():
     engine, model = make_engine(), make_model()
     requests = [*KINDS.values(), FIRST, Request("joint", "a green three", seed=11, num_steps=7, guidance=1)]

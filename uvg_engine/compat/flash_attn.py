@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from uvg_engine.ops import flash_attention
-from uvg_engine.ops._registry import alone
+from uvg_engine.ops._registry import alone, has_values
 
 __all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func"]
 
@@ -90,7 +90,7 @@ def flash_attn_varlen_func(
     for name, x, rows in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, len(k))):
         ok = x.ndim == 1 and x.dtype == torch.int32 and len(x) == len(cu_seqlens_q) >= 1
         _require(ok, f"{name} must be an int32 (B + 1), the same B for both", f"{x.dtype} {tuple(x.shape)}")
-        if alone((x,)):  # on a device the host would have to wait for the values
+        if has_values(x):  # on a device the host would have to wait for the values
             bounds = x.tolist()
             rising = bounds[0] == 0 and all(a <= b for a, b in itertools.pairwise((*bounds, rows)))
             _require(rising, f"{name} must begin with 0, not fall, and end within the {rows} rows", bounds)

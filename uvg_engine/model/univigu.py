@@ -199,8 +199,8 @@ class UniViGU(nn.Module):
         video = affine(*self._patch_linear(), patches, dtype, _video(spans))
         h = torch.cat([video.float(), self.vocab_embed(tokens).float()])
         a = self.blocks[0].norm(h, rows)
-        followings = (*self.blocks[1:], None)
-        for index, (block, following, of_block) in enumerate(zip(self.blocks, followings, condition, strict=True)):
+        next_blocks = (*self.blocks[1:], None)
+        for index, (block, following, of_block) in enumerate(zip(self.blocks, next_blocks, condition, strict=True)):
             read = reading if following is None else None
             if index == 0 or read is None:
                 h, n = block.mix(h, a, rows)

@@ -13,6 +13,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
+from torch.utils import _device
 
 from uvg_engine import backends
 
@@ -74,8 +75,11 @@ def _register(
 
     def call(*args: Any) -> Any:
         if not alone(args):
-            if _CAN_TELL and not is_compiling() and forward_ad._current_level >= 0:
-                _refuse_tangents(name, args)
+            if _CAN_TELL and not is_compiling():
+                if forward_ad._current_level >= 0:
+                    _refuse_tangents(name, args)
+                if peek_interpreter_stack() is not None and is_grad_enabled():
+                    _refuse_transforms(name, args)
             return op(*args)
         if not (is_grad_enabled() and _any_requires_grad(*args)):
             return direct(*args)
@@ -93,12 +97,17 @@ def kernel_of(name: str) -> Callable[..., Any]:
 _NEEDED = (
     (torch._C, "_any_requires_grad"),
     (torch._C, "_dispatch_keys"),
+    (torch._C, "_get_function_stack_at"),
     (torch._C, "_get_tracing_state"),
     (torch._C, "_len_torch_dispatch_stack"),
     (torch._C, "_len_torch_function_stack"),
     (getattr(torch._C, "_autograd", None), "_profiler_enabled"),
+    (getattr(torch._C, "_functorch", None), "get_unwrapped"),
+    (getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor"),
+    (getattr(torch._C, "_functorch", None), "is_gradtrackingtensor"),
     (getattr(torch._C, "_functorch", None), "peek_interpreter_stack"),
     (forward_ad, "_current_level"),
+    (_device, "DeviceContext"),
 )
 _CAN_TELL = all(hasattr(place, name) for place, name in _NEEDED)
 _PLAIN: set[int] = set()  # dispatch keys of CPU tensors that are nothing but memory
@@ -106,16 +115,22 @@ if _CAN_TELL:  # names of this module: to look each up in torch costs as much as
     from torch._C import (
         _any_requires_grad,
         _dispatch_keys,
+        _get_function_stack_at,
         _get_tracing_state,
         _len_torch_dispatch_stack,
         _len_torch_function_stack,
     )
     from torch._C._autograd import _profiler_enabled
-    from torch._C._functorch import peek_interpreter_stack
+    from torch._C._functorch import (
+        get_unwrapped,
+        is_functorch_wrapped_tensor,
+        is_gradtrackingtensor,
+        peek_interpreter_stack,
+    )
 
-    _PLAIN.add(_dispatch_keys(torch.empty(0)).raw_repr())
+    _PLAIN.add(_dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
     with torch.inference_mode():
-        _PLAIN.add(_dispatch_keys(torch.empty(0)).raw_repr())
+        _PLAIN.add(_dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
 
 
 def alone(args: tuple[Any, ...]) -> bool:
@@ -127,7 +142,7 @@ def alone(args: tuple[Any, ...]) -> bool:
         not _CAN_TELL
         or is_compiling()
         or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
+        or (_len_torch_function_stack() and not _only_defaults_to_cpu())
         or peek_interpreter_stack() is not None
         or _get_tracing_state() is not None
         or _profiler_enabled()
@@ -144,10 +159,30 @@ def alone(args: tuple[Any, ...]) -> bool:
     return True
 
 
+def _only_defaults_to_cpu() -> bool:
+    """Whether the one mode there is, is torch's own for a default device, and that is the CPU."""
+    mode = _get_function_stack_at(0)
+    return _len_torch_function_stack() == 1 and type(mode) is _device.DeviceContext and mode.device.type == "cpu"
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether the host may read x's numbers now: memory of the CPU, whoever looks on, and no stand-in for a tensor."""
+    return _CAN_TELL and not is_compiling() and _dispatch_keys(x).raw_repr() in _PLAIN
+
+
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
     """Torch would drop them without a word."""
     if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
         raise NotImplementedError(f"{name} has no forward-mode derivative")
+
+
+def _refuse_transforms(name: str, args: tuple[Any, ...]) -> None:
+    """Torch's own words for a gradient at any level of torch.func speak of setup_context. vmap is served."""
+    for x in args:
+        while isinstance(x, Tensor) and is_functorch_wrapped_tensor(x):
+            if is_gradtrackingtensor(x) and x.requires_grad:
+                raise NotImplementedError(f"{name} is not served under torch.func transforms; use torch.autograd.grad")
+            x = get_unwrapped(x)
 
 
 def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
