@@ -36,6 +36,10 @@ TMA = r"cp\.async\.bulk\.tensor"
 _WIDTH = r"(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[bfus](\d+)\b"
 _SINGLE_16_BIT = r"(?:ld|st)\.global(?:\.(?!v\d)\w+(?:::\w+)*)*?\.[bfus]16\b"
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_MARKS = {  # of a program's lines and blocks, in its digest
+    **dict.fromkeys((tokenize.COMMENT, tokenize.NL), ""),
+    **{tokenize.NEWLINE: ";", tokenize.INDENT: "{", tokenize.DEDENT: "}"},
+}
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
 
 
@@ -196,14 +200,13 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def digest() -> str:
-    """Of all that decides what is compiled: the text of kernels/ without comments and spaces, and Triton's version."""
+    """Of all that decides what is compiled: the text of kernels/ without comments and layout, and Triton's version."""
     import triton
 
     parts = [triton.__version__]
     for path in sorted(KERNELS.glob("*.py")):
         with tokenize.open(path) as file:
-            tokens = tokenize.generate_tokens(file.readline)
-            parts.append(path.name + "".join(token.string for token in tokens if token.type != tokenize.COMMENT))
+            parts += [path.name, *(_MARKS.get(t.type, t.string) for t in tokenize.generate_tokens(file.readline))]
     return hashlib.sha256("".join("".join(parts).split()).encode()).hexdigest()[:16]
 
 

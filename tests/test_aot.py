@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
+import torch
 
 from uvg_engine.backends import triton as backend
 
@@ -52,11 +53,13 @@ def test_every_op_that_the_backend_serves_has_cases():
 
 @pytest.mark.parametrize("op", aot.ops())
 def test_cases_are_of_every_dtype(op):
+    """By the narrowest floats of a case: statistics and parameters are fp32 in all of them."""
     found = set()
     for case in aot.cases(op):
         with _launch.recording(_launch.SM80) as launches:
             case.call()
-        found |= {x.dtype for launch in launches for x in _launch.tensors_of(launch.args)}
+        dtypes = {x.dtype for launch in launches for x in _launch.tensors_of(launch.args) if x.is_floating_point()}
+        found |= dtypes - {torch.float32} or dtypes
     assert found >= set(backend._DTYPES)
 
 

@@ -102,7 +102,7 @@ void check_backward(int64_t rows, int64_t depth, int64_t width, int64_t gap, boo
 }
 
 // Gradients from two parts of dz's columns, dx summed up over both; rows of the weight lie apart.
-void check_parts(int64_t rows, int64_t depth, int64_t width, int64_t cut) {
+void check_parts(int64_t rows, int64_t depth, int64_t width, int64_t size) {
   const int64_t weight_row = depth + 3;
   const auto inputs = [&](Dtype dtype) {
     return Arrays{Array::random(dtype, rows * width, 1), Array::random(dtype, rows * depth, 2),
@@ -115,8 +115,8 @@ void check_parts(int64_t rows, int64_t depth, int64_t width, int64_t cut) {
     const auto at = [&](Array& array, int64_t i) {
       return static_cast<uint8_t*>(array.data()) + i * (dtype == Dtype::kFloat32 ? 4 : 2);
     };
-    for (int64_t first : {int64_t{0}, cut}) {
-      const int64_t part = first == 0 ? cut : width - cut;
+    for (int64_t first = 0; first < width; first += size) {
+      const int64_t part = width - first < size ? width - first : size;
       Array dz(dtype, rows * part);
       for (int64_t r = 0; r < rows; ++r) dz.copy(r * part, in[0], r * width + first, part, 1.0f);
       LinearBackwardParams p{};
@@ -124,7 +124,7 @@ void check_parts(int64_t rows, int64_t depth, int64_t width, int64_t cut) {
       p.rows = rows, p.depth = depth, p.width = part, p.x_row = depth, p.weight_row = weight_row;
       p.dtype = dtype, p.threads = threads;
       p.dx = out[0].data(), p.dweight = at(dweight, first * weight_row), p.dbias = at(out[2], first);
-      if (first == 0) p.dx_so_far = sums.floats();
+      if (first + part < width) p.dx_so_far = sums.floats();
       if (first != 0) p.dx_before = sums.floats();
       linear_backward(p);
     }
@@ -206,6 +206,7 @@ int main() {
   check_backward(64, 200, 193, 1, false);
   check_backward(1601, 17, 7, 0, true);
   check_parts(37, 70, 50, 17);
+  check_parts(37, 70, 50, 13);
   check_parts(0, 5, 7, 4);
   check_parts(1, 130, 1540, 1536);
   check_experts(17, 40);

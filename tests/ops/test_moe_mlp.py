@@ -46,6 +46,7 @@ class TestMoeMlp(DifferentiableOpSuite):
         case("no-experts-no-rows", (0,), 4, 8),
         case("block-and-one", (0, 33, 98), 65, 129),
         case("two-parts-of-the-hidden-width", (0, 7, 7, 9), 5, 1701),
+        case("three-parts-of-the-hidden-width", (0, 3), 5, 3100),
     )
     mistakes = (
         Mistake(r"x must be a floating-point \(T, D\)", {"x": lambda x: x[0]}),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from uvg_engine.backends import native
-from uvg_engine.backends.cpu._tensors import DTYPES, at, refuses_tensors
+from uvg_engine.backends.cpu._tensors import DTYPES, at, new_floats, refuses_tensors
 from uvg_engine.backends.cpu.linear import gradients
 from uvg_engine.backends.packed_weights import packed
 
@@ -72,7 +72,7 @@ def backward(
     for e, (first, end) in enumerate(pairwise(group_offsets.tolist())):
         rows = slice(first, end)
         room = torch.empty((end - first) * min(hidden, _PART), dtype=x.dtype)
-        sums = torch.empty((end - first, x.shape[1])) if hidden > _PART else None
+        sums = new_floats(end - first, x.shape[1]) if hidden > _PART else None
         for start in range(0, max(1, hidden), _PART):  # once for db2
             stop = min(start + _PART, hidden)
             part, dbias = slice(start, stop), db2[e] if start == 0 else None
