@@ -1,5 +1,9 @@
 #include "common/cpu_features.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -9,7 +13,7 @@
 namespace uvg {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kGeneric, Isa::kNeon, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+constexpr Isa kAll[] = {Isa::kGeneric, Isa::kNeon, Isa::kNeonBf16, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
 
 bool contains(const std::vector<Isa>& isas, Isa isa) { return std::find(isas.begin(), isas.end(), isa) != isas.end(); }
 
@@ -28,6 +32,15 @@ bool has_avx512() {
   return has_avx2() && UVG_HAS("avx512f") && UVG_HAS("avx512bw") && UVG_HAS("avx512dq") && UVG_HAS("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && UVG_HAS("avx512bf16") && UVG_HAS("avx512vnni"); }
+#elif defined(__aarch64__)
+bool has_neon_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 std::vector<Isa> usable_isas() {
@@ -51,6 +64,8 @@ const char* isa_name(Isa isa) {
       return "generic";
     case Isa::kNeon:
       return "neon";
+    case Isa::kNeonBf16:
+      return "neon_bf16";
     case Isa::kAvx2:
       return "avx2";
     case Isa::kAvx512:
@@ -70,6 +85,7 @@ std::vector<Isa> supported_isas() {
   if (has_avx512_bf16()) isas.push_back(Isa::kAvx512Bf16);
 #elif defined(__aarch64__)
   isas.push_back(Isa::kNeon);  // part of the base architecture
+  if (has_neon_bf16()) isas.push_back(Isa::kNeonBf16);
 #endif
   return isas;
 }
@@ -119,7 +135,7 @@ std::vector<std::pair<const char*, bool>> cpu_flags() {
       {"avx512vnni", UVG_HAS("avx512vnni")},
   };
 #elif defined(__aarch64__)
-  return {{"neon", true}};
+  return {{"neon", true}, {"bf16", has_neon_bf16()}};
 #else
   return {};
 #endif

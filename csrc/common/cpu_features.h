@@ -8,7 +8,7 @@
 namespace uvg {
 
 // Weakest first within a family. Kernels are compiled once per set and chosen at load.
-enum class Isa { kGeneric, kNeon, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa { kGeneric, kNeon, kNeonBf16, kAvx2, kAvx512, kAvx512Bf16 };
 
 const char* isa_name(Isa isa);
 

@@ -8,6 +8,11 @@
 #else
 #define UVG_IF_NEON(...)
 #endif
+#if UVG_HAVE_NEON_BF16
+#define UVG_IF_NEON_BF16(...) __VA_ARGS__
+#else
+#define UVG_IF_NEON_BF16(...)
+#endif
 #if UVG_HAVE_AVX2
 #define UVG_IF_AVX2(...) __VA_ARGS__
 #else
@@ -31,12 +36,14 @@
   void name(const Params&);                                                         \
   }                                                                                 \
   UVG_IF_NEON(namespace neon { void name(const Params&); })                         \
+  UVG_IF_NEON_BF16(namespace neon_bf16 { void name(const Params&); })               \
   UVG_IF_AVX2(namespace avx2 { void name(const Params&); })                         \
   UVG_IF_AVX512(namespace avx512 { void name(const Params&); })                     \
   UVG_IF_AVX512_BF16(namespace avx512_bf16 { void name(const Params&); })           \
   inline void name(const Params& params) {                                          \
     switch (isa_in_use()) {                                                         \
       UVG_IF_NEON(case Isa::kNeon : return neon::name(params);)                     \
+      UVG_IF_NEON_BF16(case Isa::kNeonBf16 : return neon_bf16::name(params);)       \
       UVG_IF_AVX2(case Isa::kAvx2 : return avx2::name(params);)                     \
       UVG_IF_AVX512(case Isa::kAvx512 : return avx512::name(params);)               \
       UVG_IF_AVX512_BF16(case Isa::kAvx512Bf16 : return avx512_bf16::name(params);) \

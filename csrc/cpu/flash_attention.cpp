@@ -36,12 +36,7 @@ struct Plain {
 }  // namespace
 
 void flash_attention_forward(const FlashAttentionParams& p) {
-  if (p.dtype == Dtype::kFloat32) return attention<Plain<Singles<float>>>(p);
-#if defined(__AVX512BF16__)
-  attention<Plain<Pairs>>(p);
-#else
-  attention<Plain<Singles<BFloat16>>>(p);
-#endif
+  p.dtype == Dtype::kFloat32 ? attention<Plain<Singles<float>>>(p) : attention<Plain<Halves>>(p);
 }
 
 }  // namespace UVG_ISA

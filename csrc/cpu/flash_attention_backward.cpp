@@ -217,12 +217,7 @@ void backward(const Params& p) {
 }  // namespace
 
 void flash_attention_backward(const Params& p) {
-  if (p.dtype == Dtype::kFloat32) return backward<Singles<float>>(p);
-#if defined(__AVX512BF16__)
-  backward<Pairs>(p);
-#else
-  backward<Singles<BFloat16>>(p);
-#endif
+  p.dtype == Dtype::kFloat32 ? backward<Singles<float>>(p) : backward<Halves>(p);
 }
 
 }  // namespace UVG_ISA

@@ -103,12 +103,7 @@ struct InBytes {
 }  // namespace
 
 void flash_attention_int8_forward(const FlashAttentionParams& p) {
-  if (p.dtype == Dtype::kFloat32) return attention<InBytes<Singles<float>>>(p);
-#if defined(__AVX512BF16__)
-  attention<InBytes<Pairs>>(p);
-#else
-  attention<InBytes<Singles<BFloat16>>>(p);
-#endif
+  p.dtype == Dtype::kFloat32 ? attention<InBytes<Singles<float>>>(p) : attention<InBytes<Halves>>(p);
 }
 
 }  // namespace UVG_ISA

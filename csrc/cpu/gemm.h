@@ -14,12 +14,6 @@ namespace UVG_ISA {
 constexpr int64_t kRowBlock = 16 * kTileRows;  // rows that meet a panel while it stays in the second-level cache
 constexpr int64_t kDepthBlock = 768;           // dwords of the depth that are summed up in registers
 
-#if defined(__AVX512BF16__)
-using Halves = Pairs;
-#else
-using Halves = Singles<BFloat16>;
-#endif
-
 // A product over some rows. Rows of x lie x_row values apart, those of slope_at slope_row, of other arrays out_row.
 template <typename F>
 struct Product {

@@ -82,12 +82,7 @@ void forward(const Params& p) {
 }  // namespace
 
 void linear_cross_entropy_forward(const Params& p) {
-  if (p.dtype == Dtype::kFloat32) return forward<Singles<float>>(p);
-#if defined(__AVX512BF16__)
-  forward<Pairs>(p);
-#else
-  forward<Singles<BFloat16>>(p);
-#endif
+  p.dtype == Dtype::kFloat32 ? forward<Singles<float>>(p) : forward<Halves>(p);
 }
 
 }  // namespace UVG_ISA

@@ -198,14 +198,7 @@ void sample(const Params& p) {
 
 }  // namespace
 
-void linear_sample(const Params& p) {
-  if (p.dtype == Dtype::kFloat32) return sample<Singles<float>>(p);
-#if defined(__AVX512BF16__)
-  sample<Pairs>(p);
-#else
-  sample<Singles<BFloat16>>(p);
-#endif
-}
+void linear_sample(const Params& p) { p.dtype == Dtype::kFloat32 ? sample<Singles<float>>(p) : sample<Halves>(p); }
 
 }  // namespace UVG_ISA
 }  // namespace uvg

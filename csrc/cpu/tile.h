@@ -73,13 +73,14 @@ struct Singles {
   }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 struct Pairs {
   using Value = BFloat16;
   using Left = BFloat16;
   using Sum = Vec;
   static constexpr int64_t kPer = 2, kTail = 0;
   static constexpr bool kRaw = true;
+#if defined(__AVX512BF16__)
   static constexpr float kUnit = 0.693147181f;
 
   static UVG_INLINE Vec power(Vec x) { return exp2(x); }
@@ -87,6 +88,22 @@ struct Pairs {
   static UVG_INLINE Vec mac(Vec sum, uint32_t left, VecBits right) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(left)), (__m512bh)right);
   }
+#else
+  static constexpr float kUnit = 1.0f;
+
+  static UVG_INLINE Vec power(Vec x) { return exp(x); }
+
+  static UVG_INLINE Vec mac(Vec sum, uint32_t left, VecBits right) {
+    const auto pair = vreinterpretq_bf16_u32(vdupq_n_u32(left));
+    float32x4_t sums[4];
+    bfloat16x8_t pairs[4];
+    std::memcpy(sums, &sum, sizeof sum);
+    std::memcpy(pairs, &right, sizeof right);
+    for (int i = 0; i < 4; ++i) sums[i] = vbfdotq_f32(sums[i], pair, pairs[i]);
+    std::memcpy(&sum, sums, sizeof sum);
+    return sum;
+  }
+#endif
 
   static UVG_INLINE VecBits dwords(const BFloat16* row, int64_t i, int64_t n) {
     if (n >= 2 * kLanes) {
@@ -106,14 +123,15 @@ struct Pairs {
     return rows[1] == nullptr ? low : low | reinterpret_cast<VecBits>(load(rows[1] + i, n));
   }
 
+  static UVG_INLINE Vec get(const uint32_t* row, int64_t column) {
+    return load(reinterpret_cast<const BFloat16*>(row) + column);
+  }
+
+#if defined(__AVX512BF16__)
   static UVG_INLINE void put(uint32_t* row, int64_t column, const Vec (&values)[kTileVecs]) {
     for (int j = 0; j < kTileVecs; j += 2)
       store_bits(row + (column + j * kLanes) / 2,
                  (VecBits)_mm512_cvtne2ps_pbh((__m512)values[j + 1], (__m512)values[j]));
-  }
-
-  static UVG_INLINE Vec get(const uint32_t* row, int64_t column) {
-    return load(reinterpret_cast<const BFloat16*>(row) + column);
   }
 
   static UVG_INLINE Vec rounded_sum(Vec sum, const Vec (&values)[kTileVecs]) {
@@ -122,7 +140,25 @@ struct Pairs {
       sum = (Vec)_mm512_dpbf16_ps((__m512)sum, _mm512_cvtne2ps_pbh((__m512)values[j + 1], (__m512)values[j]), ones);
     return sum;
   }
+#else
+  static UVG_INLINE void put(uint32_t* row, int64_t column, const Vec (&values)[kTileVecs]) {
+    for (int j = 0; j < kTileVecs; ++j) store(reinterpret_cast<BFloat16*>(row) + column + j * kLanes, values[j]);
+  }
+
+  static UVG_INLINE Vec rounded_sum(Vec sum, const Vec (&values)[kTileVecs]) {
+    for (int j = 0; j < kTileVecs; ++j) {
+      BFloat16 rounded[kLanes];
+      store(rounded, values[j]);
+      sum += load(rounded);
+    }
+    return sum;
+  }
+#endif
 };
+
+using Halves = Pairs;
+#else
+using Halves = Singles<BFloat16>;
 #endif
 
 // Two rows of bf16 pairs along the row to one of pairs across the rows.

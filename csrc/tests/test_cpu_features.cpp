@@ -27,7 +27,7 @@ int main() {
   CHECK(uvg::choose_isa("avx2", usable) == Isa::kAvx2);
   CHECK(uvg::choose_isa("generic", {Isa::kGeneric}) == Isa::kGeneric);
   CHECK(refusal("avx512_bf16", usable).find("(generic, avx2, avx512), got 'avx512_bf16'") != std::string::npos);
-  CHECK(refusal("AVX2", usable).find("must be one of generic, neon, avx2") != std::string::npos);
+  CHECK(refusal("AVX2", usable).find("must be one of generic, neon, neon_bf16, avx2") != std::string::npos);
 
   CHECK(uvg::supported_isas().front() == Isa::kGeneric);
   CHECK(uvg::compiled_isas().front() == Isa::kGeneric);
