@@ -175,3 +175,16 @@ def test_ci_hides_nothing():
         "make sanitize",
         "make test",
     ]
+
+
+@pytest.mark.parametrize("folder", ["uvg_engine/backends", "uvg_engine/reference", "kernels"])
+def test_buffers_name_their_dtype(folder):
+    """A kernel writes the dtype it knows: into torch's default one, where a caller has set it to bf16, it overflows."""
+    makers, bare = {"empty", "zeros", "ones", "full"}, []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in makers:
+                of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+                if of_torch and not any(word.arg == "dtype" for word in node.keywords):
+                    bare.append(f"{path.name}:{node.lineno}")
+    assert not bare

@@ -64,7 +64,10 @@ def test_instruction_set_is_the_strongest_and_can_be_lowered():
 @pytest.mark.parametrize("wish", ["sse9", "AVX2", "neon,avx2"])
 def test_unknown_instruction_set_is_an_error(wish):
     code, text = describe(UVG_CPU_ISA=wish)
-    assert code != 0 and f"UVG_CPU_ISA must be one of generic, neon, neon_bf16, avx2, avx512, avx512_bf16, got '{wish}'" in text
+    assert (
+        code != 0
+        and f"UVG_CPU_ISA must be one of generic, neon, neon_bf16, avx2, avx512, avx512_bf16, got '{wish}'" in text
+    )
 
 
 @needs_core
