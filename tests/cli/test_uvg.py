@@ -1,5 +1,6 @@
 """The front door: help, usage errors, exit codes, signals and pipes."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from uvg_engine.cli._notes import notes_on_stderr
 
 COMMANDS = ("generate", "caption", "joint", "train", "export", "eval", "data", "data export", "doctor", "bench")
 UVG = (sys.executable, "-m", "uvg_engine.cli")
@@ -23,6 +26,16 @@ def test_help_imports_nothing_heavy():
     assert ran.stderr.strip() == "{0} set()"
     for command in COMMANDS:
         assert f"Usage: uvg {command} " in ran.stdout
+
+
+def test_notes_tell_what_kernels_compile(capsys):
+    log, other = logging.getLogger("uvg_engine.kernels"), logging.getLogger("uvg_engine.training")
+    with notes_on_stderr():
+        log.info("first call of a kernel")
+        other.info("a detail")
+        other.warning("a warning")
+    log.info("told to nobody")
+    assert capsys.readouterr().err == "note: first call of a kernel\nnote: a warning\n"
 
 
 @pytest.mark.parametrize("command", ["", "data"])

@@ -20,10 +20,12 @@ def note(message: str) -> None:
 
 @contextlib.contextmanager
 def notes_on_stderr() -> Iterator[None]:
-    """Inside: UserWarnings raised by this package's code, and its log, are notes; other warnings stay as they are."""
-    log = logging.getLogger("uvg_engine")
-    handler = _Notes(logging.WARNING)
+    """Inside: UserWarnings raised by this package's code, and its log, are notes; other warnings stay as they are.
+    Kernels also tell what they compile at a first call, which may take a while."""
+    log, kernels = logging.getLogger("uvg_engine"), logging.getLogger("uvg_engine.kernels")
+    handler, level = _Notes(), kernels.level
     log.addHandler(handler)
+    kernels.setLevel(logging.INFO)
     try:
         with warnings.catch_warnings():
             usual = warnings.showwarning
@@ -38,6 +40,7 @@ def notes_on_stderr() -> Iterator[None]:
             warnings.filterwarnings("always", category=UserWarning, module=r"uvg_engine\.")
             yield
     finally:
+        kernels.setLevel(level)
         log.removeHandler(handler)
 
 
