@@ -34,11 +34,14 @@ def define(op: str, schema: str, fake: Callable[..., Any], check: Callable[..., 
     def dispatch(*args: Any) -> Any:
         return backends.select(op, args)[1].forward(*args)
 
+    if check is None:
+        return _register(op, schema, fake, dispatch, dispatch)
+
     def checked(*args: Any) -> Any:
-        check(*args)  # type: ignore[misc]
+        check(*args)
         return backends.select(op, args)[1].forward(*args)
 
-    return _register(op, schema, fake, dispatch if check is None else checked, dispatch)
+    return _register(op, schema, fake, checked, dispatch)
 
 
 def define_backward(op: str, schema: str, fake: Callable[..., Any], num_saved: int) -> Any:
@@ -181,7 +184,7 @@ def _refuse_transforms(name: str, args: tuple[Any, ...]) -> None:
     for x in args:
         while isinstance(x, Tensor) and is_functorch_wrapped_tensor(x):
             if is_gradtrackingtensor(x) and x.requires_grad:
-                raise NotImplementedError(f"{name} is not served under torch.func transforms; use torch.autograd.grad")
+                raise NotImplementedError(f"{name} has no gradient under torch.func; use torch.autograd.grad")
             x = get_unwrapped(x)
 
 
