@@ -68,10 +68,12 @@ class TestFlashAttention(DifferentiableOpSuite):
         Case("rising", lambda g: rising(g), smooth=False),
         case("sharp", 11, 31, table(((0, 11),)), table(((0, 31),)), 1, 16, gain=30.0),
     )
-    # PyTorch's CPU kernel takes a short polynomial for exp where the values are narrow: its lse is off by up to 5e-5.
+    # PyTorch's CPU kernel takes a short polynomial for exp where the values are narrow: its lse is off by up to 5e-5;
+    # in fp32, without AVX-512, its dq by 11 ulps where the reference's is by 3.5, its dk by 5.3 and 1.5.
     # The C++ kernel takes 0 for the exponent's reference where it can: an lse near 0 is off by an ulp of 1.
     allowed = MappingProxyType(
-        {("sdpa", BF16, 1): 128, ("sdpa", FP16, 1): 128, ("cpu", FP32, 1): 128, ("cpu", BF16, 1): 128}
+        {("sdpa", BF16, 1): 256, ("sdpa", FP16, 1): 256, ("sdpa", FP32, "q"): 4, ("sdpa", FP32, "k"): 4}
+        | {("cpu", FP32, 1): 128, ("cpu", BF16, 1): 128}
     )
     interpreted = MappingProxyType({"several-blocks": (BF16,), "many-spans": (FP16,), "rising": (FP32,)})
     plainest = MappingProxyType({"cuda": (2, BF16)})
