@@ -177,7 +177,7 @@ void attention(bool backward, std::array<Address, 3> x, Spans q_spans, Spans k_s
   const uvg::RowLists queries = row_lists(q_spans), keys = row_lists(k_spans);
   uvg::FlashAttentionParams p{};
   p.q = at<void>(x[0]), p.k = at<void>(x[1]), p.v = at<void>(x[2]);
-  p.queries = &queries, p.keys = &keys, p.rows_q = q_spans[3], p.rows_k = k_spans[3];
+  p.queries = &queries, p.keys = &keys, p.rows_q = std::get<3>(q_spans), p.rows_k = std::get<3>(k_spans);
   p.heads = heads, p.width = width, p.scale = scale, p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
   p.out = at<void>(out), p.lse = at<float>(lse), p.dout = at<void>(dout);
   p.dq = at<void>(dx[0]), p.dk = at<void>(dx[1]), p.dv = at<void>(dx[2]);
@@ -236,21 +236,22 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_isa", &uvg::use_isa, py::arg("name"), "Run the kernels in another instruction set from now on.");
   // Kernels: addresses of packed tensors, sizes, Dtype numbers (0 float32, 1 bfloat16); uvg_engine/backends/cpu/
   // checks and calls. Fields as in csrc/include/uvg/<op>.h.
-  m.def("modulated_layer_norm", &layer_norm);
-  m.def("gated_residual", &residual);
-  m.def("gated_residual_norm", &residual_norm);
-  m.def("qk_norm_rope", &norm_rope);
-  m.def("moe_mlp", &moe_mlp);
-  m.def("flash_attention", &attention);
-  m.def("linear", &linear);
-  m.def("linear_backward", &linear_backward);
-  m.def("linear_words", &weight_words);
-  m.def("weight_mark", &weight_mark);
-  m.def("linear_pack", &pack_weight);
-  m.def("linear_cross_entropy", &cross_entropy);
-  m.def("linear_sample", &sample);
+  def_kernel(m, "modulated_layer_norm", &layer_norm);
+  def_kernel(m, "gated_residual", &residual);
+  def_kernel(m, "gated_residual_norm", &residual_norm);
+  def_kernel(m, "qk_norm_rope", &norm_rope);
+  def_kernel(m, "moe_mlp", &moe_mlp);
+  def_kernel(m, "flash_attention", &attention);
+  def_kernel(m, "linear", &linear);
+  def_kernel(m, "linear_backward", &linear_backward);
+  def_kernel(m, "linear_words", &weight_words);
+  def_kernel(m, "weight_mark", &weight_mark);
+  def_kernel(m, "linear_pack", &pack_weight);
+  def_kernel(m, "linear_cross_entropy", &cross_entropy);
+  def_kernel(m, "linear_sample", &sample);
   bind_flow(m);
   bind_int8(m);
   bind_moe_routing(m);
+  bind_plans(m);
   m.def("build_info", &build_info, "Version, compiler, instruction sets compiled in, OpenMP or not.");
 }

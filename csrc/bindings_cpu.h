@@ -3,22 +3,23 @@
 
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <cstdint>
+#include <tuple>
 
+#include "bindings_kernel.h"
 #include "common/row_lists.h"
-
-using Address = std::uintptr_t;  // of a tensor's first element; 0 where there is no tensor
 
 template <typename T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);  // NOLINT
 }
 
-using Spans = std::array<int64_t, 4>;  // address of int32 [samples, per_sample, 2], samples, per_sample, rows
+// Of int32 [samples, per_sample, 2]; samples, per_sample, rows.
+using Spans = std::tuple<Address, int64_t, int64_t, int64_t>;
 
 inline uvg::RowLists row_lists(const Spans& spans) {
-  return uvg::RowLists(at<int32_t>(static_cast<Address>(spans[0])), spans[1], spans[2], spans[3]);
+  const auto [table, samples, per_sample, rows] = spans;
+  return uvg::RowLists(at<int32_t>(table), samples, per_sample, rows);
 }
 
 // Runs a kernel without Python's lock.
@@ -31,3 +32,4 @@ void run(void (*kernel)(const Params&), const Params& params) {
 void bind_flow(pybind11::module_& m);         // flow_step, flow_noise
 void bind_int8(pybind11::module_& m);         // the ops whose products are in bytes
 void bind_moe_routing(pybind11::module_& m);  // moe_route, moe_dispatch, moe_combine
+void bind_plans(pybind11::module_& m);        // calls that were made before

@@ -56,7 +56,7 @@ void attention(std::array<Address, 3> x, Spans q_spans, Spans k_spans, int64_t h
   const uvg::RowLists queries = row_lists(q_spans), keys = row_lists(k_spans);
   uvg::FlashAttentionParams p{};
   p.q = at<void>(x[0]), p.k = at<void>(x[1]), p.v = at<void>(x[2]);
-  p.queries = &queries, p.keys = &keys, p.rows_q = q_spans[3], p.rows_k = k_spans[3];
+  p.queries = &queries, p.keys = &keys, p.rows_q = std::get<3>(q_spans), p.rows_k = std::get<3>(k_spans);
   p.heads = heads, p.width = width, p.scale = scale, p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
   p.out = at<void>(out);
   run(uvg::flash_attention_int8_forward, p);
@@ -65,10 +65,10 @@ void attention(std::array<Address, 3> x, Spans q_spans, Spans k_spans, int64_t h
 }  // namespace
 
 void bind_int8(pybind11::module_& m) {
-  m.def("linear_int8_words", &weight_words);
-  m.def("linear_int8_row_words", &row_words);
-  m.def("linear_int8_pack", &pack);
-  m.def("linear_int8", &linear);
-  m.def("moe_mlp_int8", &moe_mlp);
-  m.def("flash_attention_int8", &attention);
+  def_kernel(m, "linear_int8_words", &weight_words);
+  def_kernel(m, "linear_int8_row_words", &row_words);
+  def_kernel(m, "linear_int8_pack", &pack);
+  def_kernel(m, "linear_int8", &linear);
+  def_kernel(m, "moe_mlp_int8", &moe_mlp);
+  def_kernel(m, "flash_attention_int8", &attention);
 }

@@ -1,4 +1,7 @@
 // moe_route, moe_dispatch and moe_combine of uvg_engine._cpu. Fields as in csrc/include/uvg/<op>.h.
+#include <algorithm>
+#include <vector>
+
 #include "bindings_cpu.h"
 #include "uvg/moe_combine.h"
 #include "uvg/moe_dispatch.h"
@@ -40,10 +43,32 @@ void combine(bool backward, Address grouped, Address order, Address weights, int
   run(backward ? uvg::moe_combine_backward : uvg::moe_combine_forward, p);
 }
 
+template <typename T>
+bool all_inside(const T* ids, int64_t count, int64_t end) {
+  bool inside = true;
+  for (int64_t i = 0; i < count; ++i) inside = inside && ids[i] >= 0 && ids[i] < end;
+  return inside;
+}
+
+// Whether every id, of so many bytes, lies in [0, end).
+bool asks_inside(Address ids, int64_t bytes, int64_t count, int64_t end) {
+  return bytes == 4 ? all_inside(at<const int32_t>(ids), count, end) : all_inside(at<const int64_t>(ids), count, end);
+}
+
+// Whether the order names each of its places once.
+bool asks_order(Address order, int64_t count) {
+  if (!asks_inside(order, 4, count, count)) return false;
+  std::vector<bool> named(static_cast<size_t>(count), false);
+  for (int64_t i = 0; i < count; ++i) named[static_cast<size_t>(at<const int32_t>(order)[i])] = true;
+  return std::all_of(named.begin(), named.end(), [](bool once) { return once; });
+}
+
 }  // namespace
 
 void bind_moe_routing(pybind11::module_& m) {
-  m.def("moe_route", &route);
-  m.def("moe_dispatch", &dispatch);
-  m.def("moe_combine", &combine);
+  def_kernel(m, "moe_route", &route);
+  def_kernel(m, "moe_dispatch", &dispatch);
+  def_kernel(m, "moe_combine", &combine);
+  def_kernel(m, "asks_inside", &asks_inside);
+  def_kernel(m, "asks_order", &asks_order);
 }

@@ -118,7 +118,7 @@ def test_a_subclass_with_a_torch_function_sees_the_op():
 
 
 def test_a_torch_that_cannot_tell_dispatches(plain, monkeypatch):
-    monkeypatch.setattr(_registry, "_CAN_TELL", False)
+    monkeypatch.setattr(_registry, "CAN_TELL", False)
     ops.gated_residual(rows(0), rows(1))
     assert plain == [False]
 

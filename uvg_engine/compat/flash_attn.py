@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from uvg_engine.ops import flash_attention
-from uvg_engine.ops._registry import alone, has_values
+from uvg_engine.ops._alone import alone, has_values
 
 __all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func"]
 

@@ -12,10 +12,20 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.nn import Parameter
-from torch.utils import _device
 
 from uvg_engine import backends
+from uvg_engine.backends import native, plans
+from uvg_engine.ops._alone import CAN_TELL, alone
+from uvg_engine.ops._plans import planned
+
+if CAN_TELL:
+    from torch._C import _any_requires_grad
+    from torch._C._functorch import (
+        get_unwrapped,
+        is_functorch_wrapped_tensor,
+        is_gradtrackingtensor,
+        peek_interpreter_stack,
+    )
 
 LIBRARY = torch.library.Library("uvg", "DEF")
 _kernels: dict[str, Callable[..., Any]] = {}  # name -> what the torch op does on the CPU
@@ -62,7 +72,7 @@ def define_backward(op: str, schema: str, fake: Callable[..., Any], num_saved: i
 
     function = _register(f"{op}_bwd", schema, fake, dispatch, dispatch)
     torch.library.register_autograd(f"uvg::{op}_bwd", twice, lib=LIBRARY)
-    return function
+    return planned(function)
 
 
 def _register(
@@ -78,7 +88,7 @@ def _register(
 
     def call(*args: Any) -> Any:
         if not alone(args):
-            if _CAN_TELL and not is_compiling():
+            if CAN_TELL and not is_compiling():
                 if forward_ad._current_level >= 0:
                     _refuse_tangents(name, args)
                 if peek_interpreter_stack() is not None and is_grad_enabled():
@@ -94,83 +104,6 @@ def _register(
 def kernel_of(name: str) -> Callable[..., Any]:
     """What torch.ops.<name> ("uvg::linear") does on the CPU: checks, choice of the backend, kernel."""
     return _kernels[name.partition("::")[2]]
-
-
-# What tells that nobody looks on is private to torch. A torch without one of these dispatches every call.
-_NEEDED = (
-    (torch._C, "_any_requires_grad"),
-    (torch._C, "_dispatch_keys"),
-    (torch._C, "_get_function_stack_at"),
-    (torch._C, "_get_tracing_state"),
-    (torch._C, "_len_torch_dispatch_stack"),
-    (torch._C, "_len_torch_function_stack"),
-    (getattr(torch._C, "_autograd", None), "_profiler_enabled"),
-    (getattr(torch._C, "_functorch", None), "get_unwrapped"),
-    (getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor"),
-    (getattr(torch._C, "_functorch", None), "is_gradtrackingtensor"),
-    (getattr(torch._C, "_functorch", None), "peek_interpreter_stack"),
-    (forward_ad, "_current_level"),
-    (_device, "DeviceContext"),
-)
-_CAN_TELL = all(hasattr(place, name) for place, name in _NEEDED)
-_PLAIN: set[int] = set()  # dispatch keys of CPU tensors that are nothing but memory
-if _CAN_TELL:  # names of this module: to look each up in torch costs as much as to call it
-    from torch._C import (
-        _any_requires_grad,
-        _dispatch_keys,
-        _get_function_stack_at,
-        _get_tracing_state,
-        _len_torch_dispatch_stack,
-        _len_torch_function_stack,
-    )
-    from torch._C._autograd import _profiler_enabled
-    from torch._C._functorch import (
-        get_unwrapped,
-        is_functorch_wrapped_tensor,
-        is_gradtrackingtensor,
-        peek_interpreter_stack,
-    )
-
-    _PLAIN.add(_dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
-    with torch.inference_mode():
-        _PLAIN.add(_dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
-
-
-def alone(args: tuple[Any, ...]) -> bool:
-    """Whether nobody but the kernel has to see a call: no tracing, mode, transform or profiler, plain CPU tensors only.
-
-    Such a call goes to the backend without torch's dispatcher, which costs more than a small kernel.
-    """
-    if (
-        not _CAN_TELL
-        or is_compiling()
-        or _len_torch_dispatch_stack()
-        or (_len_torch_function_stack() and not _only_defaults_to_cpu())
-        or peek_interpreter_stack() is not None
-        or _get_tracing_state() is not None
-        or _profiler_enabled()
-        or forward_ad._current_level >= 0
-    ):
-        return False
-    for x in args:
-        kind = type(x)
-        if kind is Tensor or kind is Parameter:
-            if _dispatch_keys(x).raw_repr() not in _PLAIN:
-                return False
-        elif isinstance(x, Tensor):  # a subclass, which may have a __torch_function__
-            return False
-    return True
-
-
-def _only_defaults_to_cpu() -> bool:
-    """Whether the one mode there is, is torch's own for a default device, and that is the CPU."""
-    mode = _get_function_stack_at(0)
-    return _len_torch_function_stack() == 1 and type(mode) is _device.DeviceContext and mode.device.type == "cpu"
-
-
-def has_values(x: Tensor) -> bool:
-    """Whether the host may read x's numbers now: memory of the CPU, whoever looks on, and no stand-in for a tensor."""
-    return _CAN_TELL and not is_compiling() and _dispatch_keys(x).raw_repr() in _PLAIN
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
@@ -230,8 +163,10 @@ def autograd(op: str, backward: Callable[..., Any], setup_context: Callable[...,
         with backends.force(ctx.forced):
             return backward(ctx, *grads)
 
+    kernel = planned(_kernels[op])
+
     def forward(ctx: Any, *args: Any) -> Any:
-        output = _kernels[op](*args)
+        output = kernel(*args)
         setup(ctx, args, output)
         return output
 
@@ -312,11 +247,14 @@ def _tiles(spans: bytes, num_rows: int) -> bool:
 
 def values_of(spans: Tensor) -> bytes:
     """The numbers of an int32 table on the CPU: what checks remember it by, as batches come with the same tables."""
-    return spans.numpy().tobytes()
+    return plans.reads(spans).numpy().tobytes()
 
 
 def require_ids(name: str, ids: Tensor, count: int) -> None:
     """Every id lies in [0, count). Reads values: for the `check` of `define`."""
+    if native.cpu() is not None and ids.is_contiguous():  # a tenth of the time
+        if native.core().asks_inside(ids.data_ptr(), ids.element_size(), ids.numel(), count):
+            return
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
         raise ValueError(f"{name} must lie in [0, {count}), got {int(ids.min())} to {int(ids.max())}")
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import (
     autograd,
     define,
@@ -23,6 +24,7 @@ from uvg_engine.ops._registry import (
 from uvg_engine.reference.spans import accumulation_dtype
 
 
+@planned
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:

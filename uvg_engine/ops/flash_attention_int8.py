@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import define, no_gradient
 from uvg_engine.ops.flash_attention import check_spans, require_attention
 from uvg_engine.ops.linear_int8 import refuse_gradient, require_depth
 
 
+@planned
 def flash_attention_int8(
     q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, *, scale: float | None = None
 ) -> Tensor:

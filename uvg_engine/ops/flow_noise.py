@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import (
     define,
     no_gradient,
@@ -20,6 +21,7 @@ from uvg_engine.ops._registry import (
 )
 
 
+@planned
 def flow_noise(
     data: Tensor,
     tokens: Tensor,

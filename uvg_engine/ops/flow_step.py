@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.backends import native, plans
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import (
     define,
     no_gradient,
@@ -21,6 +23,7 @@ from uvg_engine.ops.flow_noise import require_numbers, require_spans_of_both
 NUM_COEFS = 10
 
 
+@planned
 def flow_step(
     x: Tensor,
     v_cond: Tensor,
@@ -122,10 +125,18 @@ def _check(x: Tensor, v_cond: Tensor, v_uncond: Any, guidance: Tensor, coefs: Te
     require_inside("latent_spans", latent_spans, len(x))
     require_inside("token_spans", token_spans, len(tokens))
     if last is None or m1 is None or m2 is None:
-        asked: Any = coefs.detach().numpy().any(axis=0)  # of each column; NaN asks too
-        history = (("last", last, asked[2]), ("m1", m1, asked[4] or asked[8]), ("m2", m2, asked[5]))
-        for name, value, needed in history:
+        asked = _used_columns(coefs)
+        for name, value, columns in (("last", last, 1 << 2), ("m1", m1, 1 << 4 | 1 << 8), ("m2", m2, 1 << 5)):
+            needed = asked & columns
             require(value is not None or not needed, f"{name} must be given where its coefficient is not zero", value)
+
+
+def _used_columns(coefs: Tensor) -> int:
+    """A bit for each column that is not all zero; NaN is not."""
+    if native.cpu() is not None and coefs.dtype == torch.float32 and coefs.is_contiguous():
+        return int(native.core().used_columns(coefs.data_ptr(), *coefs.shape))
+    used: list[bool] = (plans.reads(coefs).detach().numpy() != 0).any(axis=0).tolist()
+    return sum(each << i for i, each in enumerate(used))
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import autograd, define, define_backward, require_inside
 from uvg_engine.ops.gated_residual import check_arguments as check_residual
 from uvg_engine.ops.gated_residual import gated_residual
@@ -15,6 +16,7 @@ from uvg_engine.ops.modulated_layer_norm import modulated_layer_norm
 from uvg_engine.reference.spans import accumulation_dtype
 
 
+@planned
 def gated_residual_norm(
     h: Tensor,
     y: Tensor,

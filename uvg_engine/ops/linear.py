@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import (
     autograd,
     define,
@@ -22,6 +23,7 @@ ACTIVATIONS = ("none", "gelu_tanh")
 _ACTIVATION_RULE = f"activation must be one of {', '.join(ACTIVATIONS)}"
 
 
+@planned
 def linear(
     x: Tensor,
     weight: Tensor,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import (
     autograd,
     define,
@@ -21,6 +22,7 @@ from uvg_engine.reference.spans import accumulation_dtype
 LOSSES = ("ce", "gkl")
 
 
+@planned
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import define, no_gradient, require, require_floating, require_shape
 from uvg_engine.ops.linear import ACTIVATIONS
 
 MOST_DEPTH = 65536  # values of a row: sums of 255 * 127 stay in 32 bits
 
 
+@planned
 def linear_int8(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
     """act(x W^T + b), x and W rounded to bytes: in every call each row of x, 255 steps over its range; once each row of
     W, -127 to 127 by its largest value. For inference; nothing chooses it by itself.

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import define, no_gradient, require, require_shape
 from uvg_engine.ops.linear_cross_entropy import check_head
 
 
+@planned
 def linear_sample(
     x: Tensor,
     weight: Tensor,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import (
     autograd,
     define,
@@ -20,6 +21,7 @@ from uvg_engine.ops._registry import (
 from uvg_engine.reference.spans import accumulation_dtype
 
 
+@planned
 def modulated_layer_norm(
     x: Tensor,
     shift: Tensor | None = None,

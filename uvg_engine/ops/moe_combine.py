@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.backends import native
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import (
     autograd,
     define,
@@ -18,6 +20,7 @@ from uvg_engine.ops._registry import (
 )
 
 
+@planned
 def moe_combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """out[t] = sum over k of weights[t, k] * the grouped row of slot t*K + k: the way back from `moe_dispatch`.
 
@@ -35,6 +38,9 @@ def moe_combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
 
 
 def _check(rows: Tensor, order: Tensor, weights: Tensor) -> None:
+    if native.cpu() is not None and order.is_contiguous():
+        if native.core().asks_order(order.data_ptr(), len(order)):
+            return
     require_ids("order", order, len(order))
     repeated = order.bincount(minlength=len(order)) > 1
     require(not bool(repeated.any()), "order must name every slot once", repeated.nonzero().flatten().tolist())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import (
     autograd,
     define,
@@ -18,6 +19,7 @@ from uvg_engine.ops._registry import (
 )
 
 
+@planned
 def moe_dispatch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each row once per chosen expert, sorted by expert, then row, then choice: the input of `moe_mlp`.
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.backends import plans
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import (
     autograd,
     define,
@@ -19,6 +21,7 @@ from uvg_engine.ops._registry import (
 )
 
 
+@planned
 def moe_mlp(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor, *, row_spans: Tensor | None = None
 ) -> Tensor:
@@ -51,7 +54,7 @@ def require_experts(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, g
 
 def require_groups(group_offsets: Tensor, rows: int) -> None:
     """Groups tile the rows. Reads values: for the `check` of `define`."""
-    bounds = group_offsets.tolist()
+    bounds = plans.reads(group_offsets).tolist()
     ok = bounds[0] == 0 and bounds[-1] == rows and bounds == sorted(bounds)
     require(ok, f"group_offsets must ascend from 0 to T = {rows}", bounds)
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import define, no_gradient
 from uvg_engine.ops.linear_int8 import refuse_gradient, require_depth
 from uvg_engine.ops.moe_mlp import require_experts, require_groups
 
 
+@planned
 def moe_mlp_int8(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor) -> Tensor:
     """`moe_mlp` with both products as `linear_int8` has them: Linear, GELU(tanh), Linear; rows
     group_offsets[e]:group_offsets[e+1] by expert e.

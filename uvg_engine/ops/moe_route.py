@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import autograd, define, define_backward, require, require_floating
 from uvg_engine.reference.spans import accumulation_dtype
 
 
+@planned
 def moe_route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Softmax over the experts, the top_k most probable, their probabilities renormalised to sum to one.
 

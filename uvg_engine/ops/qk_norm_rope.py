@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uvg_engine.ops._plans import planned
 from uvg_engine.ops._registry import (
     autograd,
     define,
@@ -27,6 +28,7 @@ from uvg_engine.reference.qk_norm_rope import TEXT, VIDEO
 from uvg_engine.reference.spans import accumulation_dtype
 
 
+@planned
 def qk_norm_rope(
     q: Tensor,
     k: Tensor | None,

@@ -19,8 +19,8 @@ from uvg_engine import backends
 from uvg_engine.backends import native
 from uvg_engine.model import UniViGU
 from uvg_engine.model.univigu import PackedOutput
+from uvg_engine.ops._alone import alone
 from uvg_engine.ops._recording import NotRecordable, Recording
-from uvg_engine.ops._registry import alone
 
 MOST_BYTES = 64 << 20  # that all recordings of an engine in a thread hold
 _MOST_KEYS = 256  # that are remembered

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from uvg_engine.backends import native
+from uvg_engine.backends import native, plans
 from uvg_engine.backends.cpu._tensors import DTYPES, at, new_floats, refuses_tensors
 from uvg_engine.backends.cpu.linear import gradients
 from uvg_engine.backends.packed_weights import packed
@@ -37,7 +37,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments and results as in reference.moe_mlp.forward. A row's bits depend on that row alone, spans or not."""
     x = x if x.stride(1) == 1 else x.contiguous()
-    b1, b2, bounds = b1.contiguous(), b2.contiguous(), group_offsets.tolist()
+    b1, b2, bounds = b1.contiguous(), b2.contiguous(), plans.reads(group_offsets).tolist()
     (rows, width), hidden = x.shape, w1.shape[1]
     room = new_room(rows, hidden, x.dtype)
     y = torch.empty((rows, width), dtype=x.dtype)
@@ -69,7 +69,7 @@ def backward(
     dy, w1, w2, dx = dy.contiguous(), w1.contiguous(), w2.contiguous(), torch.empty(x.shape, dtype=x.dtype)
     dw1, db1, dw2, db2 = (torch.empty(p.shape, dtype=p.dtype) for p in (w1, b1, w2, b2))
     hidden = w1.shape[1]
-    for e, (first, end) in enumerate(pairwise(group_offsets.tolist())):
+    for e, (first, end) in enumerate(pairwise(plans.reads(group_offsets).tolist())):
         rows = slice(first, end)
         room = torch.empty((end - first) * min(hidden, _PART), dtype=x.dtype)
         sums = new_floats(end - first, x.shape[1]) if hidden > _PART else None

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from uvg_engine.backends import native
+from uvg_engine.backends import native, plans
 from uvg_engine.backends.cpu._tensors import DTYPES, refuses_tensors
 from uvg_engine.backends.cpu.linear_int8 import new_bytes
 from uvg_engine.backends.cpu.moe_mlp import new_room
@@ -17,7 +17,7 @@ def refuses(x: Tensor, *rest) -> str | None:
 def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, group_offsets: Tensor) -> Tensor:
     """Arguments and results as in reference.moe_mlp_int8.forward."""
     x = x if x.stride(1) == 1 else x.contiguous()
-    b1, b2, bounds = b1.contiguous(), b2.contiguous(), group_offsets.tolist()
+    b1, b2, bounds = b1.contiguous(), b2.contiguous(), plans.reads(group_offsets).tolist()
     (rows, width), hidden = x.shape, w1.shape[1]
     room = new_room(rows, hidden, x.dtype)
     quantised = new_bytes(len(room), max(width, hidden))

@@ -1,0 +1,409 @@
+// Plans of calls, for uvg_engine/backends/plans.py: a Planner stands in front of a Python function on tensors of the CPU
+// and does a call that it knows itself. Python's C API, as pybind11 would cost more than what is saved.
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bindings_cpu.h"
+#include "common/dlpack.h"
+#include "common/plans.h"
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr size_t kMostTensors = 32;
+enum Tag : int64_t { kNone = 1, kTrue, kFalse, kInt, kFloat, kText, kBytes, kDtype, kTensor };
+
+// What is asked of torch and of the backends' state, given by `plans_begin`. It lives as long as the process.
+struct Torch {
+  uvg::dlpack::FromPython describe = nullptr;
+  PyTypeObject *tensor = nullptr, *parameter = nullptr, *dtype = nullptr;
+  PyObject *requires_grad = nullptr, *version = nullptr;  // descriptors
+  PyObject* grad_enabled = nullptr;
+  std::vector<PyObject*> never;                             // methods that have to tell no
+  std::vector<PyObject*> functions;                         // their results belong to a key, as those of the next two
+  std::vector<PyObject*> variables;                         // ContextVar
+  std::vector<std::pair<PyObject*, PyObject*>> names;       // dict and key
+};
+Torch* torch = nullptr;
+bool enabled = true;
+
+struct Weight {
+  int32_t argument;
+  const std::byte* address;
+  int64_t version;
+  PyObject* words;  // weak reference
+};
+
+struct Made {
+  PyObject *function, *arguments, *names;  // a call with keywords
+};
+
+struct CallPlan : uvg::Plan {
+  std::vector<Weight> weights;
+  std::vector<Made> made;
+  std::vector<int32_t> results;  // what is made, or -1 for None
+  bool one = false;              // the result is no tuple
+
+  CallPlan() = default;
+  CallPlan(const CallPlan&) = delete;
+  CallPlan& operator=(const CallPlan&) = delete;
+  ~CallPlan() override {
+    for (const Weight& each : weights) Py_XDECREF(each.words);
+    for (const Made& each : made) Py_XDECREF(each.function), Py_XDECREF(each.arguments), Py_XDECREF(each.names);
+  }
+};
+
+int64_t bytes_of(const uvg::dlpack::Tensor& x) {
+  int64_t count = 1;
+  for (int32_t i = 0; i < x.ndim; ++i) count *= x.shape[i];
+  return count * x.bits * x.lanes / 8;
+}
+
+// A call as it is known by, and where its tensors lie. `read` is false where it has to go the long way.
+class Call {
+ public:
+  bool read(PyObject* args, PyObject* kwargs) {
+    if (!add_state()) return false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args); ++i) {
+      if (!add(PyTuple_GET_ITEM(args, i))) return false;
+    }
+    if (kwargs != nullptr) {
+      PyObject *name = nullptr, *value = nullptr;
+      Py_ssize_t at = 0;
+      while (PyDict_Next(kwargs, &at, &name, &value) != 0) {
+        if (!add(name) || !add(value)) return false;
+      }
+    }
+    if (!key.fits()) return false;
+    hash = key.hash();
+    return true;
+  }
+
+  uvg::Key key;
+  uint64_t hash = 0;
+  size_t count = 0;                                      // of the tensors
+  std::array<const std::byte*, kMostTensors> addresses;  // NOLINT: written before it is read
+  std::array<PyObject*, kMostTensors> tensors;           // NOLINT: borrowed
+
+ private:
+  bool add_state() {
+    PyObject* on = PyObject_CallNoArgs(torch->grad_enabled);
+    if (on == nullptr) return false;
+    grad_ = on == Py_True;
+    Py_DECREF(on);
+    key.add(grad_ ? 1 : 0);
+    for (PyObject* function : torch->functions) {
+      PyObject* value = PyObject_CallNoArgs(function);
+      const bool ok = value != nullptr && add(value);
+      Py_XDECREF(value);
+      if (!ok) return false;
+    }
+    for (PyObject* variable : torch->variables) {
+      PyObject* value = nullptr;
+      if (PyContextVar_Get(variable, Py_None, &value) != 0) return false;
+      const bool ok = add(value);
+      Py_XDECREF(value);
+      if (!ok) return false;
+    }
+    for (const auto& [dict, name] : torch->names) {
+      PyObject* value = PyDict_GetItemWithError(dict, name);
+      if (value == nullptr && PyErr_Occurred() != nullptr) return false;
+      if (!add(value == nullptr ? Py_None : value)) return false;
+    }
+    return true;
+  }
+
+  bool add(PyObject* value) {
+    PyTypeObject* type = Py_TYPE(value);
+    if (type == torch->tensor || type == torch->parameter) return add_tensor(value);
+    if (value == Py_None || value == Py_True || value == Py_False) {
+      key.add(value == Py_None ? kNone : value == Py_True ? kTrue : kFalse);
+    } else if (type == &PyLong_Type) {
+      int overflow = 0;
+      const int64_t number = PyLong_AsLongLongAndOverflow(value, &overflow);
+      if (overflow != 0) return false;
+      key.add(kInt), key.add(number);
+    } else if (type == &PyFloat_Type) {
+      const double number = PyFloat_AS_DOUBLE(value);
+      int64_t bits = 0;
+      std::memcpy(&bits, &number, sizeof(bits));
+      key.add(kFloat), key.add(bits);
+    } else if (type == &PyUnicode_Type) {
+      Py_ssize_t length = 0;
+      const char* text = PyUnicode_AsUTF8AndSize(value, &length);
+      if (text == nullptr) return false;
+      key.add(kText), key.add(text, static_cast<size_t>(length));
+    } else if (type == &PyBytes_Type) {
+      key.add(kBytes), key.add(PyBytes_AS_STRING(value), static_cast<size_t>(PyBytes_GET_SIZE(value)));
+    } else if (type == torch->dtype) {  // each lives as long as torch
+      key.add(kDtype), key.add(reinterpret_cast<int64_t>(value));  // NOLINT
+    } else {
+      return false;
+    }
+    return true;
+  }
+
+  bool add_tensor(PyObject* value) {
+    uvg::dlpack::Tensor x{};
+    if (count == kMostTensors || torch->describe(value, &x) != 0) return false;
+    if (x.device_type != uvg::dlpack::kCpu || (x.data == nullptr && bytes_of(x) != 0)) return false;
+    for (PyObject* method : torch->never) {
+      PyObject* told = PyObject_CallOneArg(method, value);
+      Py_XDECREF(told);
+      if (told != Py_False) return false;
+    }
+    PyObject* wants = Py_TYPE(torch->requires_grad)
+                          ->tp_descr_get(torch->requires_grad, value, reinterpret_cast<PyObject*>(Py_TYPE(value)));
+    Py_XDECREF(wants);
+    if (wants == nullptr || (grad_ && wants == Py_True)) return false;
+    const auto* data = static_cast<const std::byte*>(x.data) + x.byte_offset;
+    size_t object = 0, address = 0;  // the first argument that is the same tensor, and the first in the same place
+    while (object < count && tensors[object] != value) ++object;
+    while (address < count && addresses[address] != data) ++address;
+    key.add(kTensor), key.add(x.code | x.bits << 8 | x.lanes << 16 | (wants == Py_True ? 1LL : 0LL) << 32);
+    key.add(static_cast<int64_t>(object | address << 8U | static_cast<size_t>(x.ndim) << 16U));
+    for (int32_t i = 0; i < x.ndim; ++i) key.add(x.shape[i]), key.add(x.strides[i]);
+    tensors[count] = value, addresses[count++] = data;
+    return true;
+  }
+
+  bool grad_ = false;
+};
+
+struct Planner {
+  PyObject_HEAD;
+  PyObject *function, *make;
+  uvg::PlanTable* table;
+};
+
+// The words of the weights, held; false where one of them is no longer what it was.
+bool hold_words(const CallPlan& plan, const Call& call, std::vector<py::object>& held) {
+  for (const Weight& weight : plan.weights) {
+    if (call.addresses[weight.argument] != weight.address) return false;
+    PyObject* tensor = call.tensors[weight.argument];
+    const auto version = py::reinterpret_steal<py::object>(Py_TYPE(torch->version)->tp_descr_get(
+        torch->version, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor))));
+    if (!version || PyLong_AsLongLong(version.ptr()) != weight.version) return false;
+    PyObject* words = PyWeakref_GetObject(weight.words);
+    if (words == nullptr || words == Py_None) return false;
+    held.push_back(py::reinterpret_borrow<py::object>(words));
+  }
+  return true;
+}
+
+// What the call gives, or nothing where it has to go the long way. spoil: memory is full of NaN before.
+py::object run(const CallPlan& plan, const Call& call, bool spoil) {
+  std::vector<py::object> held;
+  if (!hold_words(plan, call, held)) return {};
+  std::array<py::object, kMostTensors> made;
+  std::array<std::byte*, kMostTensors> addresses{};
+  for (size_t i = 0; i < plan.made.size(); ++i) {
+    const Made& how = plan.made[i];
+    made[i] = py::reinterpret_steal<py::object>(PyObject_Call(how.function, how.arguments, how.names));
+    uvg::dlpack::Tensor x{};
+    if (!made[i] || torch->describe(made[i].ptr(), &x) != 0) return {};
+    addresses[i] = static_cast<std::byte*>(x.data) + x.byte_offset;
+    if (spoil) std::memset(addresses[i], 255, static_cast<size_t>(bytes_of(x)));
+  }
+  std::byte* scratch = plan.scratch_bytes == 0 ? nullptr : uvg::scratch_of_thread(plan.scratch_bytes);
+  if (spoil) std::memset(scratch, 255, static_cast<size_t>(plan.scratch_bytes));
+  if (!plan.run({call.addresses.data(), addresses.data(), scratch})) return {};
+  if (plan.one) return made[plan.results[0]];
+  py::tuple results(plan.results.size());
+  for (size_t i = 0; i < plan.results.size(); ++i) {
+    py::object result = plan.results[i] < 0 ? py::none() : made[plan.results[i]];
+    PyTuple_SET_ITEM(results.ptr(), static_cast<Py_ssize_t>(i), result.release().ptr());
+  }
+  return std::move(results);
+}
+
+PyObject* planner_call(PyObject* self, PyObject* args, PyObject* kwargs) {
+  auto* planner = reinterpret_cast<Planner*>(self);
+  if (enabled && torch != nullptr) {
+    try {
+      Call call;
+      if (call.read(args, kwargs)) {
+        if (const auto plan = planner->table->find(call.key, call.hash, call.addresses.data())) {
+          if (py::object result = run(static_cast<const CallPlan&>(*plan), call, false)) return result.release().ptr();
+        }
+        PyErr_Clear();  // the long way tells what is wrong
+        if (planner->table->wanted(call.hash)) {
+          return PyObject_CallFunctionObjArgs(planner->make, self, planner->function, args,
+                                              kwargs == nullptr ? Py_None : kwargs, nullptr);
+        }
+      }
+      PyErr_Clear();
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+      return nullptr;
+    }
+  }
+  return PyObject_Call(planner->function, args, kwargs);
+}
+
+void planner_free(PyObject* self) {
+  auto* planner = reinterpret_cast<Planner*>(self);
+  PyTypeObject* type = Py_TYPE(self);
+  Py_XDECREF(planner->function), Py_XDECREF(planner->make);
+  delete planner->table;
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+py::object new_planner(const py::object& function, const py::object& make) {
+  static std::array<PyType_Slot, 3> slots{{{Py_tp_call, reinterpret_cast<void*>(planner_call)},
+                                           {Py_tp_dealloc, reinterpret_cast<void*>(planner_free)},
+                                           {0, nullptr}}};
+  static PyType_Spec spec{"uvg_engine._cpu.Planner", sizeof(Planner), 0, Py_TPFLAGS_DEFAULT, slots.data()};
+  static PyObject* type = PyType_FromSpec(&spec);
+  if (type == nullptr) throw py::error_already_set();
+  auto* planner = PyObject_New(Planner, reinterpret_cast<PyTypeObject*>(type));
+  if (planner == nullptr) throw py::error_already_set();
+  planner->function = function.inc_ref().ptr(), planner->make = make.inc_ref().ptr();
+  planner->table = new uvg::PlanTable;  // NOLINT: an object of C
+  return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(planner));
+}
+
+uvg::PlanTable& table_of(const py::handle& planner) { return *reinterpret_cast<Planner*>(planner.ptr())->table; }
+
+Call read(const py::tuple& args, const py::object& kwargs) {
+  Call call;
+  if (!call.read(args.ptr(), kwargs.is_none() ? nullptr : kwargs.ptr())) {
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+    throw py::value_error("a call that is not plain");
+  }
+  return call;
+}
+
+// Memory that the call was given or made: (address, bytes, what it is, index, offset there).
+struct Range {
+  Address address;
+  int64_t bytes;
+  uvg::Place place;
+};
+
+uvg::Place place_of(Address address, const std::vector<Range>& ranges) {
+  for (const Range& range : ranges) {
+    if (address >= range.address && address < range.address + static_cast<Address>(range.bytes)) {
+      uvg::Place place = range.place;
+      place.offset += static_cast<int64_t>(address - range.address);
+      return place;
+    }
+  }
+  throw py::value_error("a kernel works on memory that nobody knows");
+}
+
+using Shared = std::shared_ptr<CallPlan>;
+
+// steps: (kernel, arguments, answer or None); ranges: (address, bytes, 0 argument | 1 made | 2 scratch | 3 fixed,
+// index, offset), none of which overlap; weights: (argument, address, version, weak reference); made: (function,
+// arguments, keywords).
+Shared new_plan(const py::list& values, const py::list& steps, const py::list& ranges, const py::list& weights,
+                const py::list& made, const std::vector<int32_t>& results, bool one, int64_t scratch_bytes) {
+  auto plan = std::make_shared<CallPlan>();
+  for (const auto& each : values) {
+    const auto [argument, bytes] = each.cast<std::tuple<int32_t, std::string>>();
+    plan->values.push_back({argument, {}});
+    for (char byte : bytes) plan->values.back().bytes.push_back(static_cast<uint8_t>(byte));
+  }
+  std::vector<Range> known;
+  for (const auto& each : ranges) {
+    const auto [address, bytes, of, index, offset] = each.cast<std::tuple<Address, int64_t, int, int32_t, int64_t>>();
+    known.push_back({address, bytes, {static_cast<uvg::Place::Of>(of), index, offset}});
+  }
+  for (const auto& each : steps) {
+    const auto [name, arguments, answer] = each.cast<std::tuple<std::string, py::tuple, py::object>>();
+    const auto kernel = known_kernels().find(name);
+    if (kernel == known_kernels().end()) throw py::value_error(name + " is no kernel of a plan");
+    Slots slots;
+    kernel->second.fill(slots, arguments);
+    uvg::Step step;
+    step.kernel = kernel->second.kernel, step.asks = !answer.is_none();
+    if (step.asks) step.answer = static_cast<int64_t>(PyLong_AsUnsignedLongLongMask(answer.ptr()));
+    for (int32_t slot : slots.addresses) {
+      const auto address = static_cast<Address>(slots.values[slot].whole);
+      if (address != 0) step.addresses.emplace_back(slot, place_of(address, known));
+    }
+    step.slots = std::move(slots.values);
+    plan->steps.push_back(std::move(step));
+  }
+  for (const auto& each : weights) {
+    const auto [argument, address, version, words] =
+        each.cast<std::tuple<int32_t, Address, int64_t, py::object>>();
+    plan->weights.push_back({argument, at<const std::byte>(address), version, words.inc_ref().ptr()});
+  }
+  for (const auto& each : made) {
+    const auto [function, arguments, names] = each.cast<std::tuple<py::object, py::tuple, py::dict>>();
+    plan->made.push_back({function.inc_ref().ptr(), arguments.inc_ref().ptr(), names.inc_ref().ptr()});
+  }
+  if (plan->made.size() > kMostTensors) throw py::value_error("too many tensors");
+  plan->results = results, plan->one = one, plan->scratch_bytes = scratch_bytes;
+  return plan;
+}
+
+py::object prove(const Shared& plan, const py::tuple& args, const py::object& kwargs) {
+  const Call call = read(args, kwargs);
+  py::object result = plan->fits(call.addresses.data()) ? run(*plan, call, true) : py::object();
+  if (!result && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return result ? result : py::none();
+}
+
+void keep(const py::object& planner, const py::tuple& args, const py::object& kwargs, const Shared& plan) {
+  const Call call = read(args, kwargs);
+  table_of(planner).add(call.key, call.hash, plan);
+}
+
+void refuse(const py::object& planner, const py::tuple& args, const py::object& kwargs) {
+  table_of(planner).refuse(read(args, kwargs).hash);
+}
+
+// Whether plans can be: whether torch offers what it takes. exchange: torch's DLPack functions.
+bool begin(const py::object& exchange, const py::dict& about) {
+  const auto* api = static_cast<const uvg::dlpack::Exchange*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  while (api != nullptr && api->header.major != uvg::dlpack::kMajor) {
+    api = reinterpret_cast<const uvg::dlpack::Exchange*>(api->header.older);
+  }
+  if (api == nullptr || api->describe == nullptr) return false;
+  auto made = std::make_unique<Torch>();
+  const auto take = [&](const char* name) { return about[name].cast<py::object>().release().ptr(); };
+  made->describe = api->describe;
+  made->tensor = reinterpret_cast<PyTypeObject*>(take("tensor"));
+  made->parameter = reinterpret_cast<PyTypeObject*>(take("parameter"));
+  made->dtype = reinterpret_cast<PyTypeObject*>(take("dtype"));
+  made->requires_grad = take("requires_grad"), made->version = take("version");
+  made->grad_enabled = take("grad_enabled");
+  for (py::object each : about["never"].cast<std::vector<py::object>>()) made->never.push_back(each.release().ptr());
+  for (py::object each : about["functions"].cast<std::vector<py::object>>()) {
+    made->functions.push_back(each.release().ptr());
+  }
+  for (py::object each : about["variables"].cast<std::vector<py::object>>()) {
+    made->variables.push_back(each.release().ptr());
+  }
+  for (auto [dict, name] : about["names"].cast<std::vector<std::pair<py::dict, py::object>>>()) {
+    made->names.emplace_back(dict.release().ptr(), name.release().ptr());
+  }
+  torch = made.release();
+  return true;
+}
+
+}  // namespace
+
+void bind_plans(py::module_& m) {
+  py::class_<CallPlan, Shared>(m, "Plan");
+  m.def("planner", &new_planner);
+  m.def("plan", &new_plan);
+  m.def("plan_prove", &prove);
+  m.def("plan_keep", &keep);
+  m.def("plan_refuse", &refuse);
+  m.def("plans_begin", &begin);
+  m.def("plans_enable", [](bool on) { return std::exchange(enabled, on); });
+  m.def("plans_of", [](const py::object& planner) { return table_of(planner).size(); });
+  m.def("plans_forget", [](const py::object& planner) { table_of(planner).clear(); });
+}

@@ -1,0 +1,64 @@
+"""Calls on the CPU that were made before, done again without Python's part in them.
+
+A plan is what one call of an op did: which kernels of the native core ran, with which numbers, on which of the
+arguments' addresses. The second call with the same key makes one, the next calls with that key use it. To the key
+belong dtype, shape, strides and requires_grad of every tensor, which of them are one tensor or lie at one place, the
+value of every other argument, and what the choice of a backend depends on: `UVG_BACKENDS`, `force`, the number of
+threads, `packed_weights.kept`, modes of torch. Numbers that the call read (spans, groups) have to be the same bytes;
+a packed weight has to be that of this weight, unwritten since. All else takes the long way: what traces, looks on,
+wants a gradient, or has more than 1 MiB of arguments, where Python's part does not show.
+
+A plan is used after it gave the same bits as the long way, on other addresses, over memory full of NaN. It changes
+nothing but time. `UVG_PLANS=0` or `kept(False)` makes and uses none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+from torch import Tensor
+
+from uvg_engine.backends import native
+
+_kept = os.environ.get("UVG_PLANS", "1") != "0"
+_read: ContextVar[list[Tensor] | None] = ContextVar("uvg_engine_read_tensors", default=None)
+
+
+@contextlib.contextmanager
+def kept(keep: bool) -> Iterator[None]:
+    """Whether plans are made and used inside the block, in all threads."""
+    global _kept
+    before = _kept
+    _enable(keep)
+    try:
+        yield
+    finally:
+        _enable(before)
+
+
+def _enable(keep: bool) -> None:
+    global _kept
+    _kept = keep
+    if (core := native.cpu()) is not None:
+        core.plans_enable(keep)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Tensor]]:
+    """The tensors that `reads` is told of inside the block, in this thread."""
+    read: list[Tensor] = []
+    token = _read.set(read)
+    try:
+        yield read
+    finally:
+        _read.reset(token)
+
+
+def reads(x: Tensor) -> Tensor:
+    """x, whose numbers the host is about to read past torch (`numpy`, `tolist`): what it does may hang on them."""
+    if (read := _read.get()) is not None:
+        read.append(x)
+    return x

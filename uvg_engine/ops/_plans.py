@@ -1,0 +1,242 @@
+"""How plans of calls are made (`uvg_engine.backends.plans`). What uses them is in csrc/bindings_plans.cpp."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import Parameter
+
+from uvg_engine import backends
+from uvg_engine.backends import native, packed_weights, plans
+from uvg_engine.ops import _alone
+
+_MOST_BYTES = 1 << 20  # of arguments but weights: beyond, Python's part does not show
+_MOST_MADE = 8 << 20  # bytes of results and of scratch, which stays with a thread
+_aten = torch.ops.aten
+_EMPTY = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+_ARGUMENT, _MADE, _SCRATCH, _FIXED = range(4)  # what an address belongs to
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class _NoPlan(Exception):
+    """The call did something that a plan cannot do again."""
+
+
+def planned(function: Function) -> Function:
+    """The function, done by plans where it was called like this before. It makes tensors and writes to no other."""
+    if not _possible():
+        return function
+    planner = native.core().planner(function, _make)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return function(*args, **kwargs)
+        return planner(*args, **kwargs)
+
+    call.planner = planner  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]
+
+
+@functools.cache
+def _possible() -> bool:
+    """Whether there is a native core, and a torch that tells what it takes to do a call without it."""
+    core, exchange = native.cpu(), getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if core is None or exchange is None or not _alone.CAN_TELL or not isinstance(backends._environment, dict):
+        return False
+    core.plans_enable(plans._kept)
+    base = torch._C.TensorBase
+    modes = [torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, torch._C._get_tracing_state]
+    others = [torch._C._autograd._profiler_enabled, torch._C._functorch.peek_interpreter_stack, torch.get_num_threads]
+    about = {
+        **{"tensor": Tensor, "parameter": Parameter, "dtype": torch.dtype},
+        **{"requires_grad": base.requires_grad, "version": base._version, "grad_enabled": torch.is_grad_enabled},
+        "never": [getattr(base, name) for name in ("is_neg", "has_names") if hasattr(base, name)],
+        "functions": modes + others,
+        "variables": [native._stand_in, packed_weights._asked, plans._read, backends._forced],
+        "names": [
+            (backends._environment, backends._VARIABLE),
+            (vars(packed_weights), "_keep"),
+            (vars(forward_ad), "_current_level"),
+        ],
+    }
+    return bool(core.plans_begin(exchange, about))
+
+
+def _make(planner: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    """The call, and a plan for the next one like it."""
+    with packed_weights.watched() as weights:
+        result = function(*args, **kwargs or {})
+    core = native.core()
+    try:
+        core.plan_keep(planner, args, kwargs, _plan(function, args, kwargs or {}, result, weights))
+    except (_NoPlan, ValueError):
+        core.plan_refuse(planner, args, kwargs)
+    return result
+
+
+def _plan(function: Any, args: Any, kwargs: Any, result: Any, weights: packed_weights.Asked) -> Any:
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    kept = {id(weight) for weight, _, _, _ in weights}
+    small = sum(x.nbytes for x in tensors if id(x) not in kept) <= _MOST_BYTES
+    known = kept <= {id(x) for x in tensors}
+    if not (small and known and _alone.alone(tuple(tensors))) or torch._C._len_torch_function_stack():
+        raise _NoPlan
+    core, recorder, copies = native.core(), _Recorder(), _copies(tensors, kept)
+    with native.standing_in(_Noting(core, recorder.steps)), plans.watched() as read, recorder:
+        again = _call(function, args, kwargs, copies)
+    addresses = {weight.data_ptr() for weight, _, _, _ in weights}
+    if any(name == "weight_mark" and given[0] not in addresses for name, given, _ in recorder.steps):
+        raise _NoPlan  # of a weight of inference_mode, which is packed every time: others are kept
+    ranges = [(x.data_ptr(), _extent(x), _ARGUMENT, i, 0) for i, x in enumerate(copies) if x.numel()]
+    ranges += [(words.data_ptr(), words.nbytes, _FIXED, 0, words.data_ptr()) for _, _, words, _ in weights]
+    results = again if isinstance(again, tuple) else (again,)
+    made, places, scratch = recorder.memory(results)
+    plan = core.plan(
+        *([_values(x, copies) for x in read], recorder.steps, ranges + places),
+        [(_index(weight, tensors), weight.data_ptr(), weight._version, weakref.ref(w)) for weight, _, w, _ in weights],
+        *(made, [-1 if x is None else _index(x, [y for y in results if y is not None]) for x in results]),
+        *(not isinstance(again, tuple), scratch),
+    )
+    args, kwargs = _swapped(args, kwargs, _copies(tensors, kept))
+    if not _same(core.plan_prove(plan, args, kwargs), result):
+        raise _NoPlan
+    return plan
+
+
+class _Recorder(_alone.Onlooker):
+    """Lets a function make memory and views, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[str, tuple[Any, ...], int | None]] = []  # kernel, arguments, answer
+        self._made: list[Tensor] = []  # one for each storage, held so that each lies elsewhere
+        self._held: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if func.overloadpacket in _EMPTY and out.is_cpu:
+            self._made.append(out)
+        elif not func.is_view or torch.Tag.inplace_view in func.tags:
+            raise _NoPlan
+        self._held.append(out)
+        return out
+
+    def memory(self, results: Sequence[Tensor | None]) -> tuple[list[Any], list[Any], int]:
+        """How to make the results, where what was made lies, and the bytes of what is no result."""
+        made: list[Any] = []
+        places, scratch, total = [], 0, 0
+        storages = {x.untyped_storage()._cdata: x for x in self._made}
+        for x in results:
+            if x is None:
+                continue
+            if type(x) is not Tensor or storages.pop(x.untyped_storage()._cdata, None) is None or not x.is_contiguous():
+                raise _NoPlan  # an argument, or twice the same
+            if x.nbytes != x.untyped_storage().nbytes():
+                raise _NoPlan
+            places.append((x.data_ptr(), x.nbytes, _MADE, len(made), 0))
+            made.append((torch.empty_strided, (tuple(x.shape), tuple(x.stride())), {"dtype": x.dtype}))
+            total += x.nbytes
+        for x in storages.values():
+            size = x.untyped_storage().nbytes()
+            places.append((x.untyped_storage().data_ptr(), size, _SCRATCH, 0, scratch))
+            scratch += -(-size // 64) * 64
+        if total + scratch > _MOST_MADE:
+            raise _NoPlan
+        return made, places, scratch
+
+
+class _Noting:
+    """The native core, whose kernels are noted as they are called."""
+
+    def __init__(self, core: Any, steps: list[Any]) -> None:
+        self._core, self._steps = core, steps
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._core, name)
+
+        def call(*args: Any) -> Any:
+            answer = function(*args)
+            self._steps.append((name, args, answer))
+            return answer
+
+        return call
+
+
+def _index(x: Tensor, tensors: Sequence[Tensor]) -> int:
+    return next(i for i, other in enumerate(tensors) if other is x)
+
+
+def _values(x: Tensor, copies: list[Tensor]) -> tuple[int, bytes]:
+    """Which argument was read, and its numbers."""
+    for i, copy in enumerate(copies):
+        if copy.data_ptr() == x.data_ptr() and copy.nbytes == x.nbytes and x.is_contiguous() and copy.is_contiguous():
+            return i, _bits(x).numpy().tobytes()
+    raise _NoPlan
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from the first value of x to its last."""
+    return (1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))) * x.element_size()
+
+
+def _copies(tensors: list[Tensor], kept: set[int]) -> list[Tensor]:
+    """The tensors at other addresses, each in memory of its own but those that lie at one place; no packed weights."""
+    sizes: dict[int, int] = {}
+    for x in tensors:
+        if x.numel():
+            sizes[x.data_ptr()] = max(sizes.get(x.data_ptr(), 0), _extent(x))
+    memory: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for x in tensors:
+            if id(x) in copies:
+                continue
+            if id(x) in kept:
+                copies[id(x)] = x
+                continue
+            place, size = x.data_ptr(), sizes.get(x.data_ptr(), 0) if x.numel() else 0
+            if place not in memory or not size:
+                bytes_ = torch.empty(0, dtype=torch.uint8).set_(
+                    x.untyped_storage(), x.storage_offset() * x.element_size() if size else 0, (size,), (1,)
+                )
+                memory[place] = bytes_.clone()
+            copy = torch.empty(0, dtype=x.dtype).set_(memory[place].untyped_storage(), 0, x.shape, x.stride())
+            copies[id(x)] = copy.requires_grad_(x.requires_grad)
+    return [copies[id(x)] for x in tensors]
+
+
+def _swapped(args: Any, kwargs: Any, copies: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with these tensors in place of theirs."""
+    rest = iter(copies)
+    args = tuple([next(rest) if isinstance(x, Tensor) else x for x in args])
+    return args, {name: next(rest) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+
+
+def _call(function: Any, args: Any, kwargs: Any, copies: list[Tensor]) -> Any:
+    args, kwargs = _swapped(args, kwargs, copies)
+    return function(*args, **kwargs)
+
+
+def _same(got: Any, want: Any) -> bool:
+    """Whether two results have the same parts, down to the bits."""
+    if isinstance(want, tuple):
+        return isinstance(got, tuple) and len(got) == len(want) and all(map(_same, got, want))
+    if not isinstance(want, Tensor):
+        return got is want
+    return isinstance(got, Tensor) and _form(got) == _form(want) and torch.equal(_bits(got), _bits(want))
+
+
+def _form(x: Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.shape, x.stride(), x.is_inference(), x.requires_grad
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.detach().contiguous().flatten().view(torch.uint8)
