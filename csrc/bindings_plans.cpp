@@ -35,7 +35,6 @@ bool enabled = true;
 
 struct Weight {
   int32_t argument;
-  const std::byte* address;
   int64_t version;
   PyObject* words;  // weak reference
 };
@@ -69,7 +68,11 @@ int64_t bytes_of(const uvg::dlpack::Tensor& x) {
 class Call {
  public:
   bool read(PyObject* args, PyObject* kwargs) {
-    if (!add_state()) return false;
+    PyObject* on = PyObject_CallNoArgs(torch->grad_enabled);
+    Py_XDECREF(on);
+    if (on == nullptr) return false;
+    grad_ = on == Py_True;
+    key.add(grad_ ? 1 : 0);
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args); ++i) {
       if (!add(PyTuple_GET_ITEM(args, i))) return false;
     }
@@ -80,7 +83,7 @@ class Call {
         if (!add(name) || !add(value)) return false;
       }
     }
-    if (!key.fits()) return false;
+    if (!add_state() || !key.fits()) return false;
     hash = key.hash();
     return true;
   }
@@ -93,11 +96,6 @@ class Call {
 
  private:
   bool add_state() {
-    PyObject* on = PyObject_CallNoArgs(torch->grad_enabled);
-    if (on == nullptr) return false;
-    grad_ = on == Py_True;
-    Py_DECREF(on);
-    key.add(grad_ ? 1 : 0);
     for (PyObject* function : torch->functions) {
       PyObject* value = PyObject_CallNoArgs(function);
       const bool ok = value != nullptr && add(value);
@@ -185,7 +183,6 @@ struct Planner {
 // The words of the weights, held; false where one of them is no longer what it was.
 bool hold_words(const CallPlan& plan, const Call& call, std::vector<py::object>& held) {
   for (const Weight& weight : plan.weights) {
-    if (call.addresses[weight.argument] != weight.address) return false;
     PyObject* tensor = call.tensors[weight.argument];
     const auto version = py::reinterpret_steal<py::object>(Py_TYPE(torch->version)->tp_descr_get(
         torch->version, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor))));
@@ -231,6 +228,7 @@ PyObject* planner_call(PyObject* self, PyObject* args, PyObject* kwargs) {
       if (call.read(args, kwargs)) {
         if (const auto plan = planner->table->find(call.key, call.hash, call.addresses.data())) {
           if (py::object result = run(static_cast<const CallPlan&>(*plan), call, false)) return result.release().ptr();
+          planner->table->drop(call.hash, plan.get());
         }
         PyErr_Clear();  // the long way tells what is wrong
         if (planner->table->wanted(call.hash)) {
@@ -336,7 +334,8 @@ Shared new_plan(const py::list& values, const py::list& steps, const py::list& r
   for (const auto& each : weights) {
     const auto [argument, address, version, words] =
         each.cast<std::tuple<int32_t, Address, int64_t, py::object>>();
-    plan->weights.push_back({argument, at<const std::byte>(address), version, words.inc_ref().ptr()});
+    plan->places.emplace_back(argument, at<const std::byte>(address));
+    plan->weights.push_back({argument, version, words.inc_ref().ptr()});
   }
   for (const auto& each : made) {
     const auto [function, arguments, names] = each.cast<std::tuple<py::object, py::tuple, py::dict>>();

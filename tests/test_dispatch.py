@@ -9,6 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from uvg_engine import backends, ops
+from uvg_engine.backends import plans
 from uvg_engine.ops import _registry
 
 
@@ -18,10 +19,11 @@ def rows(seed):
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Whether each call was plain, in order."""
+    """Whether each call was plain, in order. Without plans, which ask once (tests/test_plans.py)."""
     seen, alone = [], _registry.alone
     monkeypatch.setattr(_registry, "alone", lambda args: seen.append(alone(args)) or seen[-1])
-    return seen
+    with plans.kept(False):
+        yield seen
 
 
 def test_both_ways_give_the_same_bits_and_gradients(plain):
@@ -160,6 +162,7 @@ def test_gradients_of_torch_func_may_pass_by_an_op():
     torch.testing.assert_close(torch.func.grad(loss)(torch.tensor(1.0)), 2 * (h + y).sum())
 
 
+@plans.kept(False)  # they ask neither ORDER nor the tables again
 def test_a_call_follows_every_change_of_what_serves_it(monkeypatch):
     """Nothing that an earlier call of the same arguments found is taken over."""
     x, weight, ran = rows(0), rows(1), []

@@ -47,6 +47,9 @@ std::byte* scratch_of_thread(int64_t bytes) {
 }
 
 bool Plan::fits(const std::byte* const* arguments) const {
+  for (const auto& [argument, place] : places) {
+    if (arguments[argument] != place) return false;
+  }
   return std::all_of(values.begin(), values.end(), [&](const Values& read) {
     return read.bytes.empty() || std::memcmp(arguments[read.argument], read.bytes.data(), read.bytes.size()) == 0;
   });
@@ -106,15 +109,25 @@ bool PlanTable::wanted(uint64_t hash) {
   }
   if (size_ >= kMost && misses_ >= kPatience) clear();
   const auto found = entries_.find(hash);
-  return size_ < kMost && (found == entries_.end() || found->second.plans.size() < kMostAlike);
+  return size_ < kMost && (found == entries_.end() || found->second.made < kMostAlike);
 }
 
 void PlanTable::add(const Key& key, uint64_t hash, std::shared_ptr<const Plan> plan) {
   Entry& entry = entries_[hash];
-  if (entry.plans.empty()) entry.key.assign(key.begin(), key.end());
+  if (entry.made == 0) entry.key.assign(key.begin(), key.end());
   if (!std::equal(key.begin(), key.end(), entry.key.begin(), entry.key.end())) return;  // another key of this hash
   entry.plans.push_back(std::move(plan));
-  ++size_, misses_ = 0;
+  ++entry.made, ++size_, misses_ = 0;
+}
+
+void PlanTable::drop(uint64_t hash, const Plan* plan) {
+  const auto found = entries_.find(hash);
+  if (found == entries_.end()) return;
+  auto& plans = found->second.plans;
+  const auto place = std::find_if(plans.begin(), plans.end(), [&](const auto& each) { return each.get() == plan; });
+  if (place == plans.end()) return;
+  plans.erase(place);
+  --size_;
 }
 
 void PlanTable::clear() {

@@ -50,11 +50,12 @@ struct Memory {
 
 struct Plan {
   std::vector<Values> values;
+  std::vector<std::pair<int32_t, const std::byte*>> places;  // arguments that have to lie there
   std::vector<Step> steps;
   int64_t scratch_bytes = 0;
 
   virtual ~Plan() = default;
-  [[nodiscard]] bool fits(const std::byte* const* arguments) const;  // whether they hold the numbers that were read
+  [[nodiscard]] bool fits(const std::byte* const* arguments) const;  // whether they are those that it was made for
   [[nodiscard]] bool run(const Memory& memory) const;                // false where a question has another answer now
 };
 
@@ -82,14 +83,15 @@ class Key {
 // The plans of one function. Bounded: a caller with ever new keys neither fills memory nor makes plans all the time.
 class PlanTable {
  public:
-  static constexpr size_t kMost = 128;         // plans
-  static constexpr size_t kMostAlike = 8;      // that differ in the numbers that were read alone
+  static constexpr size_t kMost = 512;              // plans
+  static constexpr size_t kMostAlike = 128;         // are made for a key: other numbers were read, other weights
   static constexpr uint64_t kPatience = 1'000'000;  // misses after which a full table starts anew
 
   [[nodiscard]] std::shared_ptr<const Plan> find(const Key& key, uint64_t hash, const std::byte* const* arguments);
   [[nodiscard]] bool wanted(uint64_t hash);  // after a miss: whether to make a plan, as the key was seen before
   void refuse(uint64_t hash) { refused_[hash % refused_.size()] = hash; }
   void add(const Key& key, uint64_t hash, std::shared_ptr<const Plan> plan);
+  void drop(uint64_t hash, const Plan* plan);  // one that no longer does
   void clear();
   [[nodiscard]] size_t size() const { return size_; }
 
@@ -97,6 +99,7 @@ class PlanTable {
   struct Entry {
     std::vector<int64_t> key;
     std::vector<std::shared_ptr<const Plan>> plans;
+    size_t made = 0;
   };
   std::unordered_map<uint64_t, Entry> entries_;
   std::array<uint64_t, 1024> seen_{}, refused_{};

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ _aten = torch.ops.aten
 _EMPTY = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 _ARGUMENT, _MADE, _SCRATCH, _FIXED = range(4)  # what an address belongs to
 Function = TypeVar("Function", bound=Callable[..., Any])
+planners: dict[Callable[..., Any], Any] = {}  # of what `planned` returned
 
 
 class _NoPlan(Exception):
@@ -41,8 +42,8 @@ def planned(function: Function) -> Function:
             return function(*args, **kwargs)
         return planner(*args, **kwargs)
 
-    call.planner = planner  # type: ignore[attr-defined]
-    return call  # type: ignore[return-value]
+    planners[call] = planner
+    return cast(Function, call)
 
 
 @functools.cache

@@ -29,7 +29,7 @@ if CAN_TELL:
 
 LIBRARY = torch.library.Library("uvg", "DEF")
 _kernels: dict[str, Callable[..., Any]] = {}  # name -> what the torch op does on the CPU
-_functions: dict[str, type[torch.autograd.Function]] = {}  # name -> the same with its gradient
+_applies: dict[str, Callable[..., Any]] = {}  # name -> the same with its gradient
 
 
 def define(op: str, schema: str, fake: Callable[..., Any], check: Callable[..., None] | None = None) -> Any:
@@ -96,7 +96,7 @@ def _register(
             return op(*args)
         if not (is_grad_enabled() and _any_requires_grad(*args)):
             return direct(*args)
-        return _functions[name].apply(*args) if name in _functions else op(*args)
+        return _applies[name](*args) if name in _applies else op(*args)
 
     return call
 
@@ -172,7 +172,9 @@ def autograd(op: str, backward: Callable[..., Any], setup_context: Callable[...,
 
     torch.library.register_autograd(f"uvg::{op}", run, setup_context=setup, lib=LIBRARY)
     functions = {"forward": staticmethod(forward), "backward": staticmethod(run)}
-    _functions[op] = type(op, (torch.autograd.Function,), functions)
+    function = type(op, (torch.autograd.Function,), functions)
+    # Function.apply looks for transforms of torch.func first, as `alone` has done
+    _applies[op] = vars(torch._C._FunctionBase)["apply"].__get__(None, function)
 
 
 def no_gradient(op: str) -> None:
