@@ -47,7 +47,8 @@ void flow_noise(Address data, Address tokens, Address sigma, Address kappa, Addr
 // A bit for each column of fp32 [rows, columns] that is not all zero; NaN is not.
 int64_t used_columns(Address table, int64_t rows, int64_t columns) {
   int64_t used = 0;
-  for (int64_t i = 0; i < rows * columns; ++i) used |= static_cast<int64_t>(at<const float>(table)[i] != 0) << i % columns;
+  for (int64_t i = 0; i < rows * columns; ++i)
+    used |= static_cast<int64_t>(at<const float>(table)[i] != 0) << i % columns;
   return used;
 }
 

@@ -1,5 +1,5 @@
-// Plans of calls, for uvg_engine/backends/plans.py: a Planner stands in front of a Python function on tensors of the CPU
-// and does a call that it knows itself. Python's C API, as pybind11 would cost more than what is saved.
+// Plans of calls, for uvg_engine/backends/plans.py: a Planner stands in front of a Python function on tensors of the
+// CPU and does a call that it knows itself. Python's C API, as pybind11 would cost more than what is saved.
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings_call.h"
 #include "bindings_cpu.h"
 #include "common/dlpack.h"
 #include "common/plans.h"
@@ -16,21 +17,6 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr size_t kMostTensors = 32;
-enum Tag : int64_t { kNone = 1, kTrue, kFalse, kInt, kFloat, kText, kBytes, kDtype, kTensor };
-
-// What is asked of torch and of the backends' state, given by `plans_begin`. It lives as long as the process.
-struct Torch {
-  uvg::dlpack::FromPython describe = nullptr;
-  PyTypeObject *tensor = nullptr, *parameter = nullptr, *dtype = nullptr;
-  PyObject *requires_grad = nullptr, *version = nullptr;  // descriptors
-  PyObject* grad_enabled = nullptr;
-  std::vector<PyObject*> never;                             // methods that have to tell no
-  std::vector<PyObject*> functions;                         // their results belong to a key, as those of the next two
-  std::vector<PyObject*> variables;                         // ContextVar
-  std::vector<std::pair<PyObject*, PyObject*>> names;       // dict and key
-};
-Torch* torch = nullptr;
 bool enabled = true;
 
 struct Weight {
@@ -58,122 +44,6 @@ struct CallPlan : uvg::Plan {
   }
 };
 
-int64_t bytes_of(const uvg::dlpack::Tensor& x) {
-  int64_t count = 1;
-  for (int32_t i = 0; i < x.ndim; ++i) count *= x.shape[i];
-  return count * x.bits * x.lanes / 8;
-}
-
-// A call as it is known by, and where its tensors lie. `read` is false where it has to go the long way.
-class Call {
- public:
-  bool read(PyObject* args, PyObject* kwargs) {
-    PyObject* on = PyObject_CallNoArgs(torch->grad_enabled);
-    Py_XDECREF(on);
-    if (on == nullptr) return false;
-    grad_ = on == Py_True;
-    key.add(grad_ ? 1 : 0);
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args); ++i) {
-      if (!add(PyTuple_GET_ITEM(args, i))) return false;
-    }
-    if (kwargs != nullptr) {
-      PyObject *name = nullptr, *value = nullptr;
-      Py_ssize_t at = 0;
-      while (PyDict_Next(kwargs, &at, &name, &value) != 0) {
-        if (!add(name) || !add(value)) return false;
-      }
-    }
-    if (!add_state() || !key.fits()) return false;
-    hash = key.hash();
-    return true;
-  }
-
-  uvg::Key key;
-  uint64_t hash = 0;
-  size_t count = 0;                                      // of the tensors
-  std::array<const std::byte*, kMostTensors> addresses;  // NOLINT: written before it is read
-  std::array<PyObject*, kMostTensors> tensors;           // NOLINT: borrowed
-
- private:
-  bool add_state() {
-    for (PyObject* function : torch->functions) {
-      PyObject* value = PyObject_CallNoArgs(function);
-      const bool ok = value != nullptr && add(value);
-      Py_XDECREF(value);
-      if (!ok) return false;
-    }
-    for (PyObject* variable : torch->variables) {
-      PyObject* value = nullptr;
-      if (PyContextVar_Get(variable, Py_None, &value) != 0) return false;
-      const bool ok = add(value);
-      Py_XDECREF(value);
-      if (!ok) return false;
-    }
-    for (const auto& [dict, name] : torch->names) {
-      PyObject* value = PyDict_GetItemWithError(dict, name);
-      if (value == nullptr && PyErr_Occurred() != nullptr) return false;
-      if (!add(value == nullptr ? Py_None : value)) return false;
-    }
-    return true;
-  }
-
-  bool add(PyObject* value) {
-    PyTypeObject* type = Py_TYPE(value);
-    if (type == torch->tensor || type == torch->parameter) return add_tensor(value);
-    if (value == Py_None || value == Py_True || value == Py_False) {
-      key.add(value == Py_None ? kNone : value == Py_True ? kTrue : kFalse);
-    } else if (type == &PyLong_Type) {
-      int overflow = 0;
-      const int64_t number = PyLong_AsLongLongAndOverflow(value, &overflow);
-      if (overflow != 0) return false;
-      key.add(kInt), key.add(number);
-    } else if (type == &PyFloat_Type) {
-      const double number = PyFloat_AS_DOUBLE(value);
-      int64_t bits = 0;
-      std::memcpy(&bits, &number, sizeof(bits));
-      key.add(kFloat), key.add(bits);
-    } else if (type == &PyUnicode_Type) {
-      Py_ssize_t length = 0;
-      const char* text = PyUnicode_AsUTF8AndSize(value, &length);
-      if (text == nullptr) return false;
-      key.add(kText), key.add(text, static_cast<size_t>(length));
-    } else if (type == &PyBytes_Type) {
-      key.add(kBytes), key.add(PyBytes_AS_STRING(value), static_cast<size_t>(PyBytes_GET_SIZE(value)));
-    } else if (type == torch->dtype) {  // each lives as long as torch
-      key.add(kDtype), key.add(reinterpret_cast<int64_t>(value));  // NOLINT
-    } else {
-      return false;
-    }
-    return true;
-  }
-
-  bool add_tensor(PyObject* value) {
-    uvg::dlpack::Tensor x{};
-    if (count == kMostTensors || torch->describe(value, &x) != 0) return false;
-    if (x.device_type != uvg::dlpack::kCpu || (x.data == nullptr && bytes_of(x) != 0)) return false;
-    for (PyObject* method : torch->never) {
-      PyObject* told = PyObject_CallOneArg(method, value);
-      Py_XDECREF(told);
-      if (told != Py_False) return false;
-    }
-    PyObject* wants = Py_TYPE(torch->requires_grad)
-                          ->tp_descr_get(torch->requires_grad, value, reinterpret_cast<PyObject*>(Py_TYPE(value)));
-    Py_XDECREF(wants);
-    if (wants == nullptr || (grad_ && wants == Py_True)) return false;
-    const auto* data = static_cast<const std::byte*>(x.data) + x.byte_offset;
-    size_t object = 0, address = 0;  // the first argument that is the same tensor, and the first in the same place
-    while (object < count && tensors[object] != value) ++object;
-    while (address < count && addresses[address] != data) ++address;
-    key.add(kTensor), key.add(x.code | x.bits << 8 | x.lanes << 16 | (wants == Py_True ? 1LL : 0LL) << 32);
-    key.add(static_cast<int64_t>(object | address << 8U | static_cast<size_t>(x.ndim) << 16U));
-    for (int32_t i = 0; i < x.ndim; ++i) key.add(x.shape[i]), key.add(x.strides[i]);
-    tensors[count] = value, addresses[count++] = data;
-    return true;
-  }
-
-  bool grad_ = false;
-};
-
 struct Planner {
   PyObject_HEAD;
   PyObject *function, *make;
@@ -184,8 +54,8 @@ struct Planner {
 bool hold_words(const CallPlan& plan, const Call& call, std::vector<py::object>& held) {
   for (const Weight& weight : plan.weights) {
     PyObject* tensor = call.tensors[weight.argument];
-    const auto version = py::reinterpret_steal<py::object>(Py_TYPE(torch->version)->tp_descr_get(
-        torch->version, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor))));
+    const auto version = py::reinterpret_steal<py::object>(
+        Py_TYPE(torch->version)->tp_descr_get(torch->version, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor))));
     if (!version || PyLong_AsLongLong(version.ptr()) != weight.version) return false;
     PyObject* words = PyWeakref_GetObject(weight.words);
     if (words == nullptr || words == Py_None) return false;
@@ -332,8 +202,7 @@ Shared new_plan(const py::list& values, const py::list& steps, const py::list& r
     plan->steps.push_back(std::move(step));
   }
   for (const auto& each : weights) {
-    const auto [argument, address, version, words] =
-        each.cast<std::tuple<int32_t, Address, int64_t, py::object>>();
+    const auto [argument, address, version, words] = each.cast<std::tuple<int32_t, Address, int64_t, py::object>>();
     plan->places.emplace_back(argument, at<const std::byte>(address));
     plan->weights.push_back({argument, version, words.inc_ref().ptr()});
   }
@@ -364,7 +233,8 @@ void refuse(const py::object& planner, const py::tuple& args, const py::object& 
 
 // Whether plans can be: whether torch offers what it takes. exchange: torch's DLPack functions.
 bool begin(const py::object& exchange, const py::dict& about) {
-  const auto* api = static_cast<const uvg::dlpack::Exchange*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+  const auto* api =
+      static_cast<const uvg::dlpack::Exchange*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
   if (api == nullptr) throw py::error_already_set();
   while (api != nullptr && api->header.major != uvg::dlpack::kMajor) {
     api = reinterpret_cast<const uvg::dlpack::Exchange*>(api->header.older);

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from uvg_engine import backends, ops
 from uvg_engine.backends import plans
-from uvg_engine.ops import _registry
+from uvg_engine.ops import _alone, _registry
 
 
 def rows(seed):
@@ -120,7 +120,7 @@ def test_a_subclass_with_a_torch_function_sees_the_op():
 
 
 def test_a_torch_that_cannot_tell_dispatches(plain, monkeypatch):
-    monkeypatch.setattr(_registry, "CAN_TELL", False)
+    monkeypatch.setattr(_alone, "CAN_TELL", False)
     ops.gated_residual(rows(0), rows(1))
     assert plain == [False]
 

@@ -91,7 +91,8 @@ uint64_t Key::hash() const {
 
 std::shared_ptr<const Plan> PlanTable::find(const Key& key, uint64_t hash, const std::byte* const* arguments) {
   const auto found = entries_.find(hash);
-  if (found != entries_.end() && std::equal(key.begin(), key.end(), found->second.key.begin(), found->second.key.end())) {
+  if (found != entries_.end() &&
+      std::equal(key.begin(), key.end(), found->second.key.begin(), found->second.key.end())) {
     for (const auto& plan : found->second.plans) {
       if (plan->fits(arguments)) return plan;
     }

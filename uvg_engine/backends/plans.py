@@ -5,7 +5,8 @@ arguments' addresses. The second call with the same key makes one, the next call
 belong dtype, shape, strides and requires_grad of every tensor, which of them are one tensor or lie at one place, the
 value of every other argument, and what the choice of a backend depends on: `UVG_BACKENDS`, `force`, the number of
 threads, `packed_weights.kept`, modes of torch. Numbers that the call read (spans, groups) have to be the same bytes;
-a packed weight has to be that of this weight, unwritten since. All else takes the long way: what traces, looks on,
+a packed weight has to be that of this weight, unwritten since. Order and tables of the backends are taken to stay as
+they are. All else takes the long way: what traces, looks on,
 wants a gradient, or has more than 1 MiB of arguments, where Python's part does not show.
 
 A plan is used after it gave the same bits as the long way, on other addresses, over memory full of NaN. It changes

@@ -11,7 +11,6 @@ from uvg_engine.ops import _plans
 
 pytestmark = pytest.mark.skipif(not _plans._possible(), reason="no native core, or a torch without DLPack's functions")
 OPS = sorted(op for op in SUITES if native.cpu() is None or op in backends.table("cpu"))
-# What their first case has is packed again for every backward
 CASES = [(op, case, dtype) for op in OPS for case in SUITES[op].cases for dtype in case.dtypes]
 
 
