@@ -1,5 +1,8 @@
 """What a plan of a call hangs on: whatever of it changes, the call takes the long way, or another plan."""
 
+import os
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -56,6 +59,24 @@ def test_plans_can_be_switched_off(long_ways):
     assert long_ways == ["gated_residual"]
     ops.gated_residual(rows(0), rows(1))
     assert len(long_ways) == 1
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["switched off", "torch without DLPack's functions"])
+def test_without_plans_calls_are_served(older):
+    """Of a torch before 2.10 the ops are what they were."""
+    lines = (
+        "import torch",
+        *(("del torch.Tensor.__dlpack_c_exchange_api__",) if older else ()),
+        "from uvg_engine import backends, ops",
+        "from uvg_engine.ops import _plans",
+        f"assert _plans._possible() is {not older} and bool(_plans.planners) is {not older}",
+        "seen, select, h = [], backends.select, torch.ones(2, 3)",
+        "backends.select = lambda op, *rest, **more: seen.append(op) or select(op, *rest, **more)",
+        "assert all(torch.equal(ops.gated_residual(h, h), h + h) for _ in range(4))",
+        "assert seen == ['gated_residual'] * 4, seen",
+    )
+    environment = os.environ | {"UVG_PLANS": "1" if older else "0"}
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, env=environment)
 
 
 CHANGES = {
