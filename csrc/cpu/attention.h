@@ -113,10 +113,10 @@ UVG_NOINLINE void score(const uint32_t* queries, const uint32_t* panel, int64_t 
 #pragma GCC unroll 4
     for (int j = 0; j < kTileVecs; ++j) {
       x[r][j] = kWhat == kShifted ? (x[r][j] * by - reference) * scale : x[r][j] * whole;
-      if (kTail) x[r][j] = first_lanes(valid - j * kLanes) ? x[r][j] : splat(kNever);
+      if (kTail) x[r][j] = select(first_lanes(valid - j * kLanes), x[r][j], splat(kNever));
     }
     if (kWhat == kPeak) {
-      for (int j = 0; j < kTileVecs; ++j) rows.top[row] = x[r][j] > rows.top[row] ? x[r][j] : rows.top[row];
+      for (int j = 0; j < kTileVecs; ++j) rows.top[row] = select(x[r][j] > rows.top[row], x[r][j], rows.top[row]);
       continue;
     }
     Vec p[kTileVecs], total = rows.block[0][row];

@@ -15,8 +15,8 @@ constexpr float kLog2E = 1.44269504f;
 // Within 2 ulps where the result is a normal number. Arguments are held to -87..88. Cody and Waite's reduction to
 // |r| <= ln 2 / 2, then a polynomial of degree 6 (coefficients of S. Moshier's Cephes expf).
 inline Vec exp(Vec x) {
-  x = x < splat(-87.0f) ? splat(-87.0f) : x;
-  x = x > splat(88.0f) ? splat(88.0f) : x;
+  x = select(x < splat(-87.0f), splat(-87.0f), x);
+  x = select(x > splat(88.0f), splat(88.0f), x);
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec n = (x * kLog2E + magic) - magic;
   const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -27,8 +27,8 @@ inline Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const VecInts power = __builtin_convertvector(n, VecInts) + 127;
-  return p * reinterpret_cast<Vec>(power << 23);
+  const VecInts power = convert<VecInts>(n) + 127;
+  return p * as<Vec>(power << 23);
 }
 
 #if defined(__AVX512F__)

@@ -7,8 +7,6 @@ namespace uvg {
 namespace UVG_ISA {
 namespace {
 
-typedef double Doubles __attribute__((vector_size(128)));  // sixteen
-
 // Queries and keys as signed bytes, each row by its largest value; keys less their mean over the sample, which adds the
 // same to all scores of a query. Queries are stored 128 higher, as the product takes one side without a sign. Behind a
 // query stands its scale; behind a panel of keys their scales, and what the 128 have added to their products.
@@ -40,10 +38,9 @@ struct InBytes {
     for (int64_t i = 0; i < x.count; ++i) {
       x.prefetch(i + kAhead, width);
       columns(width, [&](int64_t c, int64_t n) {
-        Doubles sum;
-        std::memcpy(&sum, sums + c, sizeof sum);
-        sum += __builtin_convertvector(load(x.at(i) + c, n), Doubles);
-        std::memcpy(sums + c, &sum, sizeof sum);
+        float values[kLanes];
+        store(values, load(x.at(i) + c, n));
+        for (int64_t j = 0; j < kLanes; ++j) sums[c + j] += double{values[j]};
       });
     }
     for (int64_t c = 0; c < width; ++c) mean[c] = static_cast<float>(sums[c] / static_cast<double>(x.count));
@@ -84,13 +81,12 @@ struct InBytes {
 #pragma GCC unroll 6
     for (int64_t r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
-      for (int j = 0; j < kTileVecs; ++j) sum[r][j] = reinterpret_cast<VecInts>(load_bits(tails + kPanel + j * kLanes));
+      for (int j = 0; j < kTileVecs; ++j) sum[r][j] = as<VecInts>(load_bits(tails + kPanel + j * kLanes));
     UVG_ISA::multiply<B>(sum, queries, query_words(width), 1, panel, kPanel, depth_of<B>(width));
 #pragma GCC unroll 6
     for (int64_t r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
-      for (int j = 0; j < kTileVecs; ++j)
-        x[r][j] = __builtin_convertvector(sum[r][j], Vec) * reinterpret_cast<Vec>(load_bits(tails + j * kLanes));
+      for (int j = 0; j < kTileVecs; ++j) x[r][j] = convert<Vec>(sum[r][j]) * as<Vec>(load_bits(tails + j * kLanes));
   }
 
   static UVG_INLINE float scale_of(const uint32_t* query, int64_t width) {

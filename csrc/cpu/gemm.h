@@ -80,8 +80,8 @@ UVG_INLINE Vec value_of(const Product<F>& p, VecInts sum, int64_t row, int64_t c
   const uint32_t* tails = p.packed + first * tailed_words<F>(p.depth) + words * kPanel + (column - first);
   Tail tail;
   std::memcpy(&tail, p.x + row * p.x_row + words * F::kPer, sizeof tail);
-  sum -= reinterpret_cast<VecInts>(load_bits(tails + kPanel)) * tail.number;
-  return __builtin_convertvector(sum, Vec) * reinterpret_cast<Vec>(load_bits(tails)) * tail.scale;
+  sum -= as<VecInts>(load_bits(tails + kPanel)) * tail.number;
+  return convert<Vec>(sum) * as<Vec>(load_bits(tails)) * tail.scale;
 }
 
 // What becomes of the sums of a tile, `rows` rows kPanel apart, whose place in the product is (row, column).
@@ -93,7 +93,7 @@ UVG_NOINLINE void finish(const Product<F>& p, const float* sums, int64_t rows, i
     const Vec bias = p.bias == nullptr ? Vec{} : load(p.bias + first, n);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (row + r) * p.out_row + first;
-      Vec value = value_of(p, reinterpret_cast<Sum>(load(sums + r * kPanel + i)), row + r, first) + bias;
+      Vec value = value_of(p, as<Sum>(load(sums + r * kPanel + i)), row + r, first) + bias;
       if (p.slope_at != nullptr) {
         const GeluAndSlope gelu(load(p.slope_at + (row + r) * p.slope_row + first, n));
         value = value * gelu.slope;

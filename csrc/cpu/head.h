@@ -76,7 +76,7 @@ struct Mass {
 UVG_INLINE Mass mass_of(const Vec (&logits)[kTileVecs], float scale) {
   Vec top = logits[0];
 #pragma GCC unroll 4
-  for (int j = 1; j < kTileVecs; ++j) top = logits[j] > top ? logits[j] : top;
+  for (int j = 1; j < kTileVecs; ++j) top = select(logits[j] > top, logits[j], top);
   const float most = largest(top);
   const Vec reference = splat(most == kNever ? 0.0f : most);
   Vec total = {};

@@ -22,12 +22,16 @@ UVG_INLINE void store_bytes(uint8_t* p, VecInts v) {
 inline float smallest(Vec v) { return _mm512_reduce_min_ps((__m512)v); }
 #else
 UVG_INLINE VecInts nearest(Vec x) {  // not by adding 1.5 * 2^23, which a compiler fuses with what made x
-  for (int64_t i = 0; i < kLanes; ++i) x[i] = __builtin_rintf(x[i]);
-  return __builtin_convertvector(x, VecInts);
+  float lanes[kLanes];
+  store(lanes, x);
+  for (float& lane : lanes) lane = __builtin_rintf(lane);
+  return convert<VecInts>(load(lanes));
 }
 
 UVG_INLINE void store_bytes(uint8_t* p, VecInts v) {
-  for (int64_t i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(v[i]);
+  int32_t lanes[kLanes];
+  to_memory(lanes, v);
+  for (int64_t i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(lanes[i]);
 }
 
 inline float smallest(Vec v) { return -largest(-v); }
@@ -42,7 +46,7 @@ struct Range {
     Vec least{}, most{}, odd{};
     columns(width, [&](int64_t i, int64_t n) {
       const Vec x = load(row + i, n);
-      least = x < least ? x : least, most = x > most ? x : most, odd += x * 0.0f;
+      least = select(x < least, x, least), most = select(x > most, x, most), odd += x * 0.0f;
     });
     low = smallest(least), high = largest(most), poison = sum(odd);
   }
@@ -57,7 +61,7 @@ UVG_INLINE int32_t to_bytes(const T* row, int64_t width, float by, int32_t offse
     VecInts x = nearest(load(row + i, n) * by);
     total += x;
     x += offset;
-    store_bytes(out + i, x > most ? VecInts{} + most : x);
+    store_bytes(out + i, select(x > most, VecInts{} + most, x));
   });
   int32_t all = 0;
   for (int64_t i = 0; i < kLanes; ++i) all += total[i];
@@ -103,7 +107,7 @@ struct Bytes {
 #if defined(__AVX512VNNI__)
     return (VecInts)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(static_cast<int>(left)), (__m512i)right);
 #else
-    const auto bytes = reinterpret_cast<VecInts>(right);
+    const auto bytes = as<VecInts>(right);
     for (int at = 0; at < 32; at += 8) sum += ((bytes << (24 - at)) >> 24) * static_cast<int32_t>(left >> at & 0xFF);
     return sum;
 #endif

@@ -61,7 +61,7 @@ UVG_INLINE void norm_rows(const X* x, int64_t width, float eps, const NormFactor
 }
 
 // The first n lanes of v, 0 in the others.
-inline Vec only(Vec v, int64_t n) { return reinterpret_cast<Vec>(reinterpret_cast<VecInts>(v) & first_lanes(n)); }
+inline Vec only(Vec v, int64_t n) { return as<Vec>(as<VecInts>(v) & first_lanes(n)); }
 
 // Of which a chunk's sums over its rows are: dy, and dy * xhat.
 enum NormPart { kPlain, kProjected, kNormParts };

@@ -24,11 +24,11 @@ inline void multiply(VecBits x, uint32_t factor, VecBits& high, VecBits& low) {
   high = (VecBits)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
   low = (VecBits)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
 #else
-  for (int i = 0; i < kLanes; ++i) {
-    const uint64_t product = uint64_t{x[i]} * factor;
-    high[i] = static_cast<uint32_t>(product >> 32);
-    low[i] = static_cast<uint32_t>(product);
-  }
+  uint32_t from[kLanes], highs[kLanes];
+  to_memory(from, x);
+  for (int i = 0; i < kLanes; ++i) highs[i] = static_cast<uint32_t>(uint64_t{from[i]} * factor >> 32);
+  high = from_memory<VecBits>(highs);
+  low = x * factor;
 #endif
 }
 
@@ -49,7 +49,7 @@ struct RoundKeys {
 // round waits for the one before it.
 template <int64_t kCount>
 UVG_INLINE void philox(const RoundKeys& keys, int64_t step, PhiloxStream stream, int64_t token, Words (&out)[kCount]) {
-  const VecBits lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const VecBits lane = from_memory<VecBits>(kCounted);
   const VecBits zero = {};
   each<kCount>([&](auto k) UVG_INLINED {
     out[k] = {{zero + static_cast<uint32_t>(step), zero + static_cast<uint32_t>(stream),
@@ -74,9 +74,7 @@ inline Words philox(int64_t seed, int64_t step, PhiloxStream stream, int64_t tok
 }
 
 // Odd multiples of 2^-24 in (0, 1), exact.
-inline Vec uniform(VecBits word) {
-  return __builtin_convertvector(reinterpret_cast<VecInts>(2 * (word >> 9) + 1), Vec) * 0x1p-24f;
-}
+inline Vec uniform(VecBits word) { return convert<Vec>(as<VecInts>(2 * (word >> 9) + 1)) * 0x1p-24f; }
 
 inline VecBits integers(VecBits word, uint32_t below) {
   VecBits high, low;
@@ -88,17 +86,19 @@ inline Vec sqrt(Vec x) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_sqrt_ps((__m512)x);
 #else
-  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
+  float lanes[kLanes];
+  store(lanes, x);
+  for (float& lane : lanes) lane = __builtin_sqrtf(lane);
+  return load(lanes);
 #endif
 }
 
 // Natural logarithm of a normal number, within 1.5 ulps also next to 1: m in [sqrt 1/2, sqrt 2) times a power of two,
 // then x - x^2/2 + x^3 P(x) with x = m - 1 (least maximum error, degree 7).
 inline Vec log(Vec value) {
-  const auto bits = reinterpret_cast<VecBits>(value) - 0x3F3504F3u;  // the bits of sqrt 1/2
-  const Vec exponent = __builtin_convertvector(reinterpret_cast<VecInts>(bits) >> 23, Vec);
-  const Vec x = reinterpret_cast<Vec>((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
+  const auto bits = as<VecBits>(value) - 0x3F3504F3u;  // the bits of sqrt 1/2
+  const Vec exponent = convert<Vec>(as<VecInts>(bits) >> 23);
+  const Vec x = as<Vec>((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
   Vec p = splat(-7.8595980e-2f);
   p = p * x + 1.2881638e-1f;
   p = p * x - 1.3128755e-1f;
@@ -116,9 +116,9 @@ inline Vec log(Vec value) {
 inline void normal_pair(VecBits radius, VecBits turn, Vec& first, Vec& second) {
   const Vec r = sqrt(-2.0f * log(uniform(radius)));
   // a = pi/2 (quarter + f) with f in [-1/2, 1/2], all exact
-  const auto n = reinterpret_cast<VecInts>(2 * (turn >> 9) + 1);
+  const auto n = as<VecInts>(2 * (turn >> 9) + 1);
   const VecInts quarter = (n + (1 << 21)) >> 22;
-  const Vec f = __builtin_convertvector(n - (quarter << 22), Vec) * 0x1p-22f;
+  const Vec f = convert<Vec>(n - (quarter << 22)) * 0x1p-22f;
   const Vec z = f * f;
   Vec sine = splat(-4.6016579e-3f), cosine = splat(9.0402167e-4f);  // least maximum error, degrees 7 and 8
   sine = sine * z + 7.9680033e-2f;
@@ -130,9 +130,9 @@ inline void normal_pair(VecBits radius, VecBits turn, Vec& first, Vec& second) {
   cosine = cosine * z + 1.0f;
   const VecInts swapped = (quarter & 1) != 0;
   const VecInts flip_first = ((quarter + 1) & 2) << 30, flip_second = (quarter & 2) << 30;
-  const auto sine_bits = reinterpret_cast<VecInts>(sine), cosine_bits = reinterpret_cast<VecInts>(cosine);
-  first = r * reinterpret_cast<Vec>(((swapped & sine_bits) | (~swapped & cosine_bits)) ^ flip_first);
-  second = r * reinterpret_cast<Vec>(((swapped & cosine_bits) | (~swapped & sine_bits)) ^ flip_second);
+  const auto sine_bits = as<VecInts>(sine), cosine_bits = as<VecInts>(cosine);
+  first = r * as<Vec>(((swapped & sine_bits) | (~swapped & cosine_bits)) ^ flip_first);
+  second = r * as<Vec>(((swapped & cosine_bits) | (~swapped & sine_bits)) ^ flip_second);
 }
 
 // Four vectors read across: to[4 i + j] = from[j][i].
@@ -156,8 +156,10 @@ inline void interleave(const Vec (&from)[4], float* to) {
   _mm512_storeu_ps(to + 32, _mm512_shuffle_f32x4(c, d, 0x88));
   _mm512_storeu_ps(to + 48, _mm512_shuffle_f32x4(c, d, 0xDD));
 #else
+  float values[4][kLanes];
+  for (int j = 0; j < 4; ++j) store(values[j], from[j]);
   for (int i = 0; i < kLanes; ++i)
-    for (int j = 0; j < 4; ++j) to[4 * i + j] = from[j][i];
+    for (int j = 0; j < 4; ++j) to[4 * i + j] = values[j][i];
 #endif
 }
 

@@ -10,14 +10,38 @@ namespace UVG_ISA {
 
 enum RopeKind { kVideo = 0, kText = 1, kNone = 2 };
 
+constexpr float kSigns[kLanes] = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+
+#if !defined(__AVX512F__)
+template <typename V>
+UVG_INLINE V swapped(V v) {
+  if constexpr (kIsTwo<V>) {
+    return {swapped(v.low), swapped(v.high)};
+  } else {
+    V out;
+    for (size_t i = 0; i < sizeof(V) / sizeof(float); ++i) out[i] = v[i ^ 1];
+    return out;
+  }
+}
+
+template <bool odd, typename V>
+UVG_INLINE V doubled(V v) {
+  if constexpr (kIsTwo<V>) {
+    return {doubled<odd>(v.low), doubled<odd>(v.high)};
+  } else {
+    V out;
+    for (size_t i = 0; i < sizeof(V) / sizeof(float); ++i) out[i] = v[odd ? i | 1 : i & ~size_t{1}];
+    return out;
+  }
+}
+#endif
+
 // Every second lane changes places with its neighbour.
 inline Vec swap_neighbours(Vec v) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_maskz_permute_ps(0xFFFF, (__m512)v, 0xB1);  // unmasked, g++ 12 warns of its own header
 #else
-  Vec out;
-  for (int64_t i = 0; i < kLanes; ++i) out[i] = v[i ^ 1];
-  return out;
+  return swapped(v);
 #endif
 }
 
@@ -27,9 +51,7 @@ inline Vec twice(Vec v) {
 #if defined(__AVX512F__)
   return (Vec)(odd ? _mm512_maskz_movehdup_ps(0xFFFF, (__m512)v) : _mm512_maskz_moveldup_ps(0xFFFF, (__m512)v));
 #else
-  Vec out;
-  for (int64_t i = 0; i < kLanes; ++i) out[i] = v[odd ? i | 1 : i & ~1];
-  return out;
+  return doubled<odd>(v);
 #endif
 }
 
@@ -93,7 +115,7 @@ class Rope {
 
   // Cosines and signed sines, each beside the value that it multiplies: pairs of neighbours, and of the two halves.
   void spread(float turn) {
-    const Vec sign = turn * Vec{-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+    const Vec sign = turn * load(kSigns);
     columns(head_, [&](int64_t i, int64_t n) {
       const Vec v = load(turns_ + i, n);
       store(cos_ + i, twice<false>(v), n), store(sin_ + i, sign * twice<true>(v), n);

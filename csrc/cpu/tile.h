@@ -20,13 +20,9 @@ constexpr int64_t kPanel = kTileVecs * kLanes;
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-UVG_INLINE VecBits load_bits(const uint32_t* p) {
-  VecBits v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
+UVG_INLINE VecBits load_bits(const uint32_t* p) { return from_memory<VecBits>(p); }
 
-UVG_INLINE void store_bits(uint32_t* p, VecBits v) { std::memcpy(p, &v, sizeof v); }
+UVG_INLINE void store_bits(uint32_t* p, VecBits v) { to_memory(p, v); }
 
 // Value: type of the tensor; Left: of the left operand's rows. All formats have: kPer values to a dword, depth of a row
 // of `width` values, kTail dwords behind a packed row, one multiply-accumulate of Sum. Those of floats also store
@@ -46,26 +42,22 @@ struct Singles {
   static UVG_INLINE Vec mac(Vec sum, uint32_t left, VecBits right) {
     float value;
     std::memcpy(&value, &left, sizeof value);
-    return sum + splat(value) * reinterpret_cast<Vec>(right);
+    return sum + splat(value) * as<Vec>(right);
   }
 
   // Sixteen dwords of a row from value i on; n values are left there.
-  static UVG_INLINE VecBits dwords(const T* row, int64_t i, int64_t n) {
-    return reinterpret_cast<VecBits>(load(row + i, n));
-  }
+  static UVG_INLINE VecBits dwords(const T* row, int64_t i, int64_t n) { return as<VecBits>(load(row + i, n)); }
 
   // Sixteen columns, n of them real, of the kPer rows that share dwords. A row that is not there is null.
   static UVG_INLINE VecBits across(const T* const* rows, int64_t i, int64_t n) {
-    return reinterpret_cast<VecBits>(rows[0] == nullptr ? Vec{} : load(rows[0] + i, n));
+    return as<VecBits>(rows[0] == nullptr ? Vec{} : load(rows[0] + i, n));
   }
 
   static UVG_INLINE void put(uint32_t* row, int64_t column, const Vec (&values)[kTileVecs]) {
-    for (int j = 0; j < kTileVecs; ++j) store_bits(row + column + j * kLanes, reinterpret_cast<VecBits>(values[j]));
+    for (int j = 0; j < kTileVecs; ++j) store_bits(row + column + j * kLanes, as<VecBits>(values[j]));
   }
 
-  static UVG_INLINE Vec get(const uint32_t* row, int64_t column) {
-    return reinterpret_cast<Vec>(load_bits(row + column));
-  }
+  static UVG_INLINE Vec get(const uint32_t* row, int64_t column) { return as<Vec>(load_bits(row + column)); }
 
   static UVG_INLINE Vec rounded_sum(Vec sum, const Vec (&values)[kTileVecs]) {
     for (int j = 0; j < kTileVecs; ++j) sum += values[j];
@@ -95,32 +87,24 @@ struct Pairs {
 
   static UVG_INLINE Vec mac(Vec sum, uint32_t left, VecBits right) {
     const auto pair = vreinterpretq_bf16_u32(vdupq_n_u32(left));
-    float32x4_t sums[4];
-    bfloat16x8_t pairs[4];
-    std::memcpy(sums, &sum, sizeof sum);
-    std::memcpy(pairs, &right, sizeof right);
-    for (int i = 0; i < 4; ++i) sums[i] = vbfdotq_f32(sums[i], pair, pairs[i]);
-    std::memcpy(&sum, sums, sizeof sum);
-    return sum;
+    const auto dot = [&](auto four, auto pairs) {
+      return decltype(four)(vbfdotq_f32(float32x4_t(four), pair, bfloat16x8_t(pairs)));
+    };
+    return {{dot(sum.low.low, right.low.low), dot(sum.low.high, right.low.high)},
+            {dot(sum.high.low, right.high.low), dot(sum.high.high, right.high.high)}};
   }
 #endif
 
   static UVG_INLINE VecBits dwords(const BFloat16* row, int64_t i, int64_t n) {
-    if (n >= 2 * kLanes) {
-      VecBits v;
-      std::memcpy(&v, row + i, sizeof v);
-      return v;
-    }
+    if (n >= 2 * kLanes) return from_memory<VecBits>(row + i);
     BFloat16 part[2 * kLanes] = {};
     std::memcpy(part, row + i, static_cast<size_t>(n) * sizeof(BFloat16));
-    VecBits v;
-    std::memcpy(&v, part, sizeof v);
-    return v;
+    return from_memory<VecBits>(part);
   }
 
   static UVG_INLINE VecBits across(const BFloat16* const* rows, int64_t i, int64_t n) {
-    const VecBits low = rows[0] == nullptr ? VecBits{} : reinterpret_cast<VecBits>(load(rows[0] + i, n)) >> 16;
-    return rows[1] == nullptr ? low : low | reinterpret_cast<VecBits>(load(rows[1] + i, n));
+    const VecBits low = rows[0] == nullptr ? VecBits{} : as<VecBits>(load(rows[0] + i, n)) >> 16;
+    return rows[1] == nullptr ? low : low | as<VecBits>(load(rows[1] + i, n));
   }
 
   static UVG_INLINE Vec get(const uint32_t* row, int64_t column) {
@@ -165,8 +149,8 @@ using Halves = Singles<BFloat16>;
 template <typename F>
 UVG_INLINE void pair_rows(const uint32_t* two, int64_t row, int64_t column, uint32_t* out) {
   for (int j = 0; j < kTileVecs; ++j) {
-    const auto low = reinterpret_cast<VecBits>(F::get(two, column + j * kLanes)) >> 16;
-    store_bits(out + j * kLanes, low | reinterpret_cast<VecBits>(F::get(two + row, column + j * kLanes)));
+    const auto low = as<VecBits>(F::get(two, column + j * kLanes)) >> 16;
+    store_bits(out + j * kLanes, low | as<VecBits>(F::get(two + row, column + j * kLanes)));
   }
 }
 
@@ -203,8 +187,8 @@ UVG_NOINLINE void multiply_into(float* out, int64_t out_row, const uint32_t* lef
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) {
       float* to = out + r * out_row + j * kLanes;
-      const Sum all = first ? sum[r][j] : reinterpret_cast<Sum>(load(to)) + sum[r][j];
-      store(to, reinterpret_cast<Vec>(all));
+      const Sum all = first ? sum[r][j] : as<Sum>(load(to)) + sum[r][j];
+      store(to, as<Vec>(all));
     }
 }
 
@@ -261,6 +245,34 @@ UVG_INLINE void transpose16(const uint32_t* const* rows, int64_t column, uint32_
     _mm512_storeu_si512(to + i * to_row, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
     _mm512_storeu_si512(to + (i + 8) * to_row, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD));
   }
+}
+#elif defined(__AVX__)
+UVG_INLINE void transpose8(const uint32_t* const* rows, int64_t column, uint32_t* to, int64_t to_row) {
+  __m256 r[8], t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[i] + column));
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(to + i * to_row), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float*>(to + (i + 4) * to_row), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+
+inline void transpose16(const uint32_t* const* rows, int64_t column, uint32_t* to, int64_t to_row) {
+  for (int64_t c = 0; c < 16; c += 8)
+    for (int64_t r = 0; r < 16; r += 8) transpose8(rows + r, column + c, to + c * to_row + r, to_row);
 }
 #else
 inline void transpose16(const uint32_t* const* rows, int64_t column, uint32_t* to, int64_t to_row) {

@@ -8,68 +8,83 @@
 #include <cstring>
 
 #include "common/dtype.h"
+#include "cpu/wide.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #include <arm_neon.h>
 #endif
 
-#define UVG_INLINE inline __attribute__((always_inline))
-#define UVG_NOINLINE __attribute__((noinline))
-#define UVG_INLINED __attribute__((always_inline))  // of a lambda: arrays of vectors that it sees stay in registers
-
 namespace uvg {
 namespace UVG_ISA {
 
 constexpr int64_t kLanes = 16;
-typedef float Vec __attribute__((vector_size(64)));
-typedef uint32_t VecBits __attribute__((vector_size(64)));
-typedef int32_t VecInts __attribute__((vector_size(64)));
-typedef uint16_t HalfBits __attribute__((vector_size(32)));
+using Vec = Several<float, kLanes>::Type;
+using VecBits = Several<uint32_t, kLanes>::Type;
+using VecInts = Several<int32_t, kLanes>::Type;
 
-inline Vec splat(float value) { return Vec{} + value; }
+UVG_INLINE Vec splat(float value) { return value - Vec{}; }  // Vec{} + value: an addition, as -0 would become 0
+
+constexpr int32_t kCounted[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // All bits of the first n lanes.
-inline VecInts first_lanes(int64_t n) {
-  const VecInts lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return lane < static_cast<int32_t>(n);
+UVG_INLINE VecInts first_lanes(int64_t n) { return from_memory<VecInts>(kCounted) < static_cast<int32_t>(n); }
+
+UVG_INLINE Vec load(const float* p) { return from_memory<Vec>(p); }
+
+#if !defined(__AVX512F__)
+// Values of bf16 as those of V, and V rounded to bf16: to nearest, ties to even.
+template <typename V>
+UVG_INLINE V widened(const BFloat16* p) {
+  constexpr int64_t kCount = sizeof(V) / sizeof(float);
+  if constexpr (kIsTwo<V>) {
+    return {widened<decltype(V::low)>(p), widened<decltype(V::high)>(p + kCount / 2)};
+  } else {
+    const auto half = from_memory<typename Several<uint16_t, kCount>::Type>(p);
+    return as<V>(convert<typename Several<uint32_t, kCount>::Type>(half) << 16);
+  }
 }
 
-inline Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
+template <typename V>
+UVG_INLINE void narrowed(V v, BFloat16* p) {
+  constexpr int64_t kCount = sizeof(V) / sizeof(float);
+  if constexpr (kIsTwo<V>) {
+    narrowed(v.low, p), narrowed(v.high, p + kCount / 2);
+  } else {
+    const auto bits = as<typename Several<uint32_t, kCount>::Type>(v);
+    const auto rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+    to_memory(p, convert<typename Several<uint16_t, kCount>::Type>(v != v ? quiet : rounded));
+  }
 }
+#endif
 
-inline Vec load(const BFloat16* p) {
+UVG_INLINE Vec load(const BFloat16* p) {
 #if defined(__AVX512F__)
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return (Vec)((VecBits)_mm512_maskz_cvtepu16_epi32(0xFFFF, half) << 16);  // unmasked, g++ 12 warns of its own header
 #else
-  HalfBits half;
-  std::memcpy(&half, p, sizeof half);
-  const VecBits bits = __builtin_convertvector(half, VecBits) << 16;
-  Vec v;
-  std::memcpy(&v, &bits, sizeof v);
-  return v;
+  return widened<Vec>(p);
 #endif
 }
 
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+UVG_INLINE void store(float* p, Vec v) { to_memory(p, v); }
 
-inline void store(BFloat16* p, Vec v) {
+UVG_INLINE void store(BFloat16* p, Vec v) {
 #if defined(__AVX512BF16__)
   const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
   std::memcpy(p, &half, sizeof half);
-#else
+#elif defined(__AVX512F__)
+  typedef uint16_t HalfBits __attribute__((vector_size(32)));
   VecBits bits;
   std::memcpy(&bits, &v, sizeof bits);
   const VecBits rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   const VecBits quiet = (bits >> 16) | 0x40;
-  const auto nan = reinterpret_cast<VecBits>(v != v);
+  const auto nan = as<VecBits>(v != v);
   const HalfBits half = __builtin_convertvector((nan & quiet) | (~nan & rounded), HalfBits);
   std::memcpy(p, &half, sizeof half);
+#else
+  narrowed(v, p);
 #endif
 }
 
@@ -97,9 +112,7 @@ template <typename T>
 inline Vec load_part(const T* p, int64_t n, Vec fill) {
   T part[kLanes] = {};
   std::memcpy(part, p, static_cast<size_t>(n) * sizeof(T));
-  Vec v = load(part);
-  for (int64_t i = n; i < kLanes; ++i) v[i] = fill[i];
-  return v;
+  return select(first_lanes(n), load(part), fill);
 }
 
 template <typename T>
@@ -125,20 +138,22 @@ inline void store(T* p, Vec v, int64_t n) {
 inline float sum(Vec v) {
   typedef float Eight __attribute__((vector_size(32)));
   typedef float Four __attribute__((vector_size(16)));
-  Eight low8, high8;
+#if defined(__AVX__)
 #if defined(__AVX512F__)  // by memcpy, g++ 12 would keep v in memory, in the loops that sum it too
-  low8 = (Eight)_mm512_maskz_extractf32x8_ps(0xFF, (__m512)v, 0);  // unmasked, g++ 12 warns of its own header
-  high8 = (Eight)_mm512_maskz_extractf32x8_ps(0xFF, (__m512)v, 1);
+  const Eight low8 = (Eight)_mm512_maskz_extractf32x8_ps(0xFF, (__m512)v, 0);  // unmasked, g++ 12 warns of its header
+  const Eight eight = low8 + (Eight)_mm512_maskz_extractf32x8_ps(0xFF, (__m512)v, 1);
 #else
-  std::memcpy(&low8, &v, sizeof low8);
-  std::memcpy(&high8, reinterpret_cast<const char*>(&v) + sizeof low8, sizeof high8);
+  const Eight eight = v.low + v.high;
 #endif
-  low8 += high8;
   Four low4, high4;
-  std::memcpy(&low4, &low8, sizeof low4);
-  std::memcpy(&high4, reinterpret_cast<const char*>(&low8) + sizeof low4, sizeof high4);
-  low4 += high4;
-  return (low4[0] + low4[2]) + (low4[1] + low4[3]);
+  std::memcpy(&low4, &eight, sizeof low4);
+  std::memcpy(&high4, reinterpret_cast<const char*>(&eight) + sizeof low4, sizeof high4);
+  const Four four = low4 + high4;
+#else
+  const auto eight = v.low + v.high;
+  const Four four = eight.low + eight.high;
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // The largest lane; NaN is passed over where it can be.
@@ -146,9 +161,13 @@ inline float largest(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
 #else
-  float most = v[0];
-  for (int64_t i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
-  return most;
+  const auto eight = select(v.high > v.low, v.high, v.low);
+  constexpr int64_t kEight = kLanes / 2;
+  float lanes[kEight];
+  to_memory(lanes, eight);
+  for (int64_t half = kEight / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
+  return lanes[0];
 #endif
 }
 
