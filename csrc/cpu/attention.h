@@ -97,13 +97,18 @@ struct Workspace {
 
 enum What { kPlain, kShifted, kPeak };
 
+template <What kWhat>
+struct Kind {
+  static constexpr What value = kWhat;
+};
+
 // One tile of scores to probabilities and their sums, kPlain where all references are 0; or, with kPeak, to the largest
-// score of each row. Keys from `valid` on count nothing.
-template <typename S, bool kTail, What kWhat>
+// score of each row. V vectors of keys; those from `valid` on count nothing.
+template <typename S, int V, bool kTail, What kWhat>
 UVG_NOINLINE void score(const uint32_t* queries, const uint32_t* panel, int64_t width, float scale, int64_t valid,
                         uint32_t* probabilities, int64_t column, const RowState& rows, int64_t first) {
   using F = typename S::Format;
-  Vec x[kTileRows][kTileVecs];
+  Vec x[kTileRows][V];
   S::multiply(x, queries, panel, width);
 #pragma GCC unroll 6
   for (int64_t r = 0; r < kTileRows; ++r) {
@@ -111,17 +116,17 @@ UVG_NOINLINE void score(const uint32_t* queries, const uint32_t* panel, int64_t 
     const Vec reference = splat(rows.reference[row]);
     const float by = S::scale_of(queries + r * S::query_words(width), width), whole = by * scale;
 #pragma GCC unroll 4
-    for (int j = 0; j < kTileVecs; ++j) {
+    for (int j = 0; j < V; ++j) {
       x[r][j] = kWhat == kShifted ? (x[r][j] * by - reference) * scale : x[r][j] * whole;
       if (kTail) x[r][j] = select(first_lanes(valid - j * kLanes), x[r][j], splat(kNever));
     }
     if (kWhat == kPeak) {
-      for (int j = 0; j < kTileVecs; ++j) rows.top[row] = select(x[r][j] > rows.top[row], x[r][j], rows.top[row]);
+      for (int j = 0; j < V; ++j) rows.top[row] = select(x[r][j] > rows.top[row], x[r][j], rows.top[row]);
       continue;
     }
-    Vec p[kTileVecs], total = rows.block[0][row];
+    Vec p[V], total = rows.block[0][row];
 #pragma GCC unroll 4
-    for (int j = 0; j < kTileVecs; ++j) {
+    for (int j = 0; j < V; ++j) {
       p[j] = F::power(x[r][j]);
       total += p[j];
     }
@@ -182,24 +187,27 @@ void attend(const Params& p, const Rows<typename S::Format::Value>& queries, int
   for (int64_t r = 0; r < padded; ++r) rows.total[r] = rows.rounded[r] = Vec{}, rows.reference[r] = 0.0f;
   for (int64_t k = 0; k < num_keys; k += kKeys<F>) {
     const int64_t left = num_keys - k, here = left < kKeys<F> ? left : kKeys<F>;
-    const auto scores = [&](auto whole, auto tail, float factor) {
-      for (int64_t c = 0; c < here; c += kPanel)
+    const auto scores = [&](auto what, float factor) {
+      for (int64_t c = 0; c < here; c += kPanel) {
+        auto* tile = score<S, kTileVecs, false, decltype(what)::value>;
+        if (here - c < kPanel)
+          with_vecs<F>(here - c,
+                       [&](auto vecs) { tile = score<S, decltype(vecs)::value, true, decltype(what)::value>; });
         for (int64_t r = 0; r < padded; r += kTileRows)
-          (here - c < kPanel ? tail : whole)(w.queries + r * words,
-                                             packed.keys + (k + c) / kPanel * S::panel_words(p.width), p.width, factor,
-                                             here - c, w.probabilities + r * row, c, rows, r);
+          tile(w.queries + r * words, packed.keys + (k + c) / kPanel * S::panel_words(p.width), p.width, factor,
+               here - c, w.probabilities + r * row, c, rows, r);
+      }
     };
     const auto probabilities = [&] {
       for (int64_t r = 0; r < padded; ++r) rows.block[0][r] = rows.block[1][r] = Vec{};
-      shifted ? scores(score<S, false, kShifted>, score<S, true, kShifted>, scale)
-              : scores(score<S, false, kPlain>, score<S, true, kPlain>, scale);
+      shifted ? scores(Kind<kShifted>{}, scale) : scores(Kind<kPlain>{}, scale);
     };
     probabilities();
     bool again = false;
     for (int64_t r = 0; r < queries.count; ++r) again = again || far(rows, r);
     if (again) {
       for (int64_t r = 0; r < padded; ++r) rows.top[r] = splat(kNever);
-      scores(score<S, false, kPeak>, score<S, true, kPeak>, scale < 0.0f ? -1.0f : 1.0f);
+      scores(Kind<kPeak>{}, scale < 0.0f ? -1.0f : 1.0f);
       rebase<F>(rows, queries.count, scale, w.out, p.width);
       shifted = true;
       probabilities();
@@ -207,7 +215,7 @@ void attend(const Params& p, const Rows<typename S::Format::Value>& queries, int
     }
     for (int64_t r = 0; r < padded; ++r) rows.total[r] += rows.block[0][r], rows.rounded[r] += rows.block[1][r];
     multiply_all<F>(w.out, padded, p.width, w.probabilities, row, 1, packed.values, total, k / F::kPer,
-                    round_up(here, kPanel) / F::kPer, k == 0);
+                    round_up(here, F::kPutVecs * kLanes) / F::kPer, k == 0);
   }
   auto* out = static_cast<typename F::Value*>(p.out);
   for (int64_t r = 0; r < queries.count; ++r) {

@@ -23,7 +23,8 @@ struct Plain {
     pack_transposed<F>(x, width, out, work);
   }
 
-  static UVG_INLINE void multiply(Vec (&x)[kTileRows][kTileVecs], const uint32_t* queries, const uint32_t* panel,
+  template <int V>
+  static UVG_INLINE void multiply(Vec (&x)[kTileRows][V], const uint32_t* queries, const uint32_t* panel,
                                   int64_t width) {
     for (auto& row : x)
       for (Vec& value : row) value = Vec{};

@@ -43,39 +43,39 @@ struct Workspace {
 };
 
 // Probabilities of a tile, keys by queries, as the forward had them: power(score * scale - lse), in the format's unit.
-template <typename F>
+template <typename F, int V>
 UVG_NOINLINE void probability(const uint32_t* keys, const uint32_t* panel, int64_t width, float scale, const float* lse,
                               uint32_t* out, int64_t column) {
-  Vec x[kTileRows][kTileVecs] = {};
+  Vec x[kTileRows][V] = {};
   multiply<F>(x, keys, row_words<F>(width), 1, panel, kPanel, depth_of<F>(width));
 #pragma GCC unroll 6
   for (int64_t r = 0; r < kTileRows; ++r) {
-    Vec p[kTileVecs];
+    Vec p[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < kTileVecs; ++j) p[j] = F::power(x[r][j] * scale - load(lse + j * kLanes));
+    for (int j = 0; j < V; ++j) p[j] = F::power(x[r][j] * scale - load(lse + j * kLanes));
     F::put(out + r * Workspace<F>::kRow, column, p);
   }
 }
 
 // Gradient of a tile of scores: p * (dp - delta). Of keys from `valid` on it is zero.
-template <typename F>
+template <typename F, int V>
 UVG_NOINLINE void score_gradient(const uint32_t* values, const uint32_t* panel, int64_t width, int64_t valid,
                                  const float* delta, const uint32_t* probabilities, uint32_t* out, uint32_t* by_keys,
                                  int64_t column) {
   constexpr int64_t row = Workspace<F>::kRow;
-  Vec dp[kTileRows][kTileVecs] = {};
+  Vec dp[kTileRows][V] = {};
   multiply<F>(dp, values, row_words<F>(width), 1, panel, kPanel, depth_of<F>(width));
 #pragma GCC unroll 6
   for (int64_t r = 0; r < kTileRows; ++r) {
-    Vec ds[kTileVecs];
+    Vec ds[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < kTileVecs; ++j) {
+    for (int j = 0; j < V; ++j) {
       const Vec p = F::get(probabilities + r * row, column + j * kLanes);
       ds[j] = r < valid ? p * (dp[r][j] - load(delta + j * kLanes)) : Vec{};
     }
     F::put(out + r * row, column, ds);
     if (F::kPer == 2 && r % 2 == 1)
-      pair_rows<F>(out + (r - 1) * row, row, column, by_keys + r / 2 * Workspace<F>::kKeyRow + column);
+      pair_rows<F, V>(out + (r - 1) * row, row, column, by_keys + r / 2 * Workspace<F>::kKeyRow + column);
   }
 }
 
@@ -108,15 +108,17 @@ void block(const Params& p, const Rows<typename F::Value>& k, const Rows<typenam
   pack_rows<F>(k, p.width, padded, w.key_rows);
   pack_rows<F>(v, p.width, padded, w.value_rows);
   for (int64_t q = 0; q < num_queries; q += kQueries) {
-    const int64_t left = round_up(num_queries - q, kPanel), here = left < kQueries ? left : kQueries;
+    const int64_t left = round_up(num_queries - q, F::kPutVecs * kLanes), here = left < kQueries ? left : kQueries;
     for (int64_t c = 0; c < here; c += kPanel) {
-      for (int64_t r = 0; r < padded; r += kTileRows)
-        probability<F>(w.key_rows + r * words, w.queries_t + (q + c) * words, p.width, p.scale / F::kUnit,
-                       w.lse + q + c, w.probabilities + r * row, c);
-      for (int64_t r = 0; r < padded; r += kTileRows)
-        score_gradient<F>(w.value_rows + r * words, w.douts_t + (q + c) * words, p.width, k.count - r, w.delta + q + c,
-                          w.probabilities + r * row, w.scores + r * row,
-                          w.scores_by_keys + r / 2 * Workspace<F>::kKeyRow, c);
+      with_vecs<F>(here - c, [&](auto vecs) {
+        for (int64_t r = 0; r < padded; r += kTileRows)
+          probability<F, decltype(vecs)::value>(w.key_rows + r * words, w.queries_t + (q + c) * words, p.width,
+                                                p.scale / F::kUnit, w.lse + q + c, w.probabilities + r * row, c);
+        for (int64_t r = 0; r < padded; r += kTileRows)
+          score_gradient<F, decltype(vecs)::value>(
+              w.value_rows + r * words, w.douts_t + (q + c) * words, p.width, k.count - r, w.delta + q + c,
+              w.probabilities + r * row, w.scores + r * row, w.scores_by_keys + r / 2 * Workspace<F>::kKeyRow, c);
+      });
     }
     const int64_t depth = here / F::kPer, skip = q / F::kPer;
     multiply_all<F>(w.dv, padded, p.width, w.probabilities, row, 1, w.douts, total_q, skip, depth, q == 0);

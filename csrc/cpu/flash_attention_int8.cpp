@@ -74,19 +74,20 @@ struct InBytes {
     }
   }
 
-  static UVG_INLINE void multiply(Vec (&x)[kTileRows][kTileVecs], const uint32_t* queries, const uint32_t* panel,
+  template <int V>
+  static UVG_INLINE void multiply(Vec (&x)[kTileRows][V], const uint32_t* queries, const uint32_t* panel,
                                   int64_t width) {
     const uint32_t* tails = panel + row_words<B>(width) * kPanel;
-    VecInts sum[kTileRows][kTileVecs];
+    VecInts sum[kTileRows][V];
 #pragma GCC unroll 6
     for (int64_t r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
-      for (int j = 0; j < kTileVecs; ++j) sum[r][j] = as<VecInts>(load_bits(tails + kPanel + j * kLanes));
+      for (int j = 0; j < V; ++j) sum[r][j] = as<VecInts>(load_bits(tails + kPanel + j * kLanes));
     UVG_ISA::multiply<B>(sum, queries, query_words(width), 1, panel, kPanel, depth_of<B>(width));
 #pragma GCC unroll 6
     for (int64_t r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
-      for (int j = 0; j < kTileVecs; ++j) x[r][j] = convert<Vec>(sum[r][j]) * as<Vec>(load_bits(tails + j * kLanes));
+      for (int j = 0; j < V; ++j) x[r][j] = convert<Vec>(sum[r][j]) * as<Vec>(load_bits(tails + j * kLanes));
   }
 
   static UVG_INLINE float scale_of(const uint32_t* query, int64_t width) {

@@ -2,7 +2,7 @@
 //
 // A tile is kTileRows rows times up to kPanel columns and stays in registers. The left operand is read one dword at a
 // time and broadcast; the right one lies in panels [depth][columns] of dwords. A dword is one fp32 value (Singles) or
-// two neighbours along the depth in bf16 (Pairs).
+// two neighbours along the depth in bf16 (Pairs). Of a panel's vectors of columns, a tile may compute the first few.
 #pragma once
 
 #include "cpu/exp.h"
@@ -18,6 +18,11 @@ constexpr int kTileVecs = 1;
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kPanel = kTileVecs * kLanes;
 
+template <int kCount>
+struct Vecs {
+  static constexpr int value = kCount;
+};
+
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 UVG_INLINE VecBits load_bits(const uint32_t* p) { return from_memory<VecBits>(p); }
@@ -26,14 +31,15 @@ UVG_INLINE void store_bits(uint32_t* p, VecBits v) { to_memory(p, v); }
 
 // Value: type of the tensor; Left: of the left operand's rows. All formats have: kPer values to a dword, depth of a row
 // of `width` values, kTail dwords behind a packed row, one multiply-accumulate of Sum. Those of floats also store
-// kTileVecs * kLanes results as a left operand, rounded as they will be read, and have the exponential that is exact
-// enough for them: power(x) = e^(x * kUnit). kRaw: tensors lie in memory as dwords already.
+// vectors of results, a multiple of kPutVecs of them, as a left operand, rounded as they will be read, and have the
+// exponential that is exact enough for them: power(x) = e^(x * kUnit). kRaw: tensors lie in memory as dwords already.
 template <typename T>
 struct Singles {
   using Value = T;
   using Left = T;
   using Sum = Vec;
   static constexpr int64_t kPer = 1, kTail = 0;
+  static constexpr int kPutVecs = 1;
   static constexpr bool kRaw = sizeof(T) == sizeof(uint32_t);
   static constexpr float kUnit = 1.0f;
 
@@ -53,14 +59,16 @@ struct Singles {
     return as<VecBits>(rows[0] == nullptr ? Vec{} : load(rows[0] + i, n));
   }
 
-  static UVG_INLINE void put(uint32_t* row, int64_t column, const Vec (&values)[kTileVecs]) {
-    for (int j = 0; j < kTileVecs; ++j) store_bits(row + column + j * kLanes, as<VecBits>(values[j]));
+  template <int V>
+  static UVG_INLINE void put(uint32_t* row, int64_t column, const Vec (&values)[V]) {
+    for (int j = 0; j < V; ++j) store_bits(row + column + j * kLanes, as<VecBits>(values[j]));
   }
 
   static UVG_INLINE Vec get(const uint32_t* row, int64_t column) { return as<Vec>(load_bits(row + column)); }
 
-  static UVG_INLINE Vec rounded_sum(Vec sum, const Vec (&values)[kTileVecs]) {
-    for (int j = 0; j < kTileVecs; ++j) sum += values[j];
+  template <int V>
+  static UVG_INLINE Vec rounded_sum(Vec sum, const Vec (&values)[V]) {
+    for (int j = 0; j < V; ++j) sum += values[j];
     return sum;
   }
 };
@@ -73,6 +81,7 @@ struct Pairs {
   static constexpr int64_t kPer = 2, kTail = 0;
   static constexpr bool kRaw = true;
 #if defined(__AVX512BF16__)
+  static constexpr int kPutVecs = 2;
   static constexpr float kUnit = 0.693147181f;
 
   static UVG_INLINE Vec power(Vec x) { return exp2(x); }
@@ -81,6 +90,7 @@ struct Pairs {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(left)), (__m512bh)right);
   }
 #else
+  static constexpr int kPutVecs = 1;
   static constexpr float kUnit = 1.0f;
 
   static UVG_INLINE Vec power(Vec x) { return exp(x); }
@@ -112,25 +122,29 @@ struct Pairs {
   }
 
 #if defined(__AVX512BF16__)
-  static UVG_INLINE void put(uint32_t* row, int64_t column, const Vec (&values)[kTileVecs]) {
-    for (int j = 0; j < kTileVecs; j += 2)
+  template <int V>
+  static UVG_INLINE void put(uint32_t* row, int64_t column, const Vec (&values)[V]) {
+    for (int j = 0; j < V; j += 2)
       store_bits(row + (column + j * kLanes) / 2,
                  (VecBits)_mm512_cvtne2ps_pbh((__m512)values[j + 1], (__m512)values[j]));
   }
 
-  static UVG_INLINE Vec rounded_sum(Vec sum, const Vec (&values)[kTileVecs]) {
+  template <int V>
+  static UVG_INLINE Vec rounded_sum(Vec sum, const Vec (&values)[V]) {
     const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3F803F80);
-    for (int j = 0; j < kTileVecs; j += 2)
+    for (int j = 0; j < V; j += 2)
       sum = (Vec)_mm512_dpbf16_ps((__m512)sum, _mm512_cvtne2ps_pbh((__m512)values[j + 1], (__m512)values[j]), ones);
     return sum;
   }
 #else
-  static UVG_INLINE void put(uint32_t* row, int64_t column, const Vec (&values)[kTileVecs]) {
-    for (int j = 0; j < kTileVecs; ++j) store(reinterpret_cast<BFloat16*>(row) + column + j * kLanes, values[j]);
+  template <int V>
+  static UVG_INLINE void put(uint32_t* row, int64_t column, const Vec (&values)[V]) {
+    for (int j = 0; j < V; ++j) store(reinterpret_cast<BFloat16*>(row) + column + j * kLanes, values[j]);
   }
 
-  static UVG_INLINE Vec rounded_sum(Vec sum, const Vec (&values)[kTileVecs]) {
-    for (int j = 0; j < kTileVecs; ++j) {
+  template <int V>
+  static UVG_INLINE Vec rounded_sum(Vec sum, const Vec (&values)[V]) {
+    for (int j = 0; j < V; ++j) {
       BFloat16 rounded[kLanes];
       store(rounded, values[j]);
       sum += load(rounded);
@@ -145,10 +159,20 @@ using Halves = Pairs;
 using Halves = Singles<BFloat16>;
 #endif
 
+// Calls body(a number known to the compiler) with as many vectors of a panel as hold `columns` of it.
+template <typename F, int V = F::kPutVecs, typename Body>
+UVG_INLINE void with_vecs(int64_t columns, Body&& body) {
+  if constexpr (V >= kTileVecs) {
+    body(Vecs<kTileVecs>{});
+  } else {
+    columns <= kLanes* V ? body(Vecs<V>{}) : with_vecs<F, V + F::kPutVecs>(columns, body);
+  }
+}
+
 // Two rows of bf16 pairs along the row to one of pairs across the rows.
-template <typename F>
+template <typename F, int V = kTileVecs>
 UVG_INLINE void pair_rows(const uint32_t* two, int64_t row, int64_t column, uint32_t* out) {
-  for (int j = 0; j < kTileVecs; ++j) {
+  for (int j = 0; j < V; ++j) {
     const auto low = as<VecBits>(F::get(two, column + j * kLanes)) >> 16;
     store_bits(out + j * kLanes, low | as<VecBits>(F::get(two + row, column + j * kLanes)));
   }

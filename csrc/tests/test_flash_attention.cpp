@@ -79,5 +79,6 @@ int main() {
   check({1, 128, 210, 210, self, self});
   check({3, 20, 40, 5, {0, 20, 0, 0, 20, 20, 0, 0}, {0, 5, 0, 0, 0, 5, 0, 0}});     // both look at the same keys
   check({1, 64, 3, 700, {0, 2, 0, 0, 2, 1, 0, 0}, {0, 650, 690, 10, 0, 0, 0, 0}});  // the second has no key
+  for (int32_t n : {16, 17, 33, 49, 92}) check({1, 24, n, n, {0, n, 0, 0}, {0, n, 0, 0}});  // parts of a panel
   return finish("flash_attention");
 }
