@@ -18,15 +18,15 @@ inline Vec exp(Vec x) {
   x = select(x < splat(-87.0f), splat(-87.0f), x);
   x = select(x > splat(88.0f), splat(88.0f), x);
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec n = (x * kLog2E + magic) - magic;
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Vec n = multiply_add(x, splat(kLog2E), magic) - magic;
+  const Vec r = multiply_add(n, splat(2.12194440e-4f), multiply_add(n, splat(-0.693359375f), x));
   Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  p = multiply_add(p, r, splat(1.3981999507e-3f));
+  p = multiply_add(p, r, splat(8.3334519073e-3f));
+  p = multiply_add(p, r, splat(4.1665795894e-2f));
+  p = multiply_add(p, r, splat(1.6666665459e-1f));
+  p = multiply_add(p, r, splat(5.0000001201e-1f));
+  p = multiply_add(p, r * r, r) + 1.0f;
   const VecInts power = convert<VecInts>(n) + 127;
   return p * as<Vec>(power << 23);
 }

@@ -48,7 +48,7 @@ struct Singles {
   static UVG_INLINE Vec mac(Vec sum, uint32_t left, VecBits right) {
     float value;
     std::memcpy(&value, &left, sizeof value);
-    return sum + splat(value) * as<Vec>(right);
+    return multiply_add(splat(value), as<Vec>(right), sum);
   }
 
   // Sixteen dwords of a row from value i on; n values are left there.

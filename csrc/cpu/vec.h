@@ -10,12 +10,6 @@
 #include "common/dtype.h"
 #include "cpu/wide.h"
 
-#if defined(__AVX__)
-#include <immintrin.h>
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-#include <arm_neon.h>
-#endif
-
 namespace uvg {
 namespace UVG_ISA {
 

@@ -6,6 +6,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #define UVG_INLINE inline __attribute__((always_inline))
 #define UVG_NOINLINE __attribute__((noinline))
 #define UVG_INLINED __attribute__((always_inline))  // of a lambda: arrays of vectors that it sees stay in registers
@@ -106,6 +112,24 @@ UVG_INLINE V select(Mask mask, V a, V b) {
     return {select(mask.low, a.low, b.low), select(mask.high, a.high, b.high)};
   } else {
     return mask ? a : b;
+  }
+}
+
+// a * b + c, rounded once where the instruction set can. Elsewhere in the kernels a product and a sum are rounded one
+// by one (CMakeLists.txt): left to itself, g++ fuses them in one branch and not in the other, and a row's bits would
+// depend on the rows beside it. With AVX-512 it is left to itself.
+template <typename V>
+UVG_INLINE V multiply_add(V a, V b, V c) {
+  if constexpr (kIsTwo<V>) {
+    return {multiply_add(a.low, b.low, c.low), multiply_add(a.high, b.high, c.high)};
+  } else {
+#if defined(__FMA__) && !defined(__AVX512F__)
+    return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
   }
 }
 
