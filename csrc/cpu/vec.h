@@ -130,9 +130,9 @@ inline void store(T* p, Vec v, int64_t n) {
 
 // Lane i meets lane i + 8, then i + 4, i + 2, i + 1.
 inline float sum(Vec v) {
-  typedef float Eight __attribute__((vector_size(32)));
   typedef float Four __attribute__((vector_size(16)));
 #if defined(__AVX__)
+  typedef float Eight __attribute__((vector_size(32)));
 #if defined(__AVX512F__)  // by memcpy, g++ 12 would keep v in memory, in the loops that sum it too
   const Eight low8 = (Eight)_mm512_maskz_extractf32x8_ps(0xFF, (__m512)v, 0);  // unmasked, g++ 12 warns of its header
   const Eight eight = low8 + (Eight)_mm512_maskz_extractf32x8_ps(0xFF, (__m512)v, 1);
