@@ -1,5 +1,5 @@
 """The fixture `backend` of tests/ops/test_<op>.py: each backend that has the op, forced; a refusal is a skip. The
-CUDA kernels run in the simulator."""
+CUDA kernels run in the simulator; on a machine with a GPU they and Triton's run there too (gpu_device.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-import cuda_simulator
+import gpu_device
 import pytest
 from harness import backends_of
 
@@ -22,13 +22,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         op = Path(metafunc.module.__file__).stem.removeprefix("test_")
-        metafunc.parametrize("backend", backends_of(op), indirect=True)
+        names = backends_of(op) + (gpu_device.names(op) if metafunc.function.__name__ not in gpu_device.NOT_MOVED else [])
+        metafunc.parametrize("backend", [gpu_device.marked(name) for name in names], indirect=True)
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with cuda_simulator.running(), backends.force(request.param):
-        yield request.param
+    with gpu_device.forced(request.param) as name:
+        yield name
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import cuda_simulator
+import gpu_device
 import pytest
 import test_flash_attention
 import test_flash_attention_int8
@@ -36,7 +36,8 @@ from torch import Tensor
 
 from uvg_engine import backends
 
-EXAMPLES, EXAMPLES_SIMULATED = 8, 1
+EXAMPLES = {"cuda": 1, "triton": 1, "triton@gpu": 2}  # simulated and interpreted; each shape is compiled
+OTHERS = 8
 LIBRARIES = ("reference", "sdpa")  # torch's kernels
 SIZE = st.sampled_from((1, 2, 3, 5, 8, 15, 17, 31, 33, 64, 65, 97))
 LENGTHS = st.lists(st.sampled_from((0, 1, 2, 3, 7, 16, 33, 65)), min_size=1, max_size=5)
@@ -195,7 +196,7 @@ REPEATED = {
     "qk_norm_rope": (("q", "k"), {"rope_spans": "q"}),
     "window_attention": (("q", "k", "v"), {"video_spans": "q", "text_spans": "q"}),
 }
-RUNS = [(op, backend) for op in sorted(OPS) for backend in backends_of(op)]
+RUNS = [gpu_device.marked(op, name) for op in sorted(OPS) for name in backends_of(op) + gpu_device.names(op)]
 
 
 def suite_of(op):
@@ -248,15 +249,15 @@ def check(op: str, backend: str, make: Callable[..., Any], dtype: torch.dtype, s
 
 @pytest.mark.parametrize(("op", "on"), RUNS)
 def test_fuzzed(op, on):
-    examples = EXAMPLES_SIMULATED if on in ("cuda", "triton") else EXAMPLES
+    examples = EXAMPLES.get(on, OTHERS)
     refusals = []
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=HealthCheck)
     @given(OPS[op][1], st.sampled_from((FP32, BF16)), st.booleans())
     def fuzzed(make, dtype, strided):
-        with cuda_simulator.running(), backends.force(on):
+        with gpu_device.forced(on) as backend:
             try:
-                check(op, on, make, dtype, strided)
+                check(op, backend, make, dtype, strided)
             except backends.BackendRefused as refusal:
                 refusals.append(str(refusal))
 

@@ -1,5 +1,9 @@
-"""Triton kernels as newer chips than sm_80 are given them, with tensor descriptors: values, under the interpreter."""
+"""Triton kernels as newer chips than sm_80 are given them, with tensor descriptors: values, under the interpreter and on
+such a GPU."""
 
+import contextlib
+
+import gpu_device
 import pytest
 import test_flash_attention
 import test_linear_cross_entropy
@@ -11,11 +15,14 @@ from harness import BF16, Case
 from uvg_engine import backends
 from uvg_engine.backends import triton as backend
 
-if not backend.interpreting():
-    pytest.skip("Triton runs kernels without a GPU only where TRITON_INTERPRET=1", allow_module_level=True)
+ON_GPU = not backend.interpreting()
+if ON_GPU and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from uvg_engine.kernels import flash_attention
 from uvg_engine.kernels._launch import SM90, SM100, configured_for, recording
+
+HERE = [pytest.param(None, id="this GPU", marks=pytest.mark.gpu)]
 
 
 def attention(g):
@@ -40,19 +47,24 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("capability", [SM90, SM100], ids=["sm90", "sm100"])
+@pytest.mark.parametrize("capability", HERE if ON_GPU else [SM90, SM100], ids=None if ON_GPU else ["sm90", "sm100"])
 @pytest.mark.parametrize("op", RUNS)
 def test_values(op, capability):
+    """capability: whose kernels are interpreted; None: those of the GPU, on it."""
     suite, case = RUNS[op]
+    chip = capability or torch.cuda.get_device_capability()
+    if chip < SM90:
+        pytest.skip("this GPU has no tensor descriptors")
     inputs = case.inputs(BF16)
-    with backends.force("triton"):
-        with recording(capability) as launches:
+    with gpu_device.forced("triton@gpu" if ON_GPU else "triton"):
+        with recording(chip) as launches:
             suite().function(**inputs)
         assert any(launch.options.get("TMA") for launch in launches), "the case does not reach the descriptors"
-        with configured_for(capability):
+        with configured_for(capability) if capability else contextlib.nullcontext():
             suite().assert_right(case, inputs, BF16, "triton")
 
 
+@pytest.mark.skipif(ON_GPU, reason="looks at launches alone: under the interpreter")
 @pytest.mark.parametrize("why", ["padded", "misaligned"])
 def test_rows_that_no_descriptor_can_describe_take_pointers(why):
     rows, width = 40, {"padded": 24, "misaligned": 32}[why]

@@ -1,20 +1,21 @@
 """kernels/_philox.py draws the words of reference.philox, bit for bit."""
 
-import os
-
 import pytest
 import torch
 
+from uvg_engine.backends.triton import interpreting
 from uvg_engine.reference import philox
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("Triton runs kernels without a GPU only where TRITON_INTERPRET=1", allow_module_level=True)
+DEVICE = "cpu" if interpreting() else "cuda"
+if DEVICE == "cuda" and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
 import triton
 import triton.language as tl
 
 from uvg_engine.kernels import _philox
 
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 SIZE = 64
 BIG = 2**31 - 1
 
@@ -37,9 +38,11 @@ def test_draws(step, tile, high):
     seeds = torch.randint(-(2**63), 2**63 - 1, (SIZE,), generator=g)
     tokens = torch.randint(0, 2**32, (SIZE,), generator=g)
     seeds[:3], tokens[:3] = torch.tensor([0, -1, 2**63 - 1]), torch.tensor([0, 1, 2**32 - 1])
-    got_words = torch.empty(4, SIZE, dtype=torch.int64)
-    got_uniform, got_integers = torch.empty(SIZE), torch.empty(SIZE, dtype=torch.int64)
-    draws_kernel[(1,)](seeds, tokens, got_words, got_uniform, got_integers, step, tile, high, SIZE=SIZE)
+    got_words = torch.empty(4, SIZE, dtype=torch.int64, device=DEVICE)
+    got_uniform, got_integers = torch.empty(SIZE, device=DEVICE), torch.empty_like(got_words[0])
+    given = seeds.to(DEVICE), tokens.to(DEVICE)
+    draws_kernel[(1,)](*given, got_words, got_uniform, got_integers, step, tile, high, SIZE=SIZE)
+    got_words, got_uniform, got_integers = (x.cpu() for x in (got_words, got_uniform, got_integers))
     want = philox.words(seeds, step, philox.DRAW, tokens, tile)
     assert torch.equal(got_words, torch.stack(want))
     assert torch.equal(got_uniform, philox.uniform(want[0]))
