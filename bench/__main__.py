@@ -62,6 +62,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pass", choices=PASSES, action="append", dest="passes", help="if not given: the case's own")
     parser.add_argument("--only", action="append", help="this backend or peer only (may be repeated)")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each contender (default 1)")
+    parser.add_argument("--peer-seconds", type=float, help="that a peer may take to compile (no end if not given)")
     parser.add_argument("--threads", type=positive, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--cpu-time", action="store_true", help="time by the cores' seconds; needs --threads 1")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -91,7 +92,7 @@ def _lines(args: argparse.Namespace) -> Iterator[Line]:
     clock = Clock(args.device, 0.0 if args.quick else args.seconds, rounds, args.cpu_time)
     roof = Roof(clock)
     left_out = ("inductor",) if args.quick else ()
-    options = Options(tuple(args.only or ()), tuple(args.passes or PASSES), args.memory, left_out)
+    options = Options(tuple(args.only or ()), tuple(args.passes or PASSES), args.memory, left_out, args.peer_seconds)
     for name in (name for name in args.what if name != "sampling"):
         for dtype in args.dtype or DTYPES:
             for case in cases(name):

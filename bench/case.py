@@ -108,7 +108,7 @@ class Case:
     make: Callable[[Size, torch.dtype], tuple[Any, ...]]
     work: Callable[[Size, int], tuple[float, float]]
     peers: Mapping[str, Callable[..., Peer]] = field(default_factory=dict)
-    compiled_by: tuple[str, ...] = ()
+    compiled_by: tuple[str, ...] = ("inductor",)
     name: str = ""
     sizes: tuple[str, ...] = ("1.3b",)
     passes: tuple[str, ...] = (FORWARD, BOTH)

@@ -29,9 +29,11 @@ from uvg_engine.files import replacing
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 TESTS_LAST, OP_LASTS = 240, 60  # seconds at most, of the tests and of an op's timings
+LEAST_OP, PEERS_SHARE = 8, 5  # seconds below which no op is begun; of an op's, one in five for a peer to be compiled
 ALL_LASTS, LEAST = 470, 120  # seconds of build, tests and timings; of the last two, however long the build took
-TESTS = "tests/ops/test_on_gpu.py"
-TESTERS = 8  # processes at most: most of the tests' time goes into compiling kernels, on one core each
+CASES, FUZZ = "tests/ops/test_on_gpu.py", "tests/ops/test_fuzz.py"
+TOGETHER = "tests/ops/test_triton_modes.py tests/ops/test_triton_philox.py tests/ops/test_triton_configurations.py"
+TESTERS = 16  # processes at most: most of the tests' time goes into compiling kernels, on one core each
 SIZE = "1.3b-8192"  # large enough that the device is timed and not the host
 
 
@@ -84,22 +86,34 @@ def served() -> dict[str, str]:
     return lines
 
 
+def shards() -> dict[str, list[str]]:
+    """What pytest is given, by name: of each op its cases, then what the op must keep and a fuzz; the order to run."""
+    found = {f"{op}, cases": ["-k", f"[{op}-", CASES] for op in backends.table("reference")}
+    for op in filter(_is_ours, backends.table("reference")):
+        found[f"{op}, properties"] = ["-k", f"fuzzed[{op}- or not fuzzed", f"tests/ops/test_{op}.py", FUZZ]
+    return found | {"all ops together": TOGETHER.split()}
+
+
 def run_tests(end: float) -> dict[str, Any]:
-    """The tests marked gpu, those of each op in a process of its own, several at a time; done by `end` or failed."""
+    """The tests marked gpu in processes, several at a time; done by `end` or failed."""
     with ThreadPoolExecutor(min(TESTERS, os.cpu_count() or 1)) as pool, tempfile.TemporaryDirectory() as folder:
-        found = list(pool.map(lambda op: tests_of(op, Path(folder, f"{op}.xml"), end), backends.table("reference")))
+        jobs = [pool.submit(shard, name, what, Path(folder), end) for name, what in shards().items()]
+        found = [job.result() for job in jobs]
     together: dict[str, Any] = {key: sum(each[key] for each in found) for key in ("passed", "skipped")}
     return together | {"failures": [failure for each in found for failure in each["failures"]]}
 
 
-def tests_of(op: str, path: Path, end: float) -> dict[str, Any]:
-    """What `counted` tells of an op's tests; that they did not end is a failure."""
-    left = max(1, int(end - time.monotonic()))
-    code, told = _python(left, "-m", "pytest", "-q", "-m", "gpu", "-k", f"[{op}-", f"--junitxml={path}", TESTS)
+def shard(name: str, what: Sequence[str], folder: Path, end: float) -> dict[str, Any]:
+    """What `counted` tells of a shard's tests; that they did not end is a failure."""
+    path = folder / f"{name.replace(', ', '-').replace(' ', '-')}.xml"
+    left = int(end - time.monotonic())
+    if left < 1:
+        return {"passed": 0, "skipped": 0, "failures": [f"{name}: not begun, the time for tests was over"]}
+    code, told = _python(left, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={path}", *what)
     if path.exists():
         return counted(path.read_text())
     why = f"not done after {left} s" if code == 124 else f"pytest wrote no report: {told[-500:]}"
-    return {"passed": 0, "skipped": 0, "failures": [f"{op}: {why}"]}
+    return {"passed": 0, "skipped": 0, "failures": [f"{name}: {why}"]}
 
 
 def counted(report: str) -> dict[str, Any]:
@@ -117,19 +131,27 @@ def counted(report: str) -> dict[str, Any]:
 
 def timed() -> list[str]:
     """What is timed: the ops that a backend of ours has on a GPU, and the block."""
-    return [*(op for op in OPS if any(op in backends.table(name) for name in ("cuda", "triton"))), "block"]
+    return [*filter(_is_ours, OPS), "block"]
+
+
+def _is_ours(op: str) -> bool:
+    return any(op in backends.table(name) for name in ("cuda", "triton"))
 
 
 def run_bench(end: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """(lines of every op, op -> why it has none): a process for each, so that one that fails takes no other along."""
     lines: list[dict[str, Any]] = []
     missing = {}
-    for op in timed():
-        left = int(min(OP_LASTS, end - time.monotonic()))
-        if left < 5:
+    for place, op in enumerate(names := timed()):
+        left = int(
+            min(OP_LASTS, 2 * (end - time.monotonic()) / (len(names) - place))
+        )  # many take less than their share
+        left = min(max(left, LEAST_OP), int(end - time.monotonic()))
+        if left < LEAST_OP:
             missing[op] = "the time for all of it was over"
             continue
         options = ("--device", "cuda", "--dtype", "bf16", "--size", SIZE, "--seconds", "0.2", "--json")
+        options += ("--peer-seconds", str(left // PEERS_SHARE))
         code, told = _python(left, "-m", "bench", op, *options)
         lines += [json.loads(text) for text in told.splitlines() if text.startswith("{")]
         if code:

@@ -50,6 +50,17 @@ def cudnn_peer(dense: Peer) -> Peer:
     return Peer(attention, dense.inputs, dense.restore)
 
 
+def flex_peer(dense: Peer, sees: Tensor) -> Peer:
+    """FlexAttention, compiled, on the samples of torch's peer [B, N, L, H]; making its mask of blocks is not timed."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    rows = len(sees)
+    sees = sees.to(dense.inputs[0].device)
+    mask = create_block_mask(lambda b, n, i, j: sees[i, j], None, None, rows, rows, device=str(sees.device))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return Peer(lambda q, k, v: compiled(q, k, v, block_mask=mask), dense.inputs, dense.restore)
+
+
 def grouped_mm_peer(size: Size, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, offsets: Tensor) -> Peer:
     """torch's grouped product, which has no bias: added with the GELU after it."""
     ends = offsets[1:].to(torch.int32)
@@ -61,6 +72,28 @@ def grouped_mm_peer(size: Size, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b
         return torch._grouped_mm(hidden, w2.transpose(1, 2), offs=ends) + b2[expert]
 
     return Peer(experts, tuple(leaf(value) for value in (x, w1, b1, w2, b2)))
+
+
+def liger_layer_norm_peer(size: Size, x: Tensor, shift: Tensor, scale: Tensor, spans: Tensor) -> Peer:
+    """Liger's layer norm has one weight and one bias a call: a call for the rows of each sample and modality."""
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    lengths = [size.video] * size.samples + [size.text] * size.samples
+
+    def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        parts = zip(x.split(lengths), 1 + scale, shift, strict=True)
+        return torch.cat([LigerLayerNormFunction.apply(rows, weight, bias, 1e-6) for rows, weight, bias in parts])
+
+    return Peer(norm, (leaf(x), leaf(shift), leaf(scale)))
+
+
+def liger_rms_norm_peer(size: Size, x: Tensor, weight: Tensor) -> Peer:
+    """Liger's RMS norm, which leaves the gradient that it is given as it was."""
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return Peer(
+        lambda x, weight: LigerRMSNormFunction.apply(x, weight, 1e-6, 0.0, "llama", False), (leaf(x), leaf(weight))
+    )
 
 
 def liger_peer(size: Size, x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Peer:

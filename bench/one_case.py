@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bench.case import BACKWARD, BOTH, FORWARD, PASSES, SIZES, Case, Peer, Size
 from bench.memory import alone, extra_memory
 from bench.peers import PEERS
-from bench.timing import Clock, Roof, Timing
+from bench.timing import Clock, Roof, Timing, within
 from uvg_engine import backends
 
 OPS = tuple(sorted(path.stem for path in (Path(__file__).parent / "ops").glob("*.py") if path.stem != "__init__"))
@@ -34,12 +34,14 @@ def cases(name: str) -> tuple[Case, ...]:
 @dataclass(frozen=True)
 class Options:
     """only: contenders by name (none: all); one of the others may have to tell the truth, untimed. left_out: contenders
-    too. passes: of the case's passes these alone. memory: measure the peak as well, on the CPU."""
+    too. passes: of the case's passes these alone. memory: measure the peak as well, on the CPU. peer_lasts: seconds
+    until a peer is compiled and was called once (None: as many as it likes)."""
 
     only: tuple[str, ...] = ()
     passes: tuple[str, ...] = PASSES
     memory: bool = False
     left_out: tuple[str, ...] = ()
+    peer_lasts: float | None = None
 
 
 def bench_case(
@@ -101,8 +103,11 @@ class Pass:
                 yield {"backend": name, "missing": reason}
                 continue
             try:
-                contender = truth if name == truth_name else self.contender(name)
-                wrong = self.wrong(contender, first, full if truth.ours else ())
+                with within(self.options.peer_lasts if name in PEERS else None):
+                    contender = truth if name == truth_name else self.contender(name)
+                    wrong = self.wrong(contender, first, full if truth.ours else ())
+                    if name in PEERS:
+                        contender.call()  # a compiler's backward is made by its first call
             except backends.BackendRefused as refusal:
                 yield {"backend": name, "refused": str(refusal)}
                 continue

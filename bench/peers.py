@@ -121,5 +121,7 @@ PEERS = {
     "flash_attn.flash_attn_func": Library(gpu_peers.package_on_cuda("flash_attn")),
     "torch.cudnn": Library(gpu_peers.on_cuda),
     "grouped_mm": Library(gpu_peers.grouped_mm_missing),
+    "flex_attention": Library(gpu_peers.on_cuda),
     "liger": Library(gpu_peers.package_on_cuda("liger_kernel"), (FORWARD,)),
+    "liger.norm": Library(gpu_peers.package_on_cuda("liger_kernel")),
 }

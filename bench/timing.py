@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -30,6 +32,33 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError(f"a count must be positive, got {text}")
     return int(text)
+
+
+class _Late(BaseException):
+    """Passes through those who catch every Exception, as compilers do."""
+
+
+@contextlib.contextmanager
+def within(seconds: float | None) -> Iterator[None]:
+    """TimeoutError where the block takes longer (None: as long as it likes). For the main thread, on Unix."""
+    if seconds is None:
+        yield
+        return
+
+    def ring(number: int, frame: Any) -> None:
+        raise _Late
+
+    before, begun = signal.signal(signal.SIGALRM, ring), time.monotonic()
+    rest, again = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again every second: somebody may have caught it
+    try:
+        yield
+    except _Late:
+        raise TimeoutError(f"not ready after {seconds:g} s") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if rest:  # somebody else's timer goes on
+            signal.setitimer(signal.ITIMER_REAL, max(rest - (time.monotonic() - begun), 1e-3), again)
 
 
 @dataclass(frozen=True)

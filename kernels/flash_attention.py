@@ -46,12 +46,15 @@ FORWARD = Table(
 QUERY = Table(
     "flash_attention.QUERY",
     {
+        (SM80, 2, 32): AttentionConfig(128, 64, 8, 2, maxnreg=255),
+        (SM80, 2, 63): AttentionConfig(64, 32, 8, 2, maxnreg=255),  # padded to 64
         (SM80, 2, 64): AttentionConfig(128, 64, 8, 2, maxnreg=255),
         (SM80, 2, 127): AttentionConfig(64, 64, 8, 2, maxnreg=208),  # padded to 128
         (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
         (SM80, 4, 32): AttentionConfig(32, 16, 4, 1),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
         (SM80, 4, 128): AttentionConfig(16, 16, 8, 1, maxnreg=255),
+        (SM90, 2, 32): AttentionConfig(128, 64, 8, 2, tma=True),
         (SM90, 2, 64): AttentionConfig(128, 64, 8, 2, tma=True),
         (SM90, 2, 128): AttentionConfig(128, 64, 8, 2, tma=True),
     },
@@ -188,9 +191,9 @@ AOT_CASES = (
     _aot_case(131072, 12, 128, torch.bfloat16, "dot", "tma"),
     _aot_case(32768, 12, 128, torch.float16, "dot", "tma", tested=False),
     _aot_case(32768, 12, 64, torch.bfloat16, "dot", "tma"),
-    _aot_case(2944, 4, 32, torch.bfloat16, "dot", "tma", tested=False),
+    _aot_case(2944, 4, 32, torch.bfloat16, "dot", "tma"),
     _aot_case(2944, 4, 80, torch.bfloat16, "dot"),
-    _aot_case(2944, 4, 48, torch.bfloat16, "dot", tested=False),
+    _aot_case(2944, 4, 48, torch.bfloat16, "dot"),
     _aot_case(2944, 4, 32, torch.float32, tested=False),
     _aot_case(2944, 4, 64, torch.float32, tested=False),
     _aot_case(2944, 4, 128, torch.float32),

@@ -27,6 +27,8 @@ from uvg_engine.kernels.window_attention_video import (
 FORWARD = Table(
     "window_attention.FORWARD",
     {
+        (SM80, 2, 32): AttentionConfig(64, 64, 8, 3),
+        (SM80, 2, 63): AttentionConfig(64, 32, 8, 2),  # padded to 64, addresses that no access of 16 bytes may have
         (SM80, 2, 64): AttentionConfig(64, 64, 8, 3),
         (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
         (SM80, 4, 32): AttentionConfig(32, 32, 8, 1, maxnreg=128),
@@ -37,6 +39,8 @@ FORWARD = Table(
 QUERY = Table(
     "window_attention.QUERY",
     {
+        (SM80, 2, 32): AttentionConfig(64, 64, 8, 2, maxnreg=255),
+        (SM80, 2, 63): AttentionConfig(32, 32, 4, 2, maxnreg=255),
         (SM80, 2, 64): AttentionConfig(64, 64, 8, 2, maxnreg=255),
         (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
         (SM80, 4, 32): AttentionConfig(32, 16, 4, 1),
@@ -150,5 +154,8 @@ AOT_CASES = (
     _aot_case(torch.bfloat16, 128, ("dot",), ("dot", "tma")),
     _aot_case(torch.float16, 128, ("dot",), ("dot", "tma"), tested=False),
     _aot_case(torch.bfloat16, 64, ("dot",), ("dot", "tma")),
+    _aot_case(torch.bfloat16, 32, ("dot",), ("dot", "tma")),
+    *(_aot_case(torch.bfloat16, width, ("dot",), ("dot",)) for width in (48, 63)),
+    _aot_case(torch.bfloat16, 80, ("dot",), ("dot",), tested=False),
     *(_aot_case(torch.float32, width, (), ()) for width in (32, 64, 128)),
 )

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_check, report, throughput
+from bench import gpu_check, gpu_peers, report, throughput
 from bench.__main__ import main
 from bench.case import SIZES
 from bench.one_case import OPS, Options, _difference, bench_case, cases
+from bench.ops import window_attention
 from bench.peers import PEERS
-from bench.timing import Clock, Roof, Timing
+from bench.timing import Clock, Roof, Timing, within
 from uvg_engine import backends
 
 NAN, INF = float("nan"), float("inf")
@@ -46,7 +47,7 @@ def test_every_backend_and_peer_is_timed(op):
     serving = {name for name in backends.names() if op in backends.table(name)}
     assert serving <= timed | refused and "reference" in timed
     peers = timed - serving
-    assert peers or op == "qk_norm_rope", "an op without a peer"  # its peer is diffusers', an extra
+    assert peers, "an op without a peer"
     times = [line for line in lines if "ms" in line]
     for line in times:
         beside = {other["backend"] for other in times if (other["case"], other["pass"]) == (line["case"], line["pass"])}
@@ -59,6 +60,50 @@ def test_the_truth_is_there_on_a_gpu(op):
     """At the size of gpu_check.sh, a backend of ours that tells the truth is one that serves CUDA tensors."""
     truths = {case.truth(SIZES[gpu_check.SIZE], "cuda") for case in cases(op)}
     assert truths <= {"reference", *PEERS}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_torch_compile_is_a_peer_of_every_op(op):
+    """Of the code that is the peer "torch", which comes first."""
+    for case in cases(op):
+        assert "inductor" in case.compiled_by and next(iter(case.peers)) == "torch"
+
+
+def test_flex_attention_sees_what_the_window_does(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    size = SIZES["digits"]
+    made = [x.detach() for x in window_attention.make(size, torch.float32)]
+    dense = window_attention.torch_peer(size, *made)
+    flex = gpu_peers.flex_peer(dense, window_attention.sees(*made[3:]))
+    torch.testing.assert_close(flex.function(*flex.inputs), dense.function(*dense.inputs))
+
+
+def test_a_peer_that_takes_too_long_is_left():
+    def stubborn():
+        while True:
+            try:
+                time.sleep(1)
+            except Exception:  # as compilers catch what fails inside
+                pass
+
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"not ready after 0\.2 s"), within(0.2):
+        stubborn()
+    with within(5):
+        pass
+    with within(None):
+        pass
+    assert time.monotonic() - begun < 5
+
+
+def test_a_late_peer_is_a_line_without_a_time(monkeypatch):
+    def slow(peer, what):
+        time.sleep(5)
+
+    monkeypatch.setitem(PEERS, "torch", dataclasses.replace(PEERS["torch"], adapt=slow))
+    lines = lines_of("moe_combine", only=("torch", "reference"), passes=("forward",), peer_lasts=0.2)
+    (line,) = [line for line in lines if line["backend"] == "torch"]
+    assert line["missing"] == "TimeoutError: ['not ready after 0.2 s']" and len(lines) == 2
 
 
 def test_a_wrong_result_is_told_and_not_timed(monkeypatch):
@@ -176,6 +221,24 @@ def test_gpu_report_tells_what_is_missing_and_what_failed():
         assert line in lines
 
 
+def test_gpu_check_gives_every_test_on_a_gpu_to_one_shard():
+    """Collected as on a machine with a GPU, all of them and those of the shards."""
+    files = sorted({part for what in gpu_check.shards().values() for part in what if part.endswith(".py")})
+    tests = [path for path in Path(__file__).parent.rglob("test_*.py") if path != Path(__file__)]
+    assert {path.name for path in tests if "pytest.mark.gpu" in path.read_text()} <= {Path(f).name for f in files}
+    own = {op for name in ("cuda", "triton") for op in backends.table(name)}
+    shards = gpu_check.shards()
+    assert {f"{op}, properties" for op in own} | {f"{op}, cases" for op in backends.table("reference")} <= set(shards)
+    for op in own:
+        assert f"tests/ops/test_{op}.py" in shards[f"{op}, properties"]
+
+
+def test_gpu_check_does_not_begin_what_cannot_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "_python", lambda *given: pytest.fail("was begun"))
+    found = gpu_check.shard("linear, cases", [], tmp_path, time.monotonic())
+    assert found["failures"] == ["linear, cases: not begun, the time for tests was over"]
+
+
 def test_gpu_check_ends_in_time():
     assert gpu_check._python(1, "-c", "import time; print('begun', flush=True); time.sleep(30)") == (124, "begun\n")
     lines, missing = gpu_check.run_bench(time.monotonic())
@@ -192,10 +255,12 @@ def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys, spent, mos
         if arguments[1] == "bench":
             line = {"op": arguments[2], "shape": "T=1", "pass": "forward", "backend": "triton", "times_faster": {}}
             return 0, json.dumps(line | {"ms": 1.0, "of_roof": 0.5})
-        op, path = arguments[-3][1:-1], Path(arguments[-2].removeprefix("--junitxml="))
-        if op == "linear":
+        given = next(text for text in arguments if text.startswith("--junitxml="))
+        if "[linear-" in arguments:
             return 124, ""
-        path.write_text(f'<testsuites><testcase classname="t" name="[{op}-x]"/></testsuites>')
+        Path(given.removeprefix("--junitxml=")).write_text(
+            '<testsuites><testcase classname="t" name="x"/></testsuites>'
+        )
         return 0, ""
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -212,7 +277,7 @@ def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys, spent, mos
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("gpu_H100_80_GB_") and json.loads(capsys.readouterr().out)["ok"] is False
     told = path.read_text()
-    assert "- linear: not done after" in told and f"{len(backends.table('reference')) - 1} passed" in told
+    assert "- linear, cases: not done after" in told and f"{len(gpu_check.shards()) - 1} passed" in told
     assert "- `cuda`: not available: uvg_engine._cuda is not built" in told and "- `triton`: flash_attention, " in told
     assert (
         "| flash_attention | T=1 | forward | triton | 1.000 | 50% |" in told and "- `openvino`: not available" in told

@@ -73,7 +73,7 @@ def case(name: str, head: int, cross: bool, sizes: tuple[str, ...]) -> Case:
             "flash_attn.flash_attn_func": lambda *args: flash_attn_peer(torch_peer(*args)),
             "torch.cudnn": lambda *args: cudnn_peer(torch_peer(*args)),
         },
-        compiled_by=("openvino",),
+        compiled_by=("inductor", "openvino"),
         name=name,
         sizes=sizes,
         passes=(FORWARD, BACKWARD, BOTH),

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.case import Case, Peer, Size, joined, leaf, normal
+from bench.gpu_peers import liger_layer_norm_peer
 from uvg_engine import ops
 
 
@@ -35,6 +36,6 @@ CASES = (
         shape=lambda size: f"T={size.rows} D={size.width} S={2 * size.samples}",
         make=make,
         work=lambda size, item: (8 * size.rows * size.width, 2 * item * size.rows * size.width),
-        peers={"torch": torch_peer},
+        peers={"torch": torch_peer, "liger.norm": liger_layer_norm_peer},
     ),
 )

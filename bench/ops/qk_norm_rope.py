@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.case import Case, Peer, Size, joined, leaf, normal
+from bench.gpu_peers import liger_rms_norm_peer
 from uvg_engine import ops
 from uvg_engine.model.embeddings import inverse_frequencies, rope_table
 
@@ -27,6 +28,33 @@ def angles(size: Size, table: Tensor) -> tuple[Tensor, Tensor]:
     axes = torch.arange(3).repeat_interleave(torch.tensor([head // 2 - 2 * side, side, side]))
     video = table[0][places[:, axes], torch.arange(head // 2)]
     return video, table[1][: size.text]
+
+
+def turned(x: Tensor, table: Tensor, pairs: bool) -> Tensor:
+    """x [B, L, N, H] rotated by table [L, H/2, 2] (cos, sin): neighbours together, or the halves of a head."""
+    cos, sin = table[:, None].unbind(-1)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1) if pairs else x.float().chunk(2, -1)
+    both = a * cos - b * sin, a * sin + b * cos
+    return (torch.stack(both, -1).flatten(-2) if pairs else torch.cat(both, -1)).type_as(x)
+
+
+def torch_peer(size: Size, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, *rest: Any) -> Peer:
+    """torch's rms_norm and the rotations written out, samples dense."""
+    video, text = angles(size, rest[1])
+
+    def rotated(x: Tensor, weight: Tensor, table: Tensor, pairs: bool) -> Tensor:
+        normed = functional.rms_norm(x, x.shape[-1:], weight, 1e-6).unflatten(-1, (size.heads, -1))
+        return turned(normed, table, pairs).flatten(-2)
+
+    def both(*inputs: Tensor) -> tuple[Tensor, ...]:
+        q_video, q_text, k_video, k_text, weight_q, weight_k, video, text = inputs
+        return (
+            *(rotated(q_video, weight_q, video, True), rotated(q_text, weight_q, text, False)),
+            *(rotated(k_video, weight_k, video, True), rotated(k_text, weight_k, text, False)),
+        )
+
+    inputs = [leaf(part) for x in (q, k) for part in size.by_modality(x)]
+    return Peer(both, (*inputs, leaf(weight_q), leaf(weight_k), video, text), lambda outs: joined(outs[:2]))
 
 
 def diffusers_peer(size: Size, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, *rest: Any) -> Peer:
@@ -60,7 +88,7 @@ def make_alone(size: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return normal(dtype, size.rows, size.width), torch.ones(size.width, dtype=dtype).requires_grad_()
 
 
-def torch_peer(size: Size, q: Tensor, weight: Tensor) -> Peer:
+def torch_alone(size: Size, q: Tensor, weight: Tensor) -> Peer:
     return Peer(lambda q, weight: functional.rms_norm(q, q.shape[-1:], weight, 1e-6), (leaf(q), leaf(weight)))
 
 
@@ -70,14 +98,14 @@ CASES = (
         shape=lambda size: f"T={size.rows} D={size.width} N={size.heads}",
         make=make,
         work=lambda size, item: (14 * size.rows * size.width, 4 * item * size.rows * size.width),
-        peers={"diffusers": diffusers_peer},
+        peers={"torch": torch_peer, "diffusers": diffusers_peer},
     ),
     Case(
         norm_alone,
         shape=lambda size: f"T={size.rows} D={size.width}",
         make=make_alone,
         work=lambda size, item: (4 * size.rows * size.width, 2 * item * size.rows * size.width),
-        peers={"torch": torch_peer},
+        peers={"torch": torch_alone, "liger.norm": liger_rms_norm_peer},
         name="q alone, no rotation",
     ),
 )

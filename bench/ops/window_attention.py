@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.case import Case, Peer, Size, joined, leaf, normal
+from bench.gpu_peers import flex_peer
 from uvg_engine import ops
 from uvg_engine.reference.window_attention import samples
 
@@ -25,12 +26,17 @@ def call(*args: Tensor) -> tuple[Tensor, Tensor]:
     return ops.window_attention(*args, tile=TILE, radius=RADIUS)
 
 
+def sees(video_spans: Tensor, text_spans: Tensor) -> Tensor:
+    """Which rows of a sample see which, bool [L, L]; all samples are alike."""
+    return next(samples(video_spans, text_spans, TILE, RADIUS))[1]
+
+
 def torch_peer(size: Size, q: Tensor, k: Tensor, v: Tensor, video_spans: Tensor, text_spans: Tensor) -> Peer:
     """The whole product with a mask, on dense samples [B, N, L, H]; gathering them and the mask are not timed."""
-    _, sees = next(samples(video_spans, text_spans, TILE, RADIUS))
+    mask = sees(video_spans, text_spans)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=sees)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     def restore(out: Tensor) -> Tensor:
         video, text = out.transpose(1, 2).split([size.video, size.text], dim=1)
@@ -56,7 +62,10 @@ CASES = (
         shape=lambda size: f"B={size.samples} T={size.rows} N={size.heads} H={size.width // size.heads} tile 2x4x4",
         make=make,
         work=work,
-        peers={"torch": torch_peer},
+        peers={
+            "torch": torch_peer,
+            "flex_attention": lambda *args: flex_peer(torch_peer(*args), sees(*args[-2:])),
+        },
         backward=(2.5, 2.0),
     ),
 )

@@ -22,7 +22,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         op = Path(metafunc.module.__file__).stem.removeprefix("test_")
-        names = backends_of(op) + (gpu_device.names(op) if metafunc.function.__name__ not in gpu_device.NOT_MOVED else [])
+        names = backends_of(op) + (
+            gpu_device.names(op) if metafunc.function.__name__ not in gpu_device.NOT_MOVED else []
+        )
         metafunc.parametrize("backend", [gpu_device.marked(name) for name in names], indirect=True)
 
 

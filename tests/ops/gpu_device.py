@@ -1,6 +1,6 @@
-"""The tests of tests/ops on a GPU. A backend named "triton@gpu" is that backend with the tensors of every call moved to
-the device below the op, and its results moved back: the tests themselves stay on the CPU, as under Triton's interpreter.
-The op layer with tensors of a device is what test_on_gpu.py asks about.
+"""The tests of tests/ops on a GPU. A backend named "triton@gpu" is that backend with the tensors of every call moved
+to the device below the op, and its results moved back: the tests stay on the CPU, as under Triton's interpreter. The op
+layer with tensors of a device is what test_on_gpu.py asks about.
 
 UVG_TEST_DEVICE=cpu stands in for a device that is not there: its tensors are copies in other memory.
 """

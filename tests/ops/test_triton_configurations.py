@@ -1,5 +1,5 @@
-"""Triton kernels as newer chips than sm_80 are given them, with tensor descriptors: values, under the interpreter and on
-such a GPU."""
+"""Triton kernels as newer chips than sm_80 are given them, with tensor descriptors: values, under the interpreter and
+on such a GPU."""
 
 import contextlib
 
@@ -12,16 +12,15 @@ import test_moe_mlp
 import torch
 from harness import BF16, Case
 
-from uvg_engine import backends
 from uvg_engine.backends import triton as backend
 
-ON_GPU = not backend.interpreting()
-if ON_GPU and not torch.cuda.is_available():
+if not backend.interpreting() and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from uvg_engine.kernels import flash_attention
 from uvg_engine.kernels._launch import SM90, SM100, configured_for, recording
 
+ON_GPU = not backend.interpreting()
 HERE = [pytest.param(None, id="this GPU", marks=pytest.mark.gpu)]
 
 

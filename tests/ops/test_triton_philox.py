@@ -6,8 +6,7 @@ import torch
 from uvg_engine.backends.triton import interpreting
 from uvg_engine.reference import philox
 
-DEVICE = "cpu" if interpreting() else "cuda"
-if DEVICE == "cuda" and not torch.cuda.is_available():
+if not interpreting() and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
 import triton
@@ -15,6 +14,7 @@ import triton.language as tl
 
 from uvg_engine.kernels import _philox
 
+DEVICE = "cpu" if interpreting() else "cuda"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 SIZE = 64
 BIG = 2**31 - 1
