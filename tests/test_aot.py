@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if backend.interpreting():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from bench import aot, occupancy, roofline
+from bench import aot, aot_rocm, occupancy, roofline
 from uvg_engine.kernels import _configs, _launch
 
 CAPABILITIES = sorted(aot.SHARED_LIMIT)
@@ -103,6 +103,26 @@ def test_the_page_was_written_for_the_kernels_as_they_are():
     """Else: `python -m bench.aot --write docs/gpu_static_report.md`; where a kernel has a fault it writes nothing."""
     page = (aot.KERNELS.parent / "docs/gpu_static_report.md").read_text()
     assert f"`{aot.digest()}`" in page
+
+
+@pytest.mark.skipif(FOUND != PINNED, reason=f"the page tells of Triton {PINNED}, here is {FOUND}")
+def test_the_page_shows_no_spill_in_any_case():
+    """Of the cases that are not compiled here too: with the digest these are the kernels as they are."""
+    page = (aot.KERNELS.parent / "docs/gpu_static_report.md").read_text()
+    triton = page[page.index("<!-- triton: begin -->") : page.index("<!-- triton: end -->")]
+    rows = re.findall(r"^\| `\w+_kernel` \| (.+?) \| (\d+) \| \d+ \| (\d+) \|", triton, re.M)
+    assert len(rows) == triton.count("_kernel`") and {spills for *_, spills in rows} == {"0"}
+    cases = {(case.name, f"{a}{b}") for op in aot.ops() for case in aot.cases(op) for a, b in case.capabilities}
+    assert {(case, chip) for case, chip, _ in rows} == cases
+
+
+def test_kernels_compile_for_rocm():
+    """One op, for time; `python -m bench.aot_rocm` goes through all."""
+    compiled = aot_rocm.compile_op("moe_route")
+    assert {one.kernel for one in compiled} == {"moe_route_fwd_kernel", "moe_route_bwd_kernel"}
+    assert all(one.registers > 0 and not one.scratch and not one.faults() for one in compiled)
+    (fault,) = aot_rocm.Compiled("some_kernel", "case", 1, 0, 65_537).faults()
+    assert fault == "some_kernel (case) wants 65537 bytes of shared memory of 65536"
 
 
 def test_the_page_names_kernels_that_are_there():
