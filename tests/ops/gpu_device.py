@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from uvg_engine import backends
+from uvg_engine.backends import triton
 
-DEVICE = os.environ.get("UVG_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else None)
+THERE = torch.cuda.is_available() and not triton.interpreting()  # interpreted kernels stay on the CPU
+DEVICE = os.environ.get("UVG_TEST_DEVICE") or ("cuda" if THERE else None)
 OWN = ("cuda", "triton")  # backends with kernels of ours for a GPU
 # Of the shared suite: no kernel has a part in it, or test_on_gpu.py asks for more.
 NOT_MOVED = {"test_mistake", "test_a_second_derivative_is_refused", "test_the_plainest_case_is_served"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+import gpu_device
 import pytest
 import torch
 from harness import BF16, FP16, FP32, FP64, Case, DifferentiableOpSuite, Mistake, normal, run
@@ -195,19 +196,18 @@ def test_never_all_logits_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-def test_steps_of_tritons_backward_do_not_show(dtype, monkeypatch):
+@pytest.mark.parametrize("on", [*map(gpu_device.marked, ("triton", *gpu_device.names("linear_cross_entropy")))])
+def test_steps_of_tritons_backward_do_not_show(dtype, on, monkeypatch):
     """Three steps of 1024 words give the bits of one: the sums go on where the last step left them."""
-    if not triton.interpreting():
+    if on == "triton" and not triton.interpreting():
         pytest.skip("Triton runs kernels without a GPU only where TRITON_INTERPRET=1")
     kernels = pytest.importorskip("uvg_engine.kernels.linear_cross_entropy")
     made = case("steps", gkl, 5, 17, 2100).inputs(dtype)
     results = []
     for elements in (1, 1 << 25):
         monkeypatch.setattr(kernels, "STEP_ELEMENTS", elements)
-        with backends.force("triton"):
-            results.append(
-                TestLinearCrossEntropy().assert_right(case("steps", gkl, 5, 17, 2100), made, dtype, "triton")
-            )
+        with gpu_device.forced(on) as backend:
+            results.append(TestLinearCrossEntropy().assert_right(case("steps", gkl, 5, 17, 2100), made, dtype, backend))
     assert kernels.step_words(5, 2100) == 3072
     (_, one, _), (_, other, _) = results
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -52,6 +52,19 @@ def test_bf16_is_rounded_to_nearest_and_multiplied_as_numbers():
     assert torch.equal(less, x < y)
 
 
+def test_a_product_in_fp32_is_rounded_once():
+    """So that of the transposed matrices has the same bits, on every machine."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (100 * torch.randn(*shape, generator=g).numpy() for shape in ((32, 16), (16, 32)))
+    zero = TensorHandle(np.zeros((32, 32), np.float32), tl.float32)
+    product, turned = (
+        interpreter_builder.create_dot(TensorHandle(a, tl.float32), TensorHandle(b, tl.float32), zero, None, 0).data
+        for a, b in ((x, y), (y.T, x.T))
+    )
+    assert product.dtype == np.float32 and (product == turned.T).all()
+    assert (product == (x.astype(np.float64) @ y.astype(np.float64)).astype(np.float32)).all()
+
+
 def test_ties_and_what_is_no_number():
     bits = torch.tensor([0x3F808000, 0x3F818000, 0x7F800000, 0x7F7FFFFF, 0x7FC00000, 0x7F800001], dtype=torch.int32)
     x = bits.view(torch.float32)
