@@ -35,7 +35,7 @@ def case(name, *args, **kwargs):
 def rising(g):
     """Scores that grow along the keys, far enough that every block has a new largest one."""
     made = attention(g, 61, 1500, table(((0, 61),)), table(((0, 1500),)), 1, 16)
-    made["k"] *= torch.linspace(0.5, 60, 1500, dtype=FP64)[:, None, None]
+    made["k"] *= torch.linspace(0.125, 15, 1500, dtype=FP64)[:, None, None]
     return made
 
 
