@@ -65,7 +65,7 @@ def compile_op(op: str) -> list[Compiled]:
             )
             text = binary.asm["amdgcn"]
             registers, scratch = (
-                int(re.search(rf"^\s*\.{name}:\s*(\d+)", text, re.M)[1])  # type: ignore[index]
+                int(re.search(rf"^\s*\.{name}:\s*(\d+)", text, re.M)[1])
                 for name in ("vgpr_count", "private_segment_fixed_size")
             )
             found.setdefault(binary.hash, Compiled(launch.name, case.name, registers, scratch, binary.metadata.shared))

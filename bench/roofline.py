@@ -6,7 +6,9 @@ predicted time is a floor, for ranking and for noticing a regression.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,10 +82,11 @@ def table(compiled: Sequence[Compiled]) -> Iterator[str]:
         "bytes a program | FLOP a program | predicted |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
-    for one in compiled:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a disassembler
+        mixes = list(pool.map(lambda one: one.sass(), compiled))
+    for one, mix in zip(compiled, mixes, strict=True):
         mine = [chip for chip in chips() if chip.capability == one.capability]
         held = blocks_per_sm(one, mine[0])
-        mix = one.sass()
         spills = one.stack + mix["LDL"] + mix["STL"]
         times = "; ".join(
             f"{c.name} {seconds * 1e6:.0f} us, {bound}" for c in mine for seconds, bound in [predicted(one, c)]
