@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uvg_engine.kernels import flash_attention
 from uvg_engine.kernels._configs import Table
-from uvg_engine.kernels._launch import SM80, AotCase, launch, programs
+from uvg_engine.kernels._launch import SM80, SM90, AotCase, launch, programs
 from uvg_engine.kernels.flash_attention import AttentionConfig
 from uvg_engine.kernels.window_attention_video import (
     window_attention_bwd_key_kernel,
@@ -46,6 +46,7 @@ QUERY = Table(
         (SM80, 4, 32): AttentionConfig(32, 16, 4, 1),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
         (SM80, 4, 128): AttentionConfig(16, 16, 8, 1, maxnreg=255),
+        (SM90, 2, 63): AttentionConfig(64, 64, 8, 2, maxnreg=255),  # 32 rows are too few for wgmma and tcgen05
     },
 )
 KEY = Table(
