@@ -38,6 +38,9 @@ from uvg_engine import backends
 
 EXAMPLES = {"cuda": 1, "triton": 1, "triton@gpu": 2}  # simulated and interpreted; each shape is compiled
 OTHERS = 8
+# A result may have three values, the largest error of the reference then be a lucky one: sums over 65 rows and 1,030
+# words erred by 4.9 and 8.5 ulps where its own erred by 0.8 and 1.5.
+LUCK = 8
 LIBRARIES = ("reference", "sdpa")  # torch's kernels
 SIZE = st.sampled_from((1, 2, 3, 5, 8, 15, 17, 31, 33, 64, 65, 97))
 LENGTHS = st.lists(st.sampled_from((0, 1, 2, 3, 7, 16, 33, 65)), min_size=1, max_size=5)
@@ -227,6 +230,7 @@ def assert_same_bits(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
 
 def check(op: str, backend: str, make: Callable[..., Any], dtype: torch.dtype, strided: bool) -> None:
     suite = suite_of(op)
+    suite.further = LUCK
     case = dataclasses.replace(suite.cases[0], name="fuzzed", make=make, ulps=max(1024, suite.cases[0].ulps))
     inputs = case.inputs(dtype, strided)
     with poisoned():
