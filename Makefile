@@ -19,12 +19,13 @@ DEMO := demo_out
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test sanitize lint bench docs clean
+.PHONY: help demo test sanitize emulate lint bench docs clean
 
 help:
 	@echo "make demo    generate a video from a sentence, caption it, make both at once; files in $(DEMO)/"
 	@echo "make test    build the native core, run the C++ and the Python tests"
 	@echo "make sanitize  the C++ tests under ASan and UBSan, then under TSan"
+	@echo "make emulate   the C++ tests of the AVX-512 kernels where the CPU has no AVX-512"
 	@echo "make lint    ruff, clang-format, codespell, mypy at the versions of constraints.txt"
 	@echo "make bench   time the ops against their peers"
 	@echo "make docs    build the documentation into site/"
@@ -79,6 +80,16 @@ sanitize: $(DEV)
 	  dir=build/sanitize-$${kind%%,*}; \
 	  $(BIN)/cmake -S . -B $$dir -G Ninja -DUVG_PYTHON=OFF -DUVG_TESTS=ON -DUVG_SANITIZE=$$kind \
 	    -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="-O1 -g1" -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja >/dev/null && \
+	  $(BIN)/ninja -C $$dir --quiet && \
+	  $(BIN)/ctest --test-dir $$dir --output-on-failure --no-tests=error -E 'isa_symbols|test_sim' || exit 1; \
+	done
+
+# The kernels of AVX-512 on an x86 CPU that has AVX2 alone: the C++ tests with every intrinsic as a loop.
+emulate: $(DEV)
+	@for kind in avx512 avx512_bf16; do \
+	  dir=build/emulate-$$kind; \
+	  $(BIN)/cmake -S . -B $$dir -G Ninja -DUVG_PYTHON=OFF -DUVG_TESTS=ON -DUVG_EMULATE=$$kind -DCMAKE_BUILD_TYPE=None \
+	    -DCMAKE_CXX_FLAGS=-O1 -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja >/dev/null && \
 	  $(BIN)/ninja -C $$dir --quiet && \
 	  $(BIN)/ctest --test-dir $$dir --output-on-failure --no-tests=error -E 'isa_symbols|test_sim' || exit 1; \
 	done
