@@ -19,17 +19,6 @@ from uvg_engine.ops._recording import Recording
 pytestmark = pytest.mark.skipif(not _plans._possible(), reason="no native core, or a torch without DLPack's functions")
 
 
-@pytest.fixture
-def long_ways(monkeypatch):
-    """Ops that a backend was chosen for, in order: what a plan does is not among them."""
-    seen, select = [], backends.select
-    monkeypatch.delenv("UVG_BACKENDS", raising=False)
-    monkeypatch.setattr(backends, "select", lambda op, *rest, **more: seen.append(op) or select(op, *rest, **more))
-    for planner in _plans.planners.values():
-        native.core().plans_forget(planner)
-    return seen
-
-
 def rows(seed, *shape):
     return torch.randn(*(shape or (5, 8)), generator=torch.Generator().manual_seed(seed))
 

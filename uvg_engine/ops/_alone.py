@@ -77,6 +77,11 @@ def alone(args: tuple[Any, ...]) -> bool:
 class Onlooker(TorchDispatchMode):
     """A mode of ours that lets a call be what it is without it."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would import its compiler at the first dispatch, 150 MB and 2 s, to keep it away from here."""
+        return False
+
 
 def _only_an_onlooker() -> bool:
     return _len_torch_dispatch_stack() == 1 and isinstance(_get_dispatch_stack_at(0), Onlooker)
