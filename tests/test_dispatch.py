@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -216,3 +217,26 @@ def test_a_call_follows_grad_mode_and_compile(plain):
         assert torch.equal(ops.linear(x, weight, activation="gelu_tanh"), want)
     strided = torch.cat([x, x], 1)[:, ::2]
     assert torch.equal(ops.linear(strided, weight), ops.linear(strided.contiguous(), weight))
+
+
+def test_a_forced_function_runs_in_many_threads():
+    wrong, all_in = [], threading.Barrier(4)
+
+    @backends.force("reference")
+    def forced():
+        all_in.wait()
+        return backends.forced()
+
+    def loop():
+        try:
+            wrong.extend(name for name in (forced() for _ in range(10)) if name != "reference")
+        except Exception as error:
+            wrong.append(error)
+            all_in.abort()
+
+    threads = [threading.Thread(target=loop) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -95,6 +95,10 @@ class force(contextlib.ContextDecorator):  # a generator would cost 1.3 us more
         self._backend = backend
         self._tokens: list[Token[str | None]] = []
 
+    def _recreate_cm(self) -> force:
+        """Of a decorated function every call enters one of its own: threads share no tokens."""
+        return force(self._backend)
+
     def __enter__(self) -> None:
         self._tokens.append(_forced.set(self._backend))
 
