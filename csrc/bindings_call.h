@@ -19,6 +19,8 @@ struct Torch {
   uvg::dlpack::FromPython describe = nullptr;
   PyTypeObject *tensor = nullptr, *parameter = nullptr, *dtype = nullptr;
   PyObject *requires_grad = nullptr, *version = nullptr;  // descriptors
+  PyObject *is_inference = nullptr, *storage = nullptr;   // methods
+  PyObject* words = nullptr;                              // name of what keeps a weight's words has them under
   PyObject* grad_enabled = nullptr;
   std::vector<PyObject*> never;                        // methods that have to tell no
   std::vector<PyObject*> functions;                    // their results belong to a key, as those of the next two
@@ -42,7 +44,7 @@ class Call {
     Py_XDECREF(on);
     if (on == nullptr) return false;
     grad_ = on == Py_True;
-    key.add(grad_ ? 1 : 0);
+    key.add(grad_ ? 1 : 0), key.add(PyTuple_GET_SIZE(args));
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args); ++i) {
       if (!add(PyTuple_GET_ITEM(args, i))) return false;
     }
@@ -130,11 +132,15 @@ class Call {
                           ->tp_descr_get(torch->requires_grad, value, reinterpret_cast<PyObject*>(Py_TYPE(value)));
     Py_XDECREF(wants);
     if (wants == nullptr || (grad_ && wants == Py_True)) return false;
+    PyObject* inference = PyObject_CallOneArg(torch->is_inference, value);
+    Py_XDECREF(inference);
+    if (inference == nullptr) return false;
+    const int64_t flags = (wants == Py_True ? 1 : 0) | (inference == Py_True ? 2 : 0);
     const auto* data = static_cast<const std::byte*>(x.data) + x.byte_offset;
     size_t object = 0, address = 0;  // the first argument that is the same tensor, and the first in the same place
     while (object < count && tensors[object] != value) ++object;
     while (address < count && addresses[address] != data) ++address;
-    key.add(kTensor), key.add(x.code | x.bits << 8 | x.lanes << 16 | (wants == Py_True ? 1LL : 0LL) << 32);
+    key.add(kTensor), key.add(x.code | x.bits << 8 | x.lanes << 16 | flags << 32);
     key.add(static_cast<int64_t>(object | address << 8U | static_cast<size_t>(x.ndim) << 16U));
     for (int32_t i = 0; i < x.ndim; ++i) key.add(x.shape[i]), key.add(x.strides[i]);
     tensors[count] = value, addresses[count++] = data;

@@ -45,7 +45,7 @@ void flow_noise(Address data, Address tokens, Address sigma, Address kappa, Addr
 }
 
 // A bit for each column of fp32 [rows, columns] that is not all zero; NaN is not.
-int64_t used_columns(Address table, int64_t rows, int64_t columns) {
+int64_t asks_columns(Address table, int64_t rows, int64_t columns) {
   int64_t used = 0;
   for (int64_t i = 0; i < rows * columns; ++i)
     used |= static_cast<int64_t>(at<const float>(table)[i] != 0) << i % columns;
@@ -57,5 +57,5 @@ int64_t used_columns(Address table, int64_t rows, int64_t columns) {
 void bind_flow(pybind11::module_& m) {
   def_kernel(m, "flow_step", &flow_step);
   def_kernel(m, "flow_noise", &flow_noise);
-  def_kernel(m, "used_columns", &used_columns);
+  def_kernel(m, "asks_columns", &asks_columns);
 }

@@ -1,5 +1,6 @@
 // moe_route, moe_dispatch and moe_combine of uvg_engine._cpu. Fields as in csrc/include/uvg/<op>.h.
 #include <algorithm>
+#include <stdexcept>
 #include <vector>
 
 #include "bindings_cpu.h"
@@ -52,6 +53,7 @@ bool all_inside(const T* ids, int64_t count, int64_t end) {
 
 // Whether every id, of so many bytes, lies in [0, end).
 bool asks_inside(Address ids, int64_t bytes, int64_t count, int64_t end) {
+  if (bytes != 4 && bytes != 8) throw std::invalid_argument("ids are int32 or int64");
   return bytes == 4 ? all_inside(at<const int32_t>(ids), count, end) : all_inside(at<const int64_t>(ids), count, end);
 }
 

@@ -22,7 +22,8 @@ bool enabled = true;
 struct Weight {
   int32_t argument;
   int64_t version;
-  PyObject* words;  // weak reference
+  const void* storage;  // that the words hang on: compared only, and there as long as they are kept
+  PyObject* kept;       // weak reference to what keeps the words
 };
 
 struct Made {
@@ -39,7 +40,7 @@ struct CallPlan : uvg::Plan {
   CallPlan(const CallPlan&) = delete;
   CallPlan& operator=(const CallPlan&) = delete;
   ~CallPlan() override {
-    for (const Weight& each : weights) Py_XDECREF(each.words);
+    for (const Weight& each : weights) Py_XDECREF(each.kept);
     for (const Made& each : made) Py_XDECREF(each.function), Py_XDECREF(each.arguments), Py_XDECREF(each.names);
   }
 };
@@ -50,44 +51,87 @@ struct Planner {
   uvg::PlanTable* table;
 };
 
+py::object steal(PyObject* value) { return py::reinterpret_steal<py::object>(value); }
+
+// What a weak reference leads to, or nothing.
+py::object alive(PyObject* reference) {
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* found = nullptr;
+  PyWeakref_GetRef(reference, &found);
+  return steal(found);
+#else
+  PyObject* found = PyWeakref_GetObject(reference);
+  return found == Py_None ? py::object() : py::reinterpret_borrow<py::object>(found);
+#endif
+}
+
 // The words of the weights, held; false where one of them is no longer what it was.
 bool hold_words(const CallPlan& plan, const Call& call, std::vector<py::object>& held) {
   for (const Weight& weight : plan.weights) {
     PyObject* tensor = call.tensors[weight.argument];
-    const auto version = py::reinterpret_steal<py::object>(
+    const auto version = steal(
         Py_TYPE(torch->version)->tp_descr_get(torch->version, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor))));
     if (!version || PyLong_AsLongLong(version.ptr()) != weight.version) return false;
-    PyObject* words = PyWeakref_GetObject(weight.words);
-    if (words == nullptr || words == Py_None) return false;
-    held.push_back(py::reinterpret_borrow<py::object>(words));
+    const auto storage = steal(PyObject_CallOneArg(torch->storage, tensor));
+    if (storage.ptr() != weight.storage) return false;
+    const py::object kept = alive(weight.kept);
+    if (!kept) return false;
+    held.push_back(steal(PyObject_GetAttr(kept.ptr(), torch->words)));  // not kept: who forgets them must see it
+    if (!held.back()) return false;
   }
   return true;
 }
 
-// What the call gives, or nothing where it has to go the long way. spoil: memory is full of NaN before.
-py::object run(const CallPlan& plan, const Call& call, bool spoil) {
+enum class Outcome : uint8_t { kDone, kOtherAnswer, kGone };  // gone: what the plan was made for is no more
+
+// Does the call. spoil: memory is full of NaN before.
+Outcome run(const CallPlan& plan, const Call& call, bool spoil, py::object& result) {
   std::vector<py::object> held;
-  if (!hold_words(plan, call, held)) return {};
+  if (!hold_words(plan, call, held)) return Outcome::kGone;
   std::array<py::object, kMostTensors> made;
   std::array<std::byte*, kMostTensors> addresses{};
   for (size_t i = 0; i < plan.made.size(); ++i) {
     const Made& how = plan.made[i];
-    made[i] = py::reinterpret_steal<py::object>(PyObject_Call(how.function, how.arguments, how.names));
+    made[i] = steal(PyObject_Call(how.function, how.arguments, how.names));
     uvg::dlpack::Tensor x{};
-    if (!made[i] || torch->describe(made[i].ptr(), &x) != 0) return {};
+    if (!made[i] || torch->describe(made[i].ptr(), &x) != 0) return Outcome::kGone;
     addresses[i] = static_cast<std::byte*>(x.data) + x.byte_offset;
-    if (spoil) std::memset(addresses[i], 255, static_cast<size_t>(bytes_of(x)));
+    if (spoil && addresses[i] != nullptr) std::memset(addresses[i], 255, static_cast<size_t>(bytes_of(x)));
   }
   std::byte* scratch = plan.scratch_bytes == 0 ? nullptr : uvg::scratch_of_thread(plan.scratch_bytes);
-  if (spoil) std::memset(scratch, 255, static_cast<size_t>(plan.scratch_bytes));
-  if (!plan.run({call.addresses.data(), addresses.data(), scratch})) return {};
-  if (plan.one) return made[plan.results[0]];
+  if (spoil && scratch != nullptr) std::memset(scratch, 255, static_cast<size_t>(plan.scratch_bytes));
+  if (!plan.run({call.addresses.data(), addresses.data(), scratch})) return Outcome::kOtherAnswer;
+  if (plan.one) {
+    result = made[plan.results[0]];
+    return Outcome::kDone;
+  }
   py::tuple results(plan.results.size());
   for (size_t i = 0; i < plan.results.size(); ++i) {
-    py::object result = plan.results[i] < 0 ? py::none() : made[plan.results[i]];
-    PyTuple_SET_ITEM(results.ptr(), static_cast<Py_ssize_t>(i), result.release().ptr());
+    py::object each = plan.results[i] < 0 ? py::none() : made[plan.results[i]];
+    PyTuple_SET_ITEM(results.ptr(), static_cast<Py_ssize_t>(i), each.release().ptr());
   }
-  return std::move(results);
+  result = std::move(results);
+  return Outcome::kDone;
+}
+
+// The key of a call that a plan is to be made of, kept while it is made.
+struct Question {
+  std::vector<int64_t> key;
+  uint64_t hash;
+};
+
+// By one of the plans, or nothing.
+py::object by_a_plan(uvg::PlanTable& table, const Call& call) {
+  std::vector<std::shared_ptr<const uvg::Plan>> tried;
+  while (auto plan = table.find(call.key, call.hash, call.addresses.data(), tried)) {
+    py::object result;
+    const Outcome outcome = run(static_cast<const CallPlan&>(*plan), call, false, result);
+    if (outcome == Outcome::kDone) return result;
+    PyErr_Clear();  // the long way tells what is wrong
+    if (outcome == Outcome::kGone) table.drop(call.hash, plan.get());
+    tried.push_back(std::move(plan));
+  }
+  return {};
 }
 
 PyObject* planner_call(PyObject* self, PyObject* args, PyObject* kwargs) {
@@ -96,13 +140,10 @@ PyObject* planner_call(PyObject* self, PyObject* args, PyObject* kwargs) {
     try {
       Call call;
       if (call.read(args, kwargs)) {
-        if (const auto plan = planner->table->find(call.key, call.hash, call.addresses.data())) {
-          if (py::object result = run(static_cast<const CallPlan&>(*plan), call, false)) return result.release().ptr();
-          planner->table->drop(call.hash, plan.get());
-        }
-        PyErr_Clear();  // the long way tells what is wrong
+        if (py::object result = by_a_plan(*planner->table, call)) return result.release().ptr();
         if (planner->table->wanted(call.hash)) {
-          return PyObject_CallFunctionObjArgs(planner->make, self, planner->function, args,
+          const py::object question = py::cast(Question{{call.key.begin(), call.key.end()}, call.hash});
+          return PyObject_CallFunctionObjArgs(planner->make, self, question.ptr(), planner->function, args,
                                               kwargs == nullptr ? Py_None : kwargs, nullptr);
         }
       }
@@ -126,7 +167,8 @@ py::object new_planner(const py::object& function, const py::object& make) {
   static std::array<PyType_Slot, 3> slots{{{Py_tp_call, reinterpret_cast<void*>(planner_call)},
                                            {Py_tp_dealloc, reinterpret_cast<void*>(planner_free)},
                                            {0, nullptr}}};
-  static PyType_Spec spec{"uvg_engine._cpu.Planner", sizeof(Planner), 0, Py_TPFLAGS_DEFAULT, slots.data()};
+  static PyType_Spec spec{"uvg_engine._cpu.Planner", sizeof(Planner), 0,
+                          Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots.data()};
   static PyObject* type = PyType_FromSpec(&spec);
   if (type == nullptr) throw py::error_already_set();
   auto* planner = PyObject_New(Planner, reinterpret_cast<PyTypeObject*>(type));
@@ -168,8 +210,8 @@ uvg::Place place_of(Address address, const std::vector<Range>& ranges) {
 using Shared = std::shared_ptr<CallPlan>;
 
 // steps: (kernel, arguments, answer or None); ranges: (address, bytes, 0 argument | 1 made | 2 scratch | 3 fixed,
-// index, offset), none of which overlap; weights: (argument, address, version, weak reference); made: (function,
-// arguments, keywords).
+// index, offset), none of which overlap; weights: (argument, address, version, storage, weak reference to what keeps
+// the words); made: (function, arguments, keywords).
 Shared new_plan(const py::list& values, const py::list& steps, const py::list& ranges, const py::list& weights,
                 const py::list& made, const std::vector<int32_t>& results, bool one, int64_t scratch_bytes) {
   auto plan = std::make_shared<CallPlan>();
@@ -200,34 +242,43 @@ Shared new_plan(const py::list& values, const py::list& steps, const py::list& r
     plan->steps.push_back(std::move(step));
   }
   for (const auto& each : weights) {
-    const auto [argument, address, version, words] = each.cast<std::tuple<int32_t, Address, int64_t, py::object>>();
+    const auto [argument, address, version, storage, kept] =
+        each.cast<std::tuple<int32_t, Address, int64_t, py::object, py::object>>();
     plan->places.emplace_back(argument, at<const std::byte>(address));
-    plan->weights.push_back({argument, version, words.inc_ref().ptr()});
+    plan->weights.push_back({argument, version, storage.ptr(), kept.inc_ref().ptr()});
   }
   for (const auto& each : made) {
     const auto [function, arguments, names] = each.cast<std::tuple<py::object, py::tuple, py::dict>>();
     plan->made.push_back({function.inc_ref().ptr(), arguments.inc_ref().ptr(), names.inc_ref().ptr()});
   }
   if (plan->made.size() > kMostTensors) throw py::value_error("too many tensors");
+  for (int32_t each : results) {
+    if (each < (one ? 0 : -1) || each >= static_cast<int32_t>(made.size())) throw py::value_error("no such result");
+  }
+  if (one && results.size() != 1) throw py::value_error("one result is one");
   plan->results = results, plan->one = one, plan->scratch_bytes = scratch_bytes;
   return plan;
 }
 
 py::object prove(const Shared& plan, const py::tuple& args, const py::object& kwargs) {
   const Call call = read(args, kwargs);
-  py::object result = plan->fits(call.addresses.data()) ? run(*plan, call, true) : py::object();
-  if (!result && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return result ? result : py::none();
+  py::object result;
+  const bool done = plan->fits(call.addresses.data()) && run(*plan, call, true, result) == Outcome::kDone;
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return done ? result : py::none();
 }
 
-void keep(const py::object& planner, const py::tuple& args, const py::object& kwargs, const Shared& plan) {
+// Whether the call is still known by the same key: other threads may have changed an argument or what serves.
+bool same(const Question& question, const py::tuple& args, const py::object& kwargs) {
   const Call call = read(args, kwargs);
-  table_of(planner).add(call.key, call.hash, plan);
+  return std::equal(call.key.begin(), call.key.end(), question.key.begin(), question.key.end());
 }
 
-void refuse(const py::object& planner, const py::tuple& args, const py::object& kwargs) {
-  table_of(planner).refuse(read(args, kwargs).hash);
+void keep(const py::object& planner, const Question& question, const Shared& plan) {
+  table_of(planner).add(question.key, question.hash, plan);
 }
+
+void refuse(const py::object& planner, const Question& question) { table_of(planner).refuse(question.hash); }
 
 // Whether plans can be: whether torch offers what it takes. exchange: torch's DLPack functions.
 bool begin(const py::object& exchange, const py::dict& about) {
@@ -245,6 +296,7 @@ bool begin(const py::object& exchange, const py::dict& about) {
   made->parameter = reinterpret_cast<PyTypeObject*>(take("parameter"));
   made->dtype = reinterpret_cast<PyTypeObject*>(take("dtype"));
   made->requires_grad = take("requires_grad"), made->version = take("version");
+  made->is_inference = take("is_inference"), made->storage = take("storage"), made->words = take("words");
   made->grad_enabled = take("grad_enabled");
   for (py::object each : about["never"].cast<std::vector<py::object>>()) made->never.push_back(each.release().ptr());
   for (py::object each : about["functions"].cast<std::vector<py::object>>()) {
@@ -264,9 +316,11 @@ bool begin(const py::object& exchange, const py::dict& about) {
 
 void bind_plans(py::module_& m) {
   py::class_<CallPlan, Shared>(m, "Plan");
+  py::class_<Question>(m, "PlanQuestion");
   m.def("planner", &new_planner);
   m.def("plan", &new_plan);
   m.def("plan_prove", &prove);
+  m.def("plan_same", &same);
   m.def("plan_keep", &keep);
   m.def("plan_refuse", &refuse);
   m.def("plans_begin", &begin);

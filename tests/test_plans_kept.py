@@ -7,7 +7,7 @@ import pytest
 
 from uvg_engine.ops import _plans
 
-pytestmark = pytest.mark.skipif(not _plans._possible(), reason="no native core, or a torch without DLPack's functions")
+pytestmark = pytest.mark.skipif(not _plans._begin(), reason="no native core, or a torch without DLPack's functions")
 
 
 def test_a_plan_does_not_import_the_compiler():

@@ -89,52 +89,102 @@ uint64_t Key::hash() const {
   return hash;
 }
 
-std::shared_ptr<const Plan> PlanTable::find(const Key& key, uint64_t hash, const std::byte* const* arguments) {
-  const auto found = entries_.find(hash);
-  if (found != entries_.end() &&
-      std::equal(key.begin(), key.end(), found->second.key.begin(), found->second.key.end())) {
-    for (const auto& plan : found->second.plans) {
-      if (plan->fits(arguments)) return plan;
-    }
+RecentKeys::Record* RecentKeys::find(uint64_t hash) {
+  const auto place = places_.find(hash);
+  if (place == places_.end()) return nullptr;
+  records_.splice(records_.begin(), records_, place->second);
+  return &records_.front();
+}
+
+RecentKeys::Record& RecentKeys::get(uint64_t hash) {
+  if (Record* known = find(hash)) return *known;
+  if (records_.size() == kMost) {
+    places_.erase(records_.back().hash);
+    records_.pop_back();
   }
-  ++misses_;
+  records_.push_front({hash, false, {}});
+  places_[hash] = records_.begin();
+  return records_.front();
+}
+
+std::shared_ptr<const Plan> PlanTable::find(const Key& key, uint64_t hash, const std::byte* const* arguments,
+                                            const std::vector<std::shared_ptr<const Plan>>& tried) {
+  ++calls_;
+  const auto found = entries_.find(hash);
+  if (found == entries_.end()) return nullptr;
+  Entry& entry = found->second;
+  if (!std::equal(key.begin(), key.end(), entry.key.begin(), entry.key.end())) return nullptr;
+  size_t at = entry.last < entry.plans.size() ? entry.last : 0;
+  for (size_t i = 0; i < entry.plans.size(); ++i, at = at + 1 == entry.plans.size() ? 0 : at + 1) {
+    Kept& kept = entry.plans[at];
+    if (!kept.plan->fits(arguments) || std::find(tried.begin(), tried.end(), kept.plan) != tried.end()) continue;
+    entry.last = at, kept.last = calls_;
+    if (++kept.found == kPaid) recent_.get(hash).pace = {};  // plans of this key pay again
+    return kept.plan;
+  }
   return nullptr;
 }
 
 bool PlanTable::wanted(uint64_t hash) {
-  if (refused_[hash % refused_.size()] == hash) return false;
-  uint64_t& seen = seen_[hash % seen_.size()];
-  if (seen != hash) {
-    seen = hash;
+  RecentKeys::Record* known = recent_.find(hash);
+  if (known == nullptr) {
+    recent_.get(hash);
     return false;
   }
-  if (size_ >= kMost && misses_ >= kPatience) clear();
-  const auto found = entries_.find(hash);
-  return size_ < kMost && (found == entries_.end() || found->second.made < kMostAlike);
+  if (known->refused || !known->pace.due()) return false;
+  const auto entry = entries_.find(hash);
+  if (entry != entries_.end() && entry->second.plans.size() >= kMostAlike) {
+    return make_room(entry, std::next(entry), known->pace);
+  }
+  return size_ < kMost || (pace_.due() && make_room(entries_.begin(), entries_.end(), pace_));
 }
 
-void PlanTable::add(const Key& key, uint64_t hash, std::shared_ptr<const Plan> plan) {
+// Drops the oldest plan of these entries if nobody used it lately: who takes turns with more plans than are kept would
+// otherwise never use one. False where there is no room.
+bool PlanTable::make_room(Entries::iterator begin, Entries::iterator end, RecentKeys::Pace& pace) {
+  auto entry = begin;
+  auto oldest = begin->second.plans.begin();
+  for (auto each = begin; each != end; ++each) {
+    auto& plans = each->second.plans;
+    const auto kept = std::min_element(plans.begin(), plans.end(),
+                                       [](const Kept& one, const Kept& other) { return one.last < other.last; });
+    if (kept->last < oldest->last) entry = each, oldest = kept;
+  }
+  const bool idle = calls_ - oldest->last >= kIdle;
+  pace.after_plan(idle && oldest->found >= kPaid);
+  if (idle) erase(entry, oldest);
+  return idle;
+}
+
+void PlanTable::add(const std::vector<int64_t>& key, uint64_t hash, std::shared_ptr<const Plan> plan) {
+  if (size_ >= kMost) return;
   Entry& entry = entries_[hash];
-  if (entry.made == 0) entry.key.assign(key.begin(), key.end());
-  if (!std::equal(key.begin(), key.end(), entry.key.begin(), entry.key.end())) return;  // another key of this hash
-  entry.plans.push_back(std::move(plan));
-  ++entry.made, ++size_, misses_ = 0;
+  if (entry.plans.empty()) entry.key = key;
+  if (entry.key != key) return;  // another key of this hash
+  entry.last = entry.plans.size();
+  entry.plans.push_back({std::move(plan), calls_, 0});
+  ++size_;
 }
 
 void PlanTable::drop(uint64_t hash, const Plan* plan) {
-  const auto found = entries_.find(hash);
-  if (found == entries_.end()) return;
-  auto& plans = found->second.plans;
-  const auto place = std::find_if(plans.begin(), plans.end(), [&](const auto& each) { return each.get() == plan; });
-  if (place == plans.end()) return;
-  plans.erase(place);
+  const auto entry = entries_.find(hash);
+  if (entry == entries_.end()) return;
+  auto& plans = entry->second.plans;
+  const auto kept = std::find_if(plans.begin(), plans.end(), [&](const Kept& each) { return each.plan.get() == plan; });
+  if (kept == plans.end()) return;
+  recent_.get(hash).pace.after_plan(kept->found >= kPaid);
+  erase(entry, kept);
+}
+
+void PlanTable::erase(Entries::iterator entry, std::vector<Kept>::iterator kept) {
+  entry->second.plans.erase(kept);
+  if (entry->second.plans.empty()) entries_.erase(entry);
   --size_;
 }
 
 void PlanTable::clear() {
-  entries_.clear();
-  seen_.fill(0), refused_.fill(0);
-  size_ = 0, misses_ = 0;
+  entries_.clear(), recent_.clear();
+  size_ = 0, calls_ = 0, pace_ = {};
 }
 
 }  // namespace uvg

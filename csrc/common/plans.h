@@ -2,9 +2,11 @@
 // No Python here; csrc/bindings_plans.cpp makes keys of calls and memory for results.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <list>
 #include <memory>
 #include <unordered_map>
 #include <vector>
@@ -80,31 +82,69 @@ class Key {
   std::array<int64_t, 384> words_;  // NOLINT: written before it is read
 };
 
+// What was done with the keys that found no plan lately, by their hashes; the least recent are forgotten.
+class RecentKeys {
+ public:
+  static constexpr size_t kMost = 1024;
+  static constexpr uint32_t kMostWait = 1024;
+
+  struct Pace {  // how soon there may be a plan again where plans did not pay
+    uint32_t misses = 0, wait = 0;
+    bool due() { return ++misses > wait; }
+    void after_plan(bool paid) { misses = 0, wait = paid ? 1 : std::min(std::max(2 * wait, 1U), kMostWait); }
+  };
+  struct Record {
+    uint64_t hash;
+    bool refused = false;
+    Pace pace;
+  };
+  Record* find(uint64_t hash);  // null where there is none
+  Record& get(uint64_t hash);
+  void clear() { places_.clear(), records_.clear(); }
+
+ private:
+  std::list<Record> records_;  // the most recent first
+  std::unordered_map<uint64_t, std::list<Record>::iterator> places_;
+};
+
 // The plans of one function. Bounded: a caller with ever new keys neither fills memory nor makes plans all the time.
 class PlanTable {
  public:
-  static constexpr size_t kMost = 512;              // plans
-  static constexpr size_t kMostAlike = 128;         // are made for a key: other numbers were read, other weights
-  static constexpr uint64_t kPatience = 1'000'000;  // misses after which a full table starts anew
+  static constexpr size_t kMost = 512;       // plans that are kept
+  static constexpr size_t kMostAlike = 128;  // of them for one key: other numbers, other weights, other answers
+  static constexpr uint64_t kIdle = 1024;    // calls without a plan before another may have its place
+  static constexpr uint32_t kPaid = 16;      // calls by a plan that pay for making it
 
-  [[nodiscard]] std::shared_ptr<const Plan> find(const Key& key, uint64_t hash, const std::byte* const* arguments);
+  // A plan that fits and is none of those tried.
+  [[nodiscard]] std::shared_ptr<const Plan> find(const Key& key, uint64_t hash, const std::byte* const* arguments,
+                                                 const std::vector<std::shared_ptr<const Plan>>& tried);
   [[nodiscard]] bool wanted(uint64_t hash);  // after a miss: whether to make a plan, as the key was seen before
-  void refuse(uint64_t hash) { refused_[hash % refused_.size()] = hash; }
-  void add(const Key& key, uint64_t hash, std::shared_ptr<const Plan> plan);
+  void refuse(uint64_t hash) { recent_.get(hash).refused = true; }
+  void add(const std::vector<int64_t>& key, uint64_t hash, std::shared_ptr<const Plan> plan);
   void drop(uint64_t hash, const Plan* plan);  // one that no longer does
   void clear();
   [[nodiscard]] size_t size() const { return size_; }
 
  private:
+  struct Kept {
+    std::shared_ptr<const Plan> plan;
+    uint64_t last;   // call that found it
+    uint32_t found;  // so many calls
+  };
   struct Entry {
     std::vector<int64_t> key;
-    std::vector<std::shared_ptr<const Plan>> plans;
-    size_t made = 0;
+    std::vector<Kept> plans;
+    size_t last = 0;  // found: the search begins there, as layers of one shape take turns
   };
-  std::unordered_map<uint64_t, Entry> entries_;
-  std::array<uint64_t, 1024> seen_{}, refused_{};
+  using Entries = std::unordered_map<uint64_t, Entry>;
+  bool make_room(Entries::iterator begin, Entries::iterator end, RecentKeys::Pace& pace);
+  void erase(Entries::iterator entry, std::vector<Kept>::iterator kept);
+
+  Entries entries_;  // none of them empty
+  RecentKeys recent_;
+  RecentKeys::Pace pace_;  // of a full table
   size_t size_ = 0;
-  uint64_t misses_ = 0;
+  uint64_t calls_ = 0;
 };
 
 }  // namespace uvg

@@ -3,12 +3,13 @@
 
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "tests/check.h"
 
 namespace {
 
-using uvg::Key, uvg::Memory, uvg::Place, uvg::Plan, uvg::PlanTable, uvg::Slot, uvg::Step;
+using uvg::Key, uvg::Place, uvg::Plan, uvg::PlanTable, uvg::RecentKeys, uvg::Slot, uvg::Step;
 
 // to[i] = from[i] * factor for so many values
 void scale(const float* from, float* to, int64_t count, double factor) {
@@ -93,6 +94,8 @@ Key key_of(int64_t word, const char* text) {
   return key;
 }
 
+std::vector<int64_t> words(const Key& key) { return {key.begin(), key.end()}; }
+
 void keys_are_compared_whole() {
   CHECK(key_of(1, "linear").hash() == key_of(1, "linear").hash());
   CHECK(key_of(1, "linear").hash() != key_of(2, "linear").hash());
@@ -104,9 +107,9 @@ void keys_are_compared_whole() {
   CHECK(!key.fits());
   PlanTable table;
   const Key one = key_of(1, "a"), two = key_of(2, "a");
-  table.add(one, 99, std::make_shared<Plan>());
-  table.add(two, 99, std::make_shared<Plan>());  // the same hash: left out
-  CHECK(table.size() == 1 && table.find(one, 99, nullptr) && !table.find(two, 99, nullptr));
+  table.add(words(one), 99, std::make_shared<Plan>());
+  table.add(words(two), 99, std::make_shared<Plan>());  // the same hash: left out
+  CHECK(table.size() == 1 && table.find(one, 99, nullptr, {}) && !table.find(two, 99, nullptr, {}));
 }
 
 void the_second_call_is_planned() {
@@ -114,25 +117,67 @@ void the_second_call_is_planned() {
   CHECK(!table.wanted(5) && table.wanted(5) && table.wanted(5));
   table.refuse(5);
   CHECK(!table.wanted(5) && !table.wanted(6) && table.wanted(6));
+  CHECK(!table.wanted(1024 + 6) && table.wanted(6) && table.wanted(1024 + 6));  // whatever slot they are in
+  for (uint64_t i = 0; i < 2 * RecentKeys::kMost; ++i) (void)table.wanted(10'000 + i);
+  CHECK(!table.wanted(6) && !table.wanted(5));  // forgotten
 }
 
-void a_table_is_bounded() {
+void a_plan_that_was_tried_is_not_found() {
   PlanTable table;
   const Key key = key_of(1, "a");
-  for (size_t i = 0; i < PlanTable::kMostAlike; ++i) {
-    const auto plan = std::make_shared<Plan>();
-    table.add(key, 1, plan);
-    if (i % 2 == 0) table.drop(1, plan.get());
+  table.add(words(key), 1, std::make_shared<Plan>()), table.add(words(key), 1, std::make_shared<Plan>());
+  const auto first = table.find(key, 1, nullptr, {});
+  CHECK(first == table.find(key, 1, nullptr, {}));  // again
+  const auto second = table.find(key, 1, nullptr, {first});
+  CHECK(second && second != first && table.find(key, 1, nullptr, {}) == second);
+  CHECK(!table.find(key, 1, nullptr, {second, first}));
+  table.drop(1, first.get()), table.drop(1, first.get());
+  CHECK(table.size() == 1 && table.find(key, 1, nullptr, {}) == second);
+  table.drop(1, second.get());
+  CHECK(table.size() == 0 && !table.find(key, 1, nullptr, {}));
+}
+
+// Plans made in so many calls that each find a plan gone after it was used so many times.
+int made_of(int calls, int uses) {
+  PlanTable table;
+  const Key key = key_of(1, "a");
+  int made = 0;
+  for (int i = 0; i < calls; ++i) {
+    if (const auto plan = table.find(key, 1, nullptr, {})) {
+      for (int use = 1; use < uses; ++use) (void)table.find(key, 1, nullptr, {});
+      table.drop(1, plan.get());
+      CHECK(!table.wanted(1));  // not at once
+    } else if (table.wanted(1)) {
+      table.add(words(key), 1, std::make_shared<Plan>()), ++made;
+    }
   }
-  CHECK(table.size() == PlanTable::kMostAlike / 2);
-  CHECK(!table.wanted(1) && !table.wanted(1));  // enough were made
-  for (int64_t i = 2; table.size() < PlanTable::kMost; ++i) {
-    const Key other = key_of(i, "a");
-    table.add(other, other.hash(), std::make_shared<Plan>());
-  }
-  CHECK(!table.wanted(77) && !table.wanted(77));
-  for (uint64_t i = 0; i <= PlanTable::kPatience; ++i) (void)table.find(key_of(-1, "b"), 3, nullptr);
-  CHECK(table.wanted(77) && table.size() == 0);  // begins anew
+  return made;
+}
+
+void plans_that_do_not_pay_become_rare() {
+  CHECK(made_of(3000, 1) < 16);
+  CHECK(made_of(3000, PlanTable::kPaid) > 900);
+}
+
+// So many plans of one key, or of a key each, all in use: used, one after the other, in each round.
+void the_oldest_idle_plan_makes_room(bool alike) {
+  PlanTable table;
+  const size_t most = alike ? PlanTable::kMostAlike : PlanTable::kMost;
+  const auto key = [&](size_t i) { return key_of(alike ? 1 : static_cast<int64_t>(i), "a"); };
+  for (size_t i = 0; i < most; ++i) table.add(words(key(i)), key(i).hash(), std::make_shared<Plan>());
+  CHECK(table.size() == most);
+  const Key more = key(most);
+  CHECK(!table.wanted(more.hash()));
+  for (size_t i = 0; i < 100; ++i) CHECK(!table.wanted(more.hash()));  // nobody is idle
+  const auto first = table.find(key(0), key(0).hash(), nullptr, {});
+  for (size_t i = 0; i < PlanTable::kIdle; ++i) (void)table.find(key(0), key(0).hash(), nullptr, {});
+  int asked = 0;
+  while (!table.wanted(more.hash()) && asked < 5000) ++asked;
+  CHECK(asked <= 2 * static_cast<int>(RecentKeys::kMostWait) && table.size() == most - 1);
+  table.add(words(more), more.hash(), std::make_shared<Plan>());
+  CHECK(table.size() == most && table.find(key(0), key(0).hash(), nullptr, {}) != nullptr);
+  table.clear();
+  CHECK(table.size() == 0 && !table.find(key(0), key(0).hash(), nullptr, {}));
 }
 
 }  // namespace
@@ -143,6 +188,9 @@ int main() {
   fits_what_was_read();
   keys_are_compared_whole();
   the_second_call_is_planned();
-  a_table_is_bounded();
+  a_plan_that_was_tried_is_not_found();
+  plans_that_do_not_pay_become_rare();
+  the_oldest_idle_plan_makes_room(true);
+  the_oldest_idle_plan_makes_room(false);
   return uvg::test::finish("plans");
 }

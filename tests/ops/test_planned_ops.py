@@ -9,7 +9,7 @@ from uvg_engine import backends
 from uvg_engine.backends import native, plans
 from uvg_engine.ops import _plans
 
-pytestmark = pytest.mark.skipif(not _plans._possible(), reason="no native core, or a torch without DLPack's functions")
+pytestmark = pytest.mark.skipif(not _plans._begin(), reason="no native core, or a torch without DLPack's functions")
 OPS = sorted(op for op in SUITES if native.cpu() is None or op in backends.table("cpu"))
 CASES = [(op, case, dtype) for op in OPS for case in SUITES[op].cases for dtype in case.dtypes]
 

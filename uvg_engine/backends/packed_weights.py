@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,13 +73,23 @@ def forget(weight: Tensor) -> None:
     weight.untyped_storage().__dict__.pop(_NAME, None)
 
 
+def keeper(weight: Tensor, op: str) -> _Packed | None:
+    """What keeps the words of a weight now, or None. It goes with the weight, and when it is forgotten or packed anew,
+    whoever holds the words."""
+    found: _Packed | None = weight.untyped_storage().__dict__.get(_NAME, {}).get(_key(weight, op))
+    return found
+
+
+def _key(weight: Tensor, op: str) -> tuple[Any, ...]:
+    return weight.storage_offset(), weight.shape, weight.dtype, op
+
+
 def packed(weight: Tensor, keep: bool, op: str = "linear") -> Tensor:
     """int32 words of a weight [F, D] or of several [E, F, D], one after the other, in fp32 or bf16, for the instruction
     set in use. keep: for later calls too. op: that reads it, "linear" or "linear_int8"."""
     if not (keep and _keep and weight.is_contiguous()) or weight.is_inference():
         return _pack(weight, op)
-    store = weight.untyped_storage().__dict__.setdefault(_NAME, {})
-    key = (weight.storage_offset(), weight.shape, weight.dtype, op)
+    store, key = weight.untyped_storage().__dict__.setdefault(_NAME, {}), _key(weight, op)
     found, version = store.get(key), weight._version
     mark = native.core().weight_mark(weight.data_ptr(), weight.nbytes)
     made: _Packed | None = None

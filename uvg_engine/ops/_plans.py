@@ -32,7 +32,7 @@ class _NoPlan(Exception):
 
 def planned(function: Function) -> Function:
     """The function, done by plans where it was called like this before. It makes tensors and writes to no other."""
-    if not _possible():
+    if not _begin():
         return function
     planner = native.core().planner(function, _make)
 
@@ -47,8 +47,8 @@ def planned(function: Function) -> Function:
 
 
 @functools.cache
-def _possible() -> bool:
-    """Whether there is a native core, and a torch that tells what it takes to do a call without it."""
+def _begin() -> bool:
+    """Have the core make plans. False without a native core, or with a torch that does not tell what it takes."""
     core, exchange = native.cpu(), getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if core is None or exchange is None or not _alone.CAN_TELL or not isinstance(backends._environment, dict):
         return False
@@ -59,6 +59,8 @@ def _possible() -> bool:
     about = {
         **{"tensor": Tensor, "parameter": Parameter, "dtype": torch.dtype},
         **{"requires_grad": base.requires_grad, "version": base._version, "grad_enabled": torch.is_grad_enabled},
+        **{"is_inference": base.is_inference, "storage": base.untyped_storage, "words": "words"},
+        # Values that are kept negated, and names: DLPack tells neither.
         "never": [getattr(base, name) for name in ("is_neg", "has_names") if hasattr(base, name)],
         "functions": modes + others,
         "variables": [native._stand_in, packed_weights._asked, plans._read, backends._forced],
@@ -71,45 +73,66 @@ def _possible() -> bool:
     return bool(core.plans_begin(exchange, about))
 
 
-def _make(planner: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    """The call, and a plan for the next one like it."""
+def _make(
+    planner: Any, question: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None
+) -> Any:
+    """The call, and a plan for the next one like it. question: the key of the call before it was made."""
     with packed_weights.watched() as weights:
         result = function(*args, **kwargs or {})
     core = native.core()
     try:
-        core.plan_keep(planner, args, kwargs, _plan(function, args, kwargs or {}, result, weights))
-    except (_NoPlan, ValueError):
-        core.plan_refuse(planner, args, kwargs)
+        if core.plan_same(question, args, kwargs):  # or another thread changed what the call hangs on
+            plan = _plan(function, args, kwargs or {}, result, weights)
+            if core.plan_same(question, args, kwargs):
+                core.plan_keep(planner, question, plan)
+    except Exception:  # the call itself was served
+        core.plan_refuse(planner, question)
     return result
 
 
 def _plan(function: Any, args: Any, kwargs: Any, result: Any, weights: packed_weights.Asked) -> Any:
+    """The call as a plan that gave the same result. _NoPlan where it cannot be one."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     kept = {id(weight) for weight, _, _, _ in weights}
-    small = sum(x.nbytes for x in tensors if id(x) not in kept) <= _MOST_BYTES
-    known = kept <= {id(x) for x in tensors}
-    if not (small and known and _alone.alone(tuple(tensors))) or torch._C._len_torch_function_stack():
-        raise _NoPlan
+    _refuse(tensors, kept)
+
     core, recorder, copies = native.core(), _Recorder(), _copies(tensors, kept)
     with native.standing_in(_Noting(core, recorder.steps)), plans.watched() as read, recorder:
         again = _call(function, args, kwargs, copies)
     addresses = {weight.data_ptr() for weight, _, _, _ in weights}
     if any(name == "weight_mark" and given[0] not in addresses for name, given, _ in recorder.steps):
         raise _NoPlan  # of a weight of inference_mode, which is packed every time: others are kept
-    ranges = [(x.data_ptr(), _extent(x), _ARGUMENT, i, 0) for i, x in enumerate(copies) if x.numel()]
+
+    one, results = not isinstance(again, tuple), again if isinstance(again, tuple) else (again,)
+    made, ranges, scratch = recorder.memory(results)
+    ranges += [(x.data_ptr(), _extent(x), _ARGUMENT, i, 0) for i, x in enumerate(copies) if x.numel()]
     ranges += [(words.data_ptr(), words.nbytes, _FIXED, 0, words.data_ptr()) for _, _, words, _ in weights]
-    results = again if isinstance(again, tuple) else (again,)
-    made, places, scratch = recorder.memory(results)
-    plan = core.plan(
-        *([_values(x, copies) for x in read], recorder.steps, ranges + places),
-        [(_index(weight, tensors), weight.data_ptr(), weight._version, weakref.ref(w)) for weight, _, w, _ in weights],
-        *(made, [-1 if x is None else _index(x, [y for y in results if y is not None]) for x in results]),
-        *(not isinstance(again, tuple), scratch),
-    )
+    values, known = [_values(x, copies) for x in read], [_weight(*asked, tensors) for asked in weights]
+    tensors_made = [x for x in results if x is not None]
+    order = [-1 if x is None else _index(x, tensors_made) for x in results]
+    plan = core.plan(values, recorder.steps, ranges, known, made, order, one, scratch)
+
     args, kwargs = _swapped(args, kwargs, _copies(tensors, kept))
     if not _same(core.plan_prove(plan, args, kwargs), result):
         raise _NoPlan
     return plan
+
+
+def _refuse(tensors: list[Tensor], kept: set[int]) -> None:
+    """_NoPlan of a call that is large, keeps a weight that is no argument, or that somebody looks on at."""
+    small = sum(x.nbytes for x in tensors if id(x) not in kept) <= _MOST_BYTES
+    known = kept <= {id(x) for x in tensors}
+    if not (small and known and _alone.alone(tuple(tensors))) or torch._C._len_torch_function_stack():
+        raise _NoPlan
+
+
+def _weight(weight: Tensor, op: str, words: Tensor, new: bool, tensors: list[Tensor]) -> tuple[Any, ...]:
+    """How a plan knows a packed weight: by its place, its version and what keeps its words on its storage."""
+    kept = packed_weights.keeper(weight, op)
+    if kept is None or kept.words is not words:
+        raise _NoPlan
+    place, storage = weight.data_ptr(), weight.untyped_storage()
+    return _index(weight, tensors), place, weight._version, storage, weakref.ref(kept)
 
 
 class _Recorder(_alone.Onlooker):

@@ -252,9 +252,12 @@ def values_of(spans: Tensor) -> bytes:
     return plans.reads(spans).numpy().tobytes()
 
 
+_IDS = torch.int32, torch.int64
+
+
 def require_ids(name: str, ids: Tensor, count: int) -> None:
     """Every id lies in [0, count). Reads values: for the `check` of `define`."""
-    if native.cpu() is not None and ids.is_contiguous():  # a tenth of the time
+    if native.cpu() is not None and ids.dtype in _IDS and ids.is_contiguous():  # a tenth of the time
         if native.core().asks_inside(ids.data_ptr(), ids.element_size(), ids.numel(), count):
             return
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:

@@ -134,7 +134,7 @@ def _check(x: Tensor, v_cond: Tensor, v_uncond: Any, guidance: Tensor, coefs: Te
 def _used_columns(coefs: Tensor) -> int:
     """A bit for each column that is not all zero; NaN is not."""
     if native.cpu() is not None and coefs.dtype == torch.float32 and coefs.is_contiguous():
-        return int(native.core().used_columns(coefs.data_ptr(), *coefs.shape))
+        return int(native.core().asks_columns(coefs.data_ptr(), *coefs.shape))
     used: list[bool] = (plans.reads(coefs).detach().numpy() != 0).any(axis=0).tolist()
     return sum(each << i for i, each in enumerate(used))
 
