@@ -2,15 +2,15 @@
 
 A plan is what one call of an op did: which kernels of the native core ran, with which numbers, on which of the
 arguments' addresses. The second call with the same key makes one, the next calls with that key use it. To the key
-belong dtype, shape, strides and requires_grad of every tensor, whether it was made under inference_mode, which of them
-are one tensor or lie at one place, the value of every other argument, and what the choice of a backend depends on:
-`UVG_BACKENDS`, `force`, the number of threads, `packed_weights.kept`, modes of torch. Numbers that the call read (spans,
-groups) have to be the same bytes; a packed weight has to hang on this tensor's storage, unwritten since and not
-forgotten; a question (are the ids inside) needs the same answer. One key has several plans where these differ.
+belong dtype, shape, strides and requires_grad of every tensor, whether it was made under inference_mode, which of
+them are one tensor or lie at one place, the value of every other argument, and what the choice of a backend depends
+on: `UVG_BACKENDS`, `force`, the number of threads, `packed_weights.kept`, modes of torch. Numbers that the call read
+(spans, groups) have to be the same bytes; a packed weight has to hang on this tensor's storage, unwritten since and
+not forgotten; a question (are the ids inside) needs the same answer. One key has several plans where these differ.
 
-All else takes the long way: what traces, looks on, wants a gradient, or has more than 1 MiB of arguments, where Python's
-part does not show. Not seen, and taken to stay as they are once a process has begun: the tables of the backends, `ORDER`,
-and that two tensors of different storages at different addresses do not lie over one another.
+All else takes the long way: what traces, looks on, wants a gradient, or has more than 1 MiB of arguments, where
+Python's part does not show. Not seen, and taken to stay as they are: the tables of the backends and `ORDER`; what is
+written to a packed weight through another storage, where `packed_weights` does not look.
 
 A plan is used after it gave the same bits as the long way, on other addresses, over memory full of NaN. It changes
 nothing but time. `UVG_PLANS=0` or `kept(False)` makes and uses none.
