@@ -35,7 +35,7 @@ def test_another_tensor_over_the_same_memory_is_another_weight(long_ways):
     """Whose words were packed before the memory was written to where the mark does not look."""
     x, memory = rows(0, 5, 64), np.random.default_rng(0).standard_normal((64, 64), np.float32)
     first = torch.from_numpy(memory)
-    for column in range(8):
+    for column in range(20, 28):
         known(ops.linear, x, first)
         memory[1, column] += 100
         again = torch.from_numpy(memory)
@@ -45,7 +45,7 @@ def test_another_tensor_over_the_same_memory_is_another_weight(long_ways):
 
 def test_a_forgotten_weight_is_packed_anew_whoever_holds_its_words(long_ways):
     x, weight = rows(0, 5, 64), rows(1, 64, 64)
-    for column in range(8):
+    for column in range(20, 28):
         known(ops.linear, x, weight)
         words = packed_weights.packed(weight, True)
         weight.numpy()[1, column] += 100
