@@ -83,6 +83,24 @@ def test_what_changes_while_a_plan_is_made_spoils_none(long_ways, monkeypatch):
     assert torch.equal(ops.gated_residual(wide, wide.clone()), 2 * wide)
 
 
+def test_a_plan_is_made_under_one_setting(long_ways, monkeypatch):
+    """UVG_BACKENDS is another one only while the call is noted, and before and after what it was."""
+    make, args = _plans._plan, (rows(0), rows(1))
+
+    def meanwhile(*given):
+        monkeypatch.delenv("UVG_BACKENDS")
+        made = make(*given)
+        monkeypatch.setenv("UVG_BACKENDS", "reference")
+        return made
+
+    monkeypatch.setenv("UVG_BACKENDS", "reference")
+    monkeypatch.setattr(_plans, "_plan", meanwhile)
+    known(ops.gated_residual, *args)
+    del long_ways[:]
+    ops.gated_residual(*args)
+    assert long_ways
+
+
 def test_an_error_while_a_plan_is_made_is_not_the_callers(long_ways, monkeypatch):
     x, eps = rows(0), torch.tensor(1.0)
     want = ops.modulated_layer_norm(x, eps=1.0)

@@ -81,10 +81,11 @@ def _make(
         result = function(*args, **kwargs or {})
     core = native.core()
     try:
-        if core.plan_same(question, args, kwargs):  # or another thread changed what the call hangs on
-            plan = _plan(function, args, kwargs or {}, result, weights)
-            if core.plan_same(question, args, kwargs):
-                core.plan_keep(planner, question, plan)
+        with backends.environment_held():
+            if core.plan_same(question, args, kwargs):  # or another thread changed what the call hangs on
+                plan = _plan(function, args, kwargs or {}, result, weights)
+                if core.plan_same(question, args, kwargs):
+                    core.plan_keep(planner, question, plan)
     except Exception:  # the call itself was served
         core.plan_refuse(planner, question)
     return result
