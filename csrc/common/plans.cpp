@@ -119,7 +119,7 @@ std::shared_ptr<const Plan> PlanTable::find(const Key& key, uint64_t hash, const
     Kept& kept = entry.plans[at];
     if (!kept.plan->fits(arguments) || std::find(tried.begin(), tried.end(), kept.plan) != tried.end()) continue;
     entry.last = at, kept.last = calls_;
-    if (++kept.found == kPaid) recent_.get(hash).pace = {};  // plans of this key pay again
+    if (++kept.found == kPaid) recent_.get(hash).pace = {}, pace_ = {};  // they pay again
     return kept.plan;
   }
   return nullptr;
@@ -151,7 +151,7 @@ bool PlanTable::make_room(Entries::iterator begin, Entries::iterator end, Recent
     if (kept->last < oldest->last) entry = each, oldest = kept;
   }
   const bool idle = calls_ - oldest->last >= kIdle;
-  pace.after_plan(idle && oldest->found >= kPaid);
+  pace.after_plan(idle && oldest->found >= kPaid, &pace == &pace_ ? kFullWait : RecentKeys::kMostWait);
   if (idle) erase(entry, oldest);
   return idle;
 }

@@ -91,7 +91,9 @@ class RecentKeys {
   struct Pace {  // how soon there may be a plan again where plans did not pay
     uint32_t misses = 0, wait = 0;
     bool due() { return ++misses > wait; }
-    void after_plan(bool paid) { misses = 0, wait = paid ? 1 : std::min(std::max(2 * wait, 1U), kMostWait); }
+    void after_plan(bool paid, uint32_t most = kMostWait) {
+      misses = 0, wait = paid ? 1 : std::min(std::max(2 * wait, 1U), most);
+    }
   };
   struct Record {
     uint64_t hash;
@@ -110,10 +112,11 @@ class RecentKeys {
 // The plans of one function. Bounded: a caller with ever new keys neither fills memory nor makes plans all the time.
 class PlanTable {
  public:
-  static constexpr size_t kMost = 512;       // plans that are kept
-  static constexpr size_t kMostAlike = 128;  // of them for one key: other numbers, other weights, other answers
-  static constexpr uint64_t kIdle = 1024;    // calls without a plan before another may have its place
-  static constexpr uint32_t kPaid = 16;      // calls by a plan that pay for making it
+  static constexpr size_t kMost = 512;        // plans that are kept
+  static constexpr size_t kMostAlike = 128;   // of them for one key: other numbers, other weights, other answers
+  static constexpr uint64_t kIdle = 1024;     // calls without a plan before another may have its place
+  static constexpr uint32_t kPaid = 16;       // calls by a plan that pay for making it
+  static constexpr uint32_t kFullWait = 128;  // misses of a full table before it makes room again
 
   // A plan that fits and is none of those tried.
   [[nodiscard]] std::shared_ptr<const Plan> find(const Key& key, uint64_t hash, const std::byte* const* arguments,
