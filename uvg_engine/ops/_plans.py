@@ -105,6 +105,8 @@ def _plan(function: Any, args: Any, kwargs: Any, result: Any, weights: packed_we
         raise _NoPlan  # of a weight of inference_mode, which is packed every time: others are kept
 
     one, results = not isinstance(again, tuple), again if isinstance(again, tuple) else (again,)
+    if not any(answer is None for _, _, answer in recorder.steps):
+        raise _NoPlan  # another backend served: no kernel of the core wrote the results
     made, ranges, scratch = recorder.memory(results)
     ranges += [(x.data_ptr(), _extent(x), _ARGUMENT, i, 0) for i, x in enumerate(copies) if x.numel()]
     ranges += [(words.data_ptr(), words.nbytes, _FIXED, 0, words.data_ptr()) for _, _, words, _ in weights]
@@ -120,7 +122,10 @@ def _plan(function: Any, args: Any, kwargs: Any, result: Any, weights: packed_we
 
 
 def _refuse(tensors: list[Tensor], kept: set[int]) -> None:
-    """_NoPlan of a call that is large, keeps a weight that is no argument, or that somebody looks on at."""
+    """_NoPlan of a call that is not for the native core, is large, keeps a weight that is no argument, or that somebody
+    looks on at."""
+    if backends.forced() not in (None, "cpu"):
+        raise _NoPlan
     small = sum(x.nbytes for x in tensors if id(x) not in kept) <= _MOST_BYTES
     known = kept <= {id(x) for x in tensors}
     if not (small and known and _alone.alone(tuple(tensors))) or torch._C._len_torch_function_stack():
