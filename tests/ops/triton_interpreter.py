@@ -3,7 +3,7 @@ TRITON_INTERPRET=1, before the first kernel; the process is then for interpretat
 
 What stock Triton 3.7 and 3.9 do in place of it (test_triton_interpreter.py notices when that changes):
   bf16: arithmetic and tl.dot on the raw 16-bit patterns, fp32 to bf16 by truncation
-  tl.dot of fp32 adds in the order of numpy's library: a product and its transposed one differ, and so do machines
+  tl.dot adds in the order of numpy's library: a product and its transposed one differ, and so do rows and machines
   a comparison keeps the type of its left side: combined with a mask it becomes an integer
   a store or load beyond its tensor: a segmentation fault, or nothing
   two programs that store to one address: nothing
@@ -84,12 +84,10 @@ def create_fma(self: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> 
 
 
 def create_dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: Any) -> TensorHandle:
-    if a.data.dtype == b.data.dtype == np.float32:
-        # once rounded: in which order numpy's library adds depends on the CPU, and on which operand is transposed
-        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
+    if is_bf16(a) or is_bf16(b) or a.data.dtype == b.data.dtype == np.float32:
+        # once rounded: in which order numpy's library adds depends on the CPU, on the row and on what is transposed
+        product = np.matmul(values(a).astype(np.float64), values(b).astype(np.float64))
         return TensorHandle(product.astype(np.float32) + d.data, d.dtype.scalar)
-    if is_bf16(a) or is_bf16(b):
-        return TensorHandle(np.matmul(values(a), values(b), dtype=np.float32) + d.data, d.dtype.scalar)
     return STOCK["create_dot"](self, a, b, d, *rest)
 
 
