@@ -71,12 +71,12 @@ def test_killed_again_and_again_while_writing(tmp_path):
     kills = [  # the steps whose checkpoints are there after each
         (go_on, "open", "step_00000001.pt.", 1, []),
         (go_on_with_little_room, size // 100, signal.SIG_DFL, []),
-        (go_on, "os.rename", ".pt", 1, []),
-        (go_on, "os.rename", ".pt", 3, [1, 2]),
+        (go_on, "os.rename", ".pt.", 1, []),
+        (go_on, "os.rename", ".pt.", 3, [1, 2]),
         (go_on_with_little_room, size // 2, signal.SIG_DFL, [1, 2]),
         (go_on, "os.remove", "step_00000001.pt", 1, [1, 2, 3]),  # the new one is in place, the oldest not yet gone
         (go_on_with_little_room, size - 100, signal.SIG_DFL, [1, 2, 3]),
-        (go_on, "os.rename", ".pt", 3, [4, 5]),
+        (go_on, "os.rename", ".pt.", 3, [4, 5]),
     ]
     for target, *args, there in kills:
         wanted = -signal.SIGKILL if target is go_on else -signal.SIGXFSZ
