@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# Two processes of tests share the cores: threads that wait shall sleep soon (uvg_engine.process). Before torch.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import pytest
 import torch
 
@@ -13,6 +16,21 @@ from uvg_engine.backends import native
 from uvg_engine.ops import _plans
 
 os.environ["UVG_KEEP_MEMORY"] = "0"  # what `uvg` asks of its process would outlive a test that runs it in this one
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A module whose test waits for a long process of its own may begin that before the first test of all."""
+    if not session.config.option.collectonly:
+        _call_in_modules(session, "before_all_tests")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    _call_in_modules(session, "after_all_tests")
+
+
+def _call_in_modules(session: pytest.Session, name: str) -> None:
+    for module in {item.module for item in session.items if isinstance(item, pytest.Function)}:
+        getattr(module, name, lambda: None)()
 
 
 @pytest.fixture
