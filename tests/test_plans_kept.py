@@ -110,6 +110,35 @@ def test_an_error_while_a_plan_is_made_is_not_the_callers(long_ways, monkeypatch
     assert number_of(ops.gated_residual) == 0
 
 
+def test_the_log_tells_once_why_there_is_no_plan(long_ways, monkeypatch, caplog):
+    monkeypatch.setattr(_plans, "_told", set())
+    caplog.set_level("DEBUG", logger="uvg_engine.ops._plans")
+    wide, h, weight = rows(0, 5, 1 << 17), rows(1), rows(2, 8, 8).requires_grad_()
+    for count in (3, 4, 5):
+        known(ops.gated_residual, wide[:count], wide[:count])
+        known(ops.modulated_layer_norm, h[:count].T)
+    want = ["gated_residual: arguments are large", "modulated_layer_norm: torch's aten.clone.default ran"]
+    assert caplog.messages == [f"no plan of a call of {each}" for each in want]
+
+    caplog.clear()
+    monkeypatch.setattr(_plans, "_plan", lambda *args: 1 / 0)
+    for x in (h, h[:3]):
+        for _ in range(3):
+            ops.linear(x, weight).sum().backward()
+    want = ["linear: ZeroDivisionError while it was made", "linear_bwd: ZeroDivisionError while it was made"]
+    assert caplog.messages == [f"no plan of a call of {each}" for each in want]
+    assert all(record.exc_info for record in caplog.records)
+
+
+def test_the_log_tells_of_other_threads(long_ways, monkeypatch, caplog):
+    monkeypatch.setattr(_plans, "_told", set())
+    caplog.set_level("DEBUG", logger="uvg_engine.ops._plans")
+    make = _plans._plan
+    monkeypatch.setattr(_plans, "_plan", lambda *args: (make(*args), monkeypatch.setenv("UVG_BACKENDS", "cpu"))[0])
+    known(ops.gated_residual, rows(0), rows(1))
+    assert caplog.messages == ["no plan of a call of gated_residual: another thread changed what it hangs on"]
+
+
 def test_a_word_is_no_name(long_ways):
     x, weight, bias = rows(0), rows(1, 8, 8), rows(2)[0]
     known(ops.linear, x, weight, bias=bias)

@@ -13,7 +13,8 @@ Python's part does not show. Not seen, and taken to stay as they are: the tables
 written to a packed weight through another storage, where `packed_weights` does not look.
 
 A plan is used after it gave the same bits as the long way, on other addresses, over memory full of NaN. It changes
-nothing but time. `UVG_PLANS=0` or `kept(False)` makes and uses none.
+nothing but time. `UVG_PLANS=0` or `kept(False)` makes and uses none. The log `uvg_engine.ops._plans` (DEBUG) tells once
+for each op and reason why a call has none.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
@@ -22,12 +23,14 @@ _MOST_MADE = 8 << 20  # bytes of results and of scratch, which stays with a thre
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 _ARGUMENT, _MADE, _SCRATCH, _FIXED = range(4)  # what an address belongs to
+_log = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable[..., Any])
+_told: set[tuple[str, str]] = set()
 planners: dict[Callable[..., Any], Any] = {}  # of what `planned` returned
 
 
 class _NoPlan(Exception):
-    """The call did something that a plan cannot do again."""
+    """The call did something that a plan cannot do again: the message says what."""
 
 
 def planned(function: Function) -> Function:
@@ -82,13 +85,26 @@ def _make(
     core = native.core()
     try:
         with backends.environment_held():
-            if core.plan_same(question, args, kwargs):  # or another thread changed what the call hangs on
-                plan = _plan(function, args, kwargs or {}, result, weights)
-                if core.plan_same(question, args, kwargs):
-                    core.plan_keep(planner, question, plan)
-    except Exception:  # the call itself was served
+            same = core.plan_same(question, args, kwargs)
+            plan = _plan(function, args, kwargs or {}, result, weights) if same else None
+            if same and core.plan_same(question, args, kwargs):
+                core.plan_keep(planner, question, plan)
+            else:
+                _tell(function.__name__, "another thread changed what it hangs on")
+    except _NoPlan as reason:
         core.plan_refuse(planner, question)
+        _tell(function.__name__, str(reason))
+    except Exception as error:  # of ours or of another thread's doing: the call itself was served
+        core.plan_refuse(planner, question)
+        _tell(function.__name__, f"{type(error).__name__} while it was made", error)
     return result
+
+
+def _tell(op: str, reason: str, error: Exception | None = None) -> None:
+    """Log once why calls of an op have no plan."""
+    if _log.isEnabledFor(logging.DEBUG) and (op, reason) not in _told:
+        _told.add((op, reason))
+        _log.debug("no plan of a call of %s: %s", op, reason, exc_info=error)
 
 
 def _plan(function: Any, args: Any, kwargs: Any, result: Any, weights: packed_weights.Asked) -> Any:
@@ -102,11 +118,11 @@ def _plan(function: Any, args: Any, kwargs: Any, result: Any, weights: packed_we
         again = _call(function, args, kwargs, copies)
     addresses = {weight.data_ptr() for weight, _, _, _ in weights}
     if any(name == "weight_mark" and given[0] not in addresses for name, given, _ in recorder.steps):
-        raise _NoPlan  # of a weight of inference_mode, which is packed every time: others are kept
+        raise _NoPlan("a weight of inference_mode is packed every time")
 
     one, results = not isinstance(again, tuple), again if isinstance(again, tuple) else (again,)
     if not any(answer is None for _, _, answer in recorder.steps):
-        raise _NoPlan  # another backend served: no kernel of the core wrote the results
+        raise _NoPlan("no kernel of the core wrote the results")
     made, ranges, scratch = recorder.memory(results)
     ranges += [(x.data_ptr(), _extent(x), _ARGUMENT, i, 0) for i, x in enumerate(copies) if x.numel()]
     ranges += [(words.data_ptr(), words.nbytes, _FIXED, 0, words.data_ptr()) for _, _, words, _ in weights]
@@ -117,7 +133,7 @@ def _plan(function: Any, args: Any, kwargs: Any, result: Any, weights: packed_we
 
     args, kwargs = _swapped(args, kwargs, _copies(tensors, kept))
     if not _same(core.plan_prove(plan, args, kwargs), result):
-        raise _NoPlan
+        raise _NoPlan("it gave another result")
     return plan
 
 
@@ -125,18 +141,20 @@ def _refuse(tensors: list[Tensor], kept: set[int]) -> None:
     """_NoPlan of a call that is not for the native core, is large, keeps a weight that is no argument, or that somebody
     looks on at."""
     if backends.forced() not in (None, "cpu"):
-        raise _NoPlan
-    small = sum(x.nbytes for x in tensors if id(x) not in kept) <= _MOST_BYTES
-    known = kept <= {id(x) for x in tensors}
-    if not (small and known and _alone.alone(tuple(tensors))) or torch._C._len_torch_function_stack():
-        raise _NoPlan
+        raise _NoPlan("another backend is forced")
+    if sum(x.nbytes for x in tensors if id(x) not in kept) > _MOST_BYTES:
+        raise _NoPlan("arguments are large")
+    if not kept <= {id(x) for x in tensors}:
+        raise _NoPlan("a packed weight is no argument")
+    if not _alone.alone(tuple(tensors)) or torch._C._len_torch_function_stack():
+        raise _NoPlan("somebody looks on")
 
 
 def _weight(weight: Tensor, op: str, words: Tensor, new: bool, tensors: list[Tensor]) -> tuple[Any, ...]:
     """How a plan knows a packed weight: by its place, its version and what keeps its words on its storage."""
     kept = packed_weights.keeper(weight, op)
     if kept is None or kept.words is not words:
-        raise _NoPlan
+        raise _NoPlan("a weight was packed anew")
     place, storage = weight.data_ptr(), weight.untyped_storage()
     return _index(weight, tensors), place, weight._version, storage, weakref.ref(kept)
 
@@ -155,7 +173,7 @@ class _Recorder(_alone.Onlooker):
         if func.overloadpacket in _EMPTY and out.is_cpu:
             self._made.append(out)
         elif not func.is_view or torch.Tag.inplace_view in func.tags:
-            raise _NoPlan
+            raise _NoPlan(f"torch's {func} ran")
         self._held.append(out)
         return out
 
@@ -168,9 +186,9 @@ class _Recorder(_alone.Onlooker):
             if x is None:
                 continue
             if type(x) is not Tensor or storages.pop(x.untyped_storage()._cdata, None) is None or not x.is_contiguous():
-                raise _NoPlan  # an argument, or twice the same
+                raise _NoPlan("a result is an argument, twice the same or no packed tensor")
             if x.nbytes != x.untyped_storage().nbytes():
-                raise _NoPlan
+                raise _NoPlan("a result is a part of its memory")
             places.append((x.data_ptr(), x.nbytes, _MADE, len(made), 0))
             made.append((torch.empty_strided, (tuple(x.shape), tuple(x.stride())), {"dtype": x.dtype}))
             total += x.nbytes
@@ -179,7 +197,7 @@ class _Recorder(_alone.Onlooker):
             places.append((x.untyped_storage().data_ptr(), size, _SCRATCH, 0, scratch))
             scratch += -(-size // 64) * 64
         if total + scratch > _MOST_MADE:
-            raise _NoPlan
+            raise _NoPlan("it makes much memory")
         return made, places, scratch
 
 
@@ -209,7 +227,7 @@ def _values(x: Tensor, copies: list[Tensor]) -> tuple[int, bytes]:
     for i, copy in enumerate(copies):
         if copy.data_ptr() == x.data_ptr() and copy.nbytes == x.nbytes and x.is_contiguous() and copy.is_contiguous():
             return i, x.detach().numpy().tobytes()
-    raise _NoPlan
+    raise _NoPlan("numbers were read that are no argument")
 
 
 def _extent(x: Tensor) -> int:

@@ -98,6 +98,7 @@ def _register(
             return direct(*args)
         return _applies[name](*args) if name in _applies else op(*args)
 
+    call.__name__ = kernel.__name__ = name  # what the log calls them
     return call
 
 
