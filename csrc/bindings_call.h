@@ -62,6 +62,7 @@ class Call {
 
   uvg::Key key;
   uint64_t hash = 0;
+  bool wants_gradient = false;
   size_t count = 0;                                      // of the tensors
   std::array<const std::byte*, kMostTensors> addresses;  // NOLINT: written before it is read
   std::array<PyObject*, kMostTensors> tensors;           // NOLINT: borrowed
@@ -131,7 +132,8 @@ class Call {
     PyObject* wants = Py_TYPE(torch->requires_grad)
                           ->tp_descr_get(torch->requires_grad, value, reinterpret_cast<PyObject*>(Py_TYPE(value)));
     Py_XDECREF(wants);
-    if (wants == nullptr || (grad_ && wants == Py_True)) return false;
+    if (wants == nullptr) return false;
+    wants_gradient = wants_gradient || (grad_ && wants == Py_True);
     PyObject* inference = PyObject_CallOneArg(torch->is_inference, value);
     Py_XDECREF(inference);
     if (inference == nullptr) return false;

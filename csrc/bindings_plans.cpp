@@ -45,6 +45,25 @@ struct CallPlan : uvg::Plan {
   }
 };
 
+// Of a call that wants a gradient: what it gives to torch, once its arguments are known to meet the rules.
+struct Application : uvg::Plan {
+  PyObject* function;                                // apply of an autograd.Function
+  std::vector<std::pair<int32_t, PyObject*>> given;  // index of a tensor, or -1 and a value
+  std::vector<int32_t> results;                      // which of those that come back; none: all, as they come
+  bool one;                                          // the result is no tuple
+
+  Application(PyObject* called, std::vector<int32_t> which, bool single)
+      : function(called), results(std::move(which)), one(single) {
+    Py_INCREF(function);
+  }
+  Application(const Application&) = delete;
+  Application& operator=(const Application&) = delete;
+  ~Application() override {
+    Py_DECREF(function);
+    for (const auto& each : given) Py_XDECREF(each.second);
+  }
+};
+
 struct Planner {
   PyObject_HEAD;
   PyObject *function, *make;
@@ -114,10 +133,32 @@ Outcome run(const CallPlan& plan, const Call& call, bool spoil, py::object& resu
   return Outcome::kDone;
 }
 
+// The result, or null with an error, which the long way would have as well.
+PyObject* apply(const Application& plan, const Call& call) {
+  const auto given = steal(PyTuple_New(static_cast<Py_ssize_t>(plan.given.size())));
+  if (!given) return nullptr;
+  for (size_t i = 0; i < plan.given.size(); ++i) {
+    const auto& [argument, value] = plan.given[i];
+    PyObject* each = argument < 0 ? value : call.tensors[argument];
+    PyTuple_SET_ITEM(given.ptr(), static_cast<Py_ssize_t>(i), Py_NewRef(each));
+  }
+  py::object all = steal(PyObject_Call(plan.function, given.ptr(), nullptr));
+  if (!all || plan.results.empty()) return all.release().ptr();
+  auto results = steal(PyTuple_New(static_cast<Py_ssize_t>(plan.results.size())));
+  for (size_t i = 0; results && i < plan.results.size(); ++i) {
+    PyObject* each = PyTuple_GetItem(all.ptr(), plan.results[i]);
+    if (each == nullptr) return nullptr;
+    if (plan.one) return Py_NewRef(each);
+    PyTuple_SET_ITEM(results.ptr(), static_cast<Py_ssize_t>(i), Py_NewRef(each));
+  }
+  return results.release().ptr();
+}
+
 // The key of a call that a plan is to be made of, kept while it is made.
 struct Question {
   std::vector<int64_t> key;
   uint64_t hash;
+  bool wants_gradient;
 };
 
 // By one of the plans, or nothing.
@@ -140,9 +181,15 @@ PyObject* planner_call(PyObject* self, PyObject* args, PyObject* kwargs) {
     try {
       Call call;
       if (call.read(args, kwargs)) {
-        if (py::object result = by_a_plan(*planner->table, call)) return result.release().ptr();
+        if (call.wants_gradient) {
+          const auto plan = planner->table->find(call.key, call.hash, call.addresses.data(), {});
+          if (plan) return apply(static_cast<const Application&>(*plan), call);
+        } else if (py::object result = by_a_plan(*planner->table, call)) {
+          return result.release().ptr();
+        }
         if (planner->table->wanted(call.hash)) {
-          const py::object question = py::cast(Question{{call.key.begin(), call.key.end()}, call.hash});
+          const py::object question =
+              py::cast(Question{{call.key.begin(), call.key.end()}, call.hash, call.wants_gradient});
           return PyObject_CallFunctionObjArgs(planner->make, self, question.ptr(), planner->function, args,
                                               kwargs == nullptr ? Py_None : kwargs, nullptr);
         }
@@ -209,17 +256,33 @@ uvg::Place place_of(Address address, const std::vector<Range>& ranges) {
 
 using Shared = std::shared_ptr<CallPlan>;
 
+void add_values(uvg::Plan& plan, const py::list& values) {
+  for (const auto& each : values) {
+    const auto [argument, bytes] = each.cast<std::tuple<int32_t, std::string>>();
+    plan.values.push_back({argument, {}});
+    for (char byte : bytes) plan.values.back().bytes.push_back(static_cast<uint8_t>(byte));
+  }
+}
+
+// given: (index of a tensor among those of the call, or -1, value).
+std::shared_ptr<Application> new_application(const py::list& values, const py::object& function, const py::list& given,
+                                             const std::vector<int32_t>& results, bool one) {
+  auto plan = std::make_shared<Application>(function.ptr(), results, one);
+  add_values(*plan, values);
+  for (const auto& each : given) {
+    const auto [argument, value] = each.cast<std::tuple<int32_t, py::object>>();
+    plan->given.emplace_back(argument, value.inc_ref().ptr());
+  }
+  return plan;
+}
+
 // steps: (kernel, arguments, answer or None); ranges: (address, bytes, 0 argument | 1 made | 2 scratch | 3 fixed,
 // index, offset), none of which overlap; weights: (argument, address, version, storage, weak reference to what keeps
 // the words); made: (function, arguments, keywords).
 Shared new_plan(const py::list& values, const py::list& steps, const py::list& ranges, const py::list& weights,
                 const py::list& made, const std::vector<int32_t>& results, bool one, int64_t scratch_bytes) {
   auto plan = std::make_shared<CallPlan>();
-  for (const auto& each : values) {
-    const auto [argument, bytes] = each.cast<std::tuple<int32_t, std::string>>();
-    plan->values.push_back({argument, {}});
-    for (char byte : bytes) plan->values.back().bytes.push_back(static_cast<uint8_t>(byte));
-  }
+  add_values(*plan, values);
   std::vector<Range> known;
   for (const auto& each : ranges) {
     const auto [address, bytes, of, index, offset] = each.cast<std::tuple<Address, int64_t, int, int32_t, int64_t>>();
@@ -274,7 +337,9 @@ bool same(const Question& question, const py::tuple& args, const py::object& kwa
   return std::equal(call.key.begin(), call.key.end(), question.key.begin(), question.key.end());
 }
 
-void keep(const py::object& planner, const Question& question, const Shared& plan) {
+void keep(const py::object& planner, const Question& question, const std::shared_ptr<uvg::Plan>& plan) {
+  const bool applies = dynamic_cast<const Application*>(plan.get()) != nullptr;
+  if (applies != question.wants_gradient) throw py::value_error("a plan of another kind of call");
   table_of(planner).add(question.key, question.hash, plan);
 }
 
@@ -315,10 +380,13 @@ bool begin(const py::object& exchange, const py::dict& about) {
 }  // namespace
 
 void bind_plans(py::module_& m) {
-  py::class_<CallPlan, Shared>(m, "Plan");
-  py::class_<Question>(m, "PlanQuestion");
+  py::class_<uvg::Plan, std::shared_ptr<uvg::Plan>>(m, "Plan");
+  py::class_<CallPlan, uvg::Plan, Shared>(m, "CallPlan");
+  py::class_<Application, uvg::Plan, std::shared_ptr<Application>>(m, "Application");
+  py::class_<Question>(m, "PlanQuestion").def_readonly("wants_gradient", &Question::wants_gradient);
   m.def("planner", &new_planner);
   m.def("plan", &new_plan);
+  m.def("plan_application", &new_application);
   m.def("plan_prove", &prove);
   m.def("plan_same", &same);
   m.def("plan_keep", &keep);

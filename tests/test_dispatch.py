@@ -35,6 +35,24 @@ def test_both_ways_give_the_same_bits_and_gradients(plain):
     assert all(torch.equal(a, b) for a, b in zip(grads, want_grads, strict=True))
 
 
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_what_follows_may_give_no_gradient():
+    x, weight = rows(0).requires_grad_(), rows(1)[:, :8].contiguous().requires_grad_()
+    mean_and_more = torch.ops.uvg.modulated_layer_norm(x, None, None, None, None, None, 1e-6)
+    for y in (ops.linear(x, weight), torch.ops.uvg.linear(x, weight, None, "none", None, True)[0], *mean_and_more[:1]):
+        (WithoutGradient.apply(y) + 0 * x.sum()).backward()
+        assert not x.grad.any() and weight.grad is None
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_call_without_gradient_is_plain(plain, mode):
     h = rows(0).requires_grad_()

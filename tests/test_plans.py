@@ -257,7 +257,7 @@ def test_inference_mode_gives_its_own_tensors(long_ways):
 
 def test_gradients_are_by_plans(long_ways):
     h, y = rows(0).requires_grad_(), rows(1).requires_grad_()
-    for _ in range(3):
+    for _ in range(4):  # the second call plans the way to torch, the third the kernel there
         del long_ways[:]
         grads = torch.autograd.grad(ops.gated_residual(h, y), (h, y), rows(2))
     assert not long_ways and all(torch.equal(grad, rows(2)) for grad in grads)

@@ -7,7 +7,7 @@ from test_on_gpu import SUITES
 
 from uvg_engine import backends
 from uvg_engine.backends import native, plans
-from uvg_engine.ops import _plans
+from uvg_engine.ops import _plans, _registry
 
 pytestmark = pytest.mark.skipif(not _plans._begin(), reason="no native core, or a torch without DLPack's functions")
 OPS = sorted(op for op in SUITES if native.cpu() is None or op in backends.table("cpu"))
@@ -39,6 +39,19 @@ def test_a_plan_changes_no_bit(op, case, dtype, strided):
                 want = as_tuple(function(**inputs))
             with poisoned():
                 assert same(as_tuple(function(**inputs)), want)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op in _registry._applies])
+def test_the_third_call_with_a_gradient_is_past_the_rules(op, monkeypatch):
+    function, case = SUITES[op]().function, SUITES[op].cases[0]
+    for planner in _plans.planners.values():
+        native.core().plans_forget(planner)
+    inputs = case.inputs(FP32)
+    for _ in range(3):
+        outputs, grads, _ = run(function, case, inputs)
+    monkeypatch.setattr(_registry, "alone", None)  # who takes the long way calls it
+    again, grads_again, _ = run(function, case, inputs)
+    assert same(again, outputs) and same(grads_again.values(), grads.values())
 
 
 @pytest.mark.parametrize("op", OPS)

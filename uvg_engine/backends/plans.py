@@ -8,8 +8,11 @@ on: `UVG_BACKENDS`, `force`, the number of threads, `packed_weights.kept`, modes
 (spans, groups) have to be the same bytes; a packed weight has to hang on this tensor's storage, unwritten since and
 not forgotten; a question (are the ids inside) needs the same answer. One key has several plans where these differ.
 
-All else takes the long way: what traces, looks on, wants a gradient, or has more than 1 MiB of arguments, where
-Python's part does not show. Not seen, and taken to stay as they are: the tables of the backends and `ORDER`; what is
+Of a call that wants a gradient a plan knows what the op, its rules met, gives to torch's autograd, and gives that; the
+kernel there, and that of the backward, are calls with plans of their own.
+
+All else takes the long way: what traces, looks on, or has more than 1 MiB of arguments, where Python's part does not
+show. Not seen, and taken to stay as they are: the tables of the backends and `ORDER`; what is
 written to a packed weight through another storage, where `packed_weights` does not look.
 
 A plan is used after it gave the same bits as the long way, on other addresses, over memory full of NaN. It changes

@@ -6,6 +6,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,6 +27,8 @@ _ARGUMENT, _MADE, _SCRATCH, _FIXED = range(4)  # what an address belongs to
 _log = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable[..., Any])
 _told: set[tuple[str, str]] = set()
+# What is asked in place of torch, where a plan is made of a call that wants a gradient.
+applied: ContextVar[Callable[..., Any] | None] = ContextVar("uvg_engine_applied", default=None)
 planners: dict[Callable[..., Any], Any] = {}  # of what `planned` returned
 
 
@@ -35,9 +38,9 @@ class _NoPlan(Exception):
 
 def planned(function: Function) -> Function:
     """The function, done by plans where it was called like this before. It makes tensors and writes to no other."""
-    if not _begin():
+    planner = unseen(function)
+    if planner is function:
         return function
-    planner = native.core().planner(function, _make)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -47,6 +50,15 @@ def planned(function: Function) -> Function:
 
     planners[call] = planner
     return cast(Function, call)
+
+
+def unseen(function: Function) -> Function:
+    """As `planned`, for callers that torch.compile does not look at."""
+    if not _begin():
+        return function
+    planner = native.core().planner(function, _make)
+    planners[planner] = planner
+    return cast(Function, planner)
 
 
 @functools.cache
@@ -86,7 +98,11 @@ def _make(
     try:
         with backends.environment_held():
             same = core.plan_same(question, args, kwargs)
-            plan = _plan(function, args, kwargs or {}, result, weights) if same else None
+            plan = None
+            if same and question.wants_gradient:
+                plan = _application(function, args, kwargs or {})
+            elif same:
+                plan = _plan(function, args, kwargs or {}, result, weights)
             if same and core.plan_same(question, args, kwargs):
                 core.plan_keep(planner, question, plan)
             else:
@@ -135,6 +151,41 @@ def _plan(function: Any, args: Any, kwargs: Any, result: Any, weights: packed_we
     if not _same(core.plan_prove(plan, args, kwargs), result):
         raise _NoPlan("it gave another result")
     return plan
+
+
+def _application(function: Any, args: Any, kwargs: Any) -> Any:
+    """The call, which wants a gradient, as what it gives to torch. _NoPlan where it does more than that."""
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    _refuse(tensors, set())
+    asked: list[tuple[Any, tuple[Any, ...], Any]] = []
+
+    def ask(apply: Any, given: tuple[Any, ...], count: int) -> Any:
+        out = tuple([_Output() for _ in range(count)]) if count > 1 else _Output()
+        asked.append((apply, given, out))
+        return out
+
+    token = applied.set(ask)
+    try:
+        with plans.watched() as read, _Recorder():
+            result = function(*args, **kwargs)
+    finally:
+        applied.reset(token)
+    if len(asked) != 1 or asked[0][0] is None:
+        raise _NoPlan("it is not one op with a gradient")
+    apply, given, out = asked[0]
+    results = result if isinstance(result, tuple) else (result,)
+    outputs = out if isinstance(out, tuple) else ()
+    which = [] if result is out else [_index(x, outputs) for x in results]
+    core, values = native.core(), [_values(x, tensors) for x in read]
+    pairs = [(_index(x, tensors), None) if isinstance(x, Tensor) else (-1, x) for x in given]
+    return core.plan_application(values, apply, pairs, which, not isinstance(result, tuple))
+
+
+class _Output:
+    """In place of a result that torch would give."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _NoPlan("it does more than one op")
 
 
 def _refuse(tensors: list[Tensor], kept: set[int]) -> None:
@@ -218,8 +269,11 @@ class _Noting:
         return call
 
 
-def _index(x: Tensor, tensors: Sequence[Tensor]) -> int:
-    return next(i for i, other in enumerate(tensors) if other is x)
+def _index(x: Any, others: Sequence[Any]) -> int:
+    for i, other in enumerate(others):
+        if other is x:
+            return i
+    raise _NoPlan("something was made between")
 
 
 def _values(x: Tensor, copies: list[Tensor]) -> tuple[int, bytes]:

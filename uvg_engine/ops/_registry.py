@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from uvg_engine import backends
 from uvg_engine.backends import native, plans
 from uvg_engine.ops._alone import CAN_TELL, alone
-from uvg_engine.ops._plans import planned
+from uvg_engine.ops._plans import applied, planned, unseen
 
 if CAN_TELL:
     from torch._C import _any_requires_grad
@@ -96,7 +96,10 @@ def _register(
             return op(*args)
         if not (is_grad_enabled() and _any_requires_grad(*args)):
             return direct(*args)
-        return _applies[name](*args) if name in _applies else op(*args)
+        apply = _applies.get(name)
+        if (ask := applied.get()) is not None:
+            return ask(apply, args, len(op._schema.returns))
+        return op(*args) if apply is None else apply(*args)
 
     call.__name__ = kernel.__name__ = name  # what the log calls them
     return call
@@ -150,21 +153,27 @@ def _nothing(result: tuple[Tensor | None, ...]) -> Tensor:
     return torch.empty(0, device=next(part.device for part in result if part is not None))
 
 
-def autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+def autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., Any], differentiable: int = 1) -> None:
     """Attach a backward to torch.ops.uvg.<op>. It runs under the forward's `backends.force` unless another is in force;
-    kept by hand, because autograd runs the backwards of a CUDA device in a thread of its own."""
+    kept by hand, because autograd runs the backwards of a CUDA device in a thread of its own. differentiable: so many
+    results have a gradient, the first ones. Where it is one, the backward gets None of the others, no zeros."""
+    nothing = (None,) * len(getattr(torch.ops.uvg, op).default._schema.arguments)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.forced = backends.forced()
+        if differentiable == 1:
+            ctx.set_materialize_grads(False)
         setup_context(ctx, inputs, output)
 
     def run(ctx: Any, *grads: Any) -> Any:
+        if grads[0] is None:
+            return nothing
         if ctx.forced is None or backends.forced() is not None:
             return backward(ctx, *grads)
         with backends.force(ctx.forced):
             return backward(ctx, *grads)
 
-    kernel = planned(_kernels[op])
+    kernel = unseen(_kernels[op])
 
     def forward(ctx: Any, *args: Any) -> Any:
         output = kernel(*args)

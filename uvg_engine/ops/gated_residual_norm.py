@@ -98,4 +98,4 @@ def _backward(ctx: Any, dout: Tensor, dnormed: Tensor, dmean: Any, drstd: Any) -
     return dh, dy, dgate, dshift, dscale, None, dweight, dbias, None, None
 
 
-autograd("gated_residual_norm", _backward, _setup)
+autograd("gated_residual_norm", _backward, _setup, differentiable=2)

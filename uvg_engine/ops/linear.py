@@ -94,13 +94,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     x, weight, bias, ctx.activation, _, for_backward = inputs
     require(for_backward, "for_backward must be True where a gradient is wanted", for_backward)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros as large as pre
     ctx.save_for_backward(output[1], x, weight, bias)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dpre: Any) -> tuple[Any, ...]:
-    if dy is None:
-        return (None,) * 6
+def _backward(ctx: Any, dy: Tensor, dpre: Any) -> tuple[Any, ...]:
     pre, x, weight, bias = ctx.saved_tensors  # once: checkpointing recomputes them at the first look
     dx, dweight, dbias = _bwd(dy, pre, x, weight, bias, ctx.activation)
     return dx, dweight, None if bias is None else dbias, None, None, None

@@ -86,14 +86,11 @@ _bwd = define_backward(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros as large as pre
     require(inputs[7], "for_backward must be True where a gradient is wanted", inputs[7])
     ctx.save_for_backward(output[1], *inputs[:6])
 
 
-def _backward(ctx: Any, dy: Tensor | None, dpre: Any) -> tuple[Any, ...]:
-    if dy is None:
-        return (None,) * 8
+def _backward(ctx: Any, dy: Tensor, dpre: Any) -> tuple[Any, ...]:
     return *_bwd(dy, *ctx.saved_tensors), None, None, None
 
 

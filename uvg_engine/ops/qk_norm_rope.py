@@ -142,4 +142,4 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor, *unused: Any) -> tuple[Any, ...]
     return *dx, None, None, None, None
 
 
-autograd("qk_norm_rope", _backward, _setup)
+autograd("qk_norm_rope", _backward, _setup, differentiable=2)
