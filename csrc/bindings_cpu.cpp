@@ -172,6 +172,13 @@ void linear_backward(Address dz, Address x, Address weight, int64_t rows, int64_
   run(uvg::linear_backward, p);
 }
 
+void gelu_backward(Address dy, Address pre, int64_t size, int dtype, int threads, Address dz) {
+  uvg::GeluBackwardParams p{};
+  p.dy = at<void>(dy), p.pre = at<void>(pre), p.size = size;
+  p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads, p.dz = at<void>(dz);
+  run(uvg::gelu_backward, p);
+}
+
 void attention(bool backward, std::array<Address, 3> x, Spans q_spans, Spans k_spans, int64_t heads, int64_t width,
                float scale, int dtype, int threads, Address out, Address lse, Address dout, std::array<Address, 3> dx) {
   const uvg::RowLists queries = row_lists(q_spans), keys = row_lists(k_spans);
@@ -244,6 +251,7 @@ PYBIND11_MODULE(_cpu, m) {
   def_kernel(m, "flash_attention", &attention);
   def_kernel(m, "linear", &linear);
   def_kernel(m, "linear_backward", &linear_backward);
+  def_kernel(m, "gelu_backward", &gelu_backward);
   def_kernel(m, "linear_words", &weight_words);
   def_kernel(m, "weight_mark", &weight_mark);
   def_kernel(m, "linear_pack", &pack_weight);

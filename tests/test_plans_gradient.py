@@ -92,6 +92,16 @@ def test_a_gradient_is_what_it_was_without_plans(no_rules):
     torch.testing.assert_close(x.grad, 2 * torch.ones(5, 7) @ weight)
 
 
+def test_gelu_and_its_backward_are_by_plans(long_ways):
+    x, weight, dy = leaf(0), leaf(1, 7, 8), rows(2, 5, 7)
+    for _ in range(4):
+        del long_ways[:]
+        (dx,) = torch.autograd.grad(ops.linear(x, weight, activation="gelu_tanh"), x, dy)
+    want = torch.autograd.grad(torch.nn.functional.gelu(x @ weight.T, approximate="tanh"), x, dy)[0]
+    torch.testing.assert_close(dx, want)
+    assert not long_ways
+
+
 def test_a_call_of_two_ops_has_no_plan(no_rules, monkeypatch, caplog):
     monkeypatch.setattr(_plans, "_told", set())
     caplog.set_level("DEBUG", logger="uvg_engine.ops._plans")

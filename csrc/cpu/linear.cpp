@@ -1,6 +1,7 @@
 #include "uvg/linear.h"
 
 #include "cpu/gemm.h"
+#include "cpu/partial_sums.h"
 
 namespace uvg {
 namespace UVG_ISA {
@@ -21,6 +22,22 @@ void pack(const Params& p) {
   pack_weight<F>(static_cast<const typename F::Value*>(p.weight), p.width, p.depth, p.pack_into, p.threads);
 }
 
+constexpr int64_t kAtOnce = 4096;  // values; untuned
+
+template <typename T>
+void slopes(const GeluBackwardParams& p) {
+  const T *dy = static_cast<const T*>(p.dy), *pre = static_cast<const T*>(p.pre);
+  const int64_t parts = (p.size + kAtOnce - 1) / kAtOnce;
+#pragma omp parallel for num_threads(threads_for_rows(p.threads, parts, kAtOnce)) schedule(static)
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = part * kAtOnce, left = p.size - first;
+    columns(left < kAtOnce ? left : kAtOnce, [&](int64_t i, int64_t n) {
+      const Vec slope = GeluAndSlope(load(pre + first + i, n)).slope;
+      store(static_cast<T*>(p.dz) + first + i, load(dy + first + i, n) * slope, n);
+    });
+  }
+}
+
 }  // namespace
 
 void linear_words(const Params& p) {
@@ -31,6 +48,8 @@ void linear_words(const Params& p) {
 void linear_pack(const Params& p) { p.dtype == Dtype::kFloat32 ? pack<Singles<float>>(p) : pack<Halves>(p); }
 
 void linear_forward(const Params& p) { p.dtype == Dtype::kFloat32 ? forward<Singles<float>>(p) : forward<Halves>(p); }
+
+void gelu_backward(const GeluBackwardParams& p) { p.dtype == Dtype::kFloat32 ? slopes<float>(p) : slopes<BFloat16>(p); }
 
 }  // namespace UVG_ISA
 }  // namespace uvg

@@ -65,6 +65,24 @@ void check_linear(int64_t rows, int64_t depth, int64_t width, bool act) {
 
 double gelu_slope(double x) { return (gelu(x + 1e-5) - gelu(x - 1e-5)) / 2e-5; }
 
+void check_slopes(int64_t size) {
+  const auto inputs = [&](Dtype dtype) {
+    return Arrays{Array::random(dtype, size, 1), Array::random(dtype, size, 2, 6.0f)};
+  };
+  const auto run = [&](Dtype dtype, int threads) {
+    Arrays in = inputs(dtype);
+    Arrays out = {Array(dtype, size)};
+    gelu_backward({in[0].data(), in[1].data(), size, dtype, threads, out[0].data()});
+    return out;
+  };
+  everywhere(run, [&](Dtype dtype) {
+    const Arrays in = inputs(dtype);
+    Truth truth = {std::vector<double>(size)};
+    for (int64_t i = 0; i < size; ++i) truth[0][i] = in[0][i] * gelu_slope(in[1][i]);
+    return truth;
+  });
+}
+
 // gap: values between rows of x. act: the product was with GELU of x.
 void check_backward(int64_t rows, int64_t depth, int64_t width, int64_t gap, bool act) {
   const int64_t x_row = depth + gap;
@@ -205,6 +223,8 @@ int main() {
   check_backward(1, 300, 6700, 0, false);  // a weight of more than one group
   check_backward(64, 200, 193, 1, false);
   check_backward(1601, 17, 7, 0, true);
+  for (int64_t size : {0, 1, 15, 4095, 4097}) check_slopes(size);
+  check_slopes(kAloneRowValues + 4096 + 17);
   check_parts(37, 70, 50, 17);
   check_parts(37, 70, 50, 13);
   check_parts(0, 5, 7, 4);

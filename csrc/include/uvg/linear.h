@@ -39,9 +39,19 @@ struct LinearBackwardParams {
   float* dx_so_far;        // [rows, depth]: takes the sums in place of dx, where parts follow, or null
 };
 
+// dz = dy * GELU'(pre) with GELU in its tanh form.
+struct GeluBackwardParams {
+  const void *dy, *pre;  // [size]
+  int64_t size;
+  Dtype dtype;  // of all arrays
+  int threads;
+  void* dz;
+};
+
 UVG_KERNEL(linear_words, LinearParams)
 UVG_KERNEL(linear_pack, LinearParams)
 UVG_KERNEL(linear_forward, LinearParams)
 UVG_KERNEL(linear_backward, LinearBackwardParams)
+UVG_KERNEL(gelu_backward, GeluBackwardParams)
 
 }  // namespace uvg

@@ -62,10 +62,15 @@ def backward(
     dy: Tensor, pre: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Arguments and results as in reference.linear.backward; no bit depends on the number of threads."""
+    dy = dy.contiguous()
     if activation == "gelu_tanh":
-        dy = torch.ops.aten.gelu_backward(dy, pre, approximate="tanh")
+        dz = torch.empty_like(dy)
+        native.core().gelu_backward(
+            dy.data_ptr(), pre.data_ptr(), dy.numel(), DTYPES[x.dtype], torch.get_num_threads(), dz.data_ptr()
+        )
+        dy = dz
     x = x if x.stride(1) == 1 else x.contiguous()
     dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(weight.shape, dtype=x.dtype)
     dbias = None if bias is None else torch.empty(bias.shape, dtype=x.dtype)
-    gradients(dy.contiguous(), x, weight.contiguous(), False, dx, dweight, dbias)
+    gradients(dy, x, weight.contiguous(), False, dx, dweight, dbias)
     return dx, dweight, dbias
