@@ -92,8 +92,8 @@ struct WeightGradient {
     for (int64_t b = 0; b < parts; ++b) {
       const int64_t from = depth * b / parts, to = depth * (b + 1) / parts;
       for (int64_t r = 0; r < rows; r += kLeft)
-        multiply_all<F>(out + r * out_row, kLeft, width, left + r * depth + from * kLeft, 1, kLeft, right, depth, from,
-                        to - from, b == 0);
+        multiply_all<F>(out + r * out_row, rows - r < kLeft ? rows - r : kLeft, width, left + r * depth + from * kLeft,
+                        1, kLeft, right, depth, from, to - from, b == 0);
     }
     for (int64_t r = 0; r < rows; ++r) {
       T* to = static_cast<T*>(p.dweight) + (row + r) * p.weight_row + column;
