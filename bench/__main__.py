@@ -32,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     about = machine(args.device)
+    if args.wait:
+        torch.empty(1, device=args.device)
+        if not sys.stdin.readline():
+            return 1
     wrong: list[Line] = []
 
     def told(given: argparse.Namespace) -> Iterator[Line]:
@@ -72,6 +76,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="peak memory too, each in a process of its own")
     parser.add_argument("--record", action="store_true", help="all that stands in docs/benchmarks.md, written there")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--wait", action="store_true", help="begin when a line comes in, the device made ready")
     args = parser.parse_args(arguments)
     if strangers := sorted(set(args.what) - set(what)):
         parser.error(f"nothing here is called {', '.join(strangers)}; have {', '.join(what)}")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,12 +31,20 @@ from uvg_engine.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-TESTS_LAST, OP_LASTS = 240, 60  # seconds at most, of the tests and of an op's timings
-LEAST_OP, PEERS_SHARE = 8, 5  # seconds below which no op is begun; of an op's, one in five for a peer to be compiled
+TESTS_LAST, OP_LASTS = 260, 60  # seconds at most, of the tests and of an op's timings
+TESTS_SHARE = 0.55  # of the time that is left, at most
+LEAST_OP = 8  # seconds below which no op is begun
+PEER_LASTS, COLD_PEER_LASTS = 10, 60  # that a peer may take to be compiled; where no cache has it
 ALL_LASTS, LEAST = 470, 120  # seconds of build, tests and timings; of the last two, however long the build took
 CASES, FUZZ = "tests/ops/test_on_gpu.py", "tests/ops/test_fuzz.py"
 TOGETHER = "tests/ops/test_triton_modes.py tests/ops/test_triton_philox.py tests/ops/test_triton_configurations.py"
 TESTERS = 16  # processes at most: most of the tests' time goes into compiling kernels, on one core each
+# Threads of several processes would wait for each other spinning: two tests' processes of two threads each took six
+# times as long on two cores. And inductor would start compilers of its own for every core.
+ONE_CORE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+# Whose cases take one core the longest to compile (python -m bench.gpu_variants): a process for each dtype.
+BY_DTYPE = ("window_attention", "flash_attention", "moe_mlp", "linear_cross_entropy")
+DTYPES = {"fp32": "not float16", "bf16": "bfloat16", "fp16": "float16 and not bfloat16"}  # as tests' names have them
 SIZE = "1.3b-8192"  # large enough that the device is timed and not the host
 
 
@@ -50,10 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = time.monotonic() + left
     about = machine("cuda") | {"cuda": torch.version.cuda, "limits": limits()}
     found: dict[str, Any] = {"machine": about, "peers": peers(), "backends": served()}
-    found["tests"] = run_tests(time.monotonic() + min(TESTS_LAST, left / 2))
+    found["tests"] = run_tests(time.monotonic() + min(TESTS_LAST, TESTS_SHARE * left), warm=not args.no_bench)
     found["bench"], found["not timed"] = ([], {}) if args.no_bench else run_bench(end)
     wrong = [line for line in found["bench"] if "wrong" in line]
-    found["ok"] = bool(found["tests"]["passed"]) and not (found["tests"]["failures"] or found["not timed"] or wrong)
+    tests = found["tests"]
+    found["ok"] = bool(tests["passed"]) and not (tests["failures"] or tests["not done"] or found["not timed"] or wrong)
     name = f"gpu_{torch.cuda.get_device_name()}_{about.get('commit', 'unknown')}".replace(" ", "_").replace("/", "_")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.md"
@@ -87,33 +99,56 @@ def served() -> dict[str, str]:
 
 
 def shards() -> dict[str, list[str]]:
-    """What pytest is given, by name: of each op its cases, then what the op must keep and a fuzz; the order to run."""
-    found = {f"{op}, cases": ["-k", f"[{op}-", CASES] for op in backends.table("reference")}
-    for op in filter(_is_ours, backends.table("reference")):
+    """What pytest is given, by name, in the order to run: of each op its cases, the longest first, then all ops
+    together, then what each op must keep and a fuzz, most of whose kernels the cases have compiled."""
+    found = {
+        f"{op}, cases in {dtype}": ["-k", f"[{op}- and {which}", CASES]
+        for op in BY_DTYPE
+        for dtype, which in DTYPES.items()
+    }
+    ops = [op for op in backends.table("reference") if op not in BY_DTYPE]
+    found |= {f"{op}, cases": ["-k", f"[{op}-", CASES] for op in sorted(ops, key=_is_ours, reverse=True)}
+    found["all ops together"] = ["-k", "test", *TOGETHER.split()]
+    for op in (*BY_DTYPE, *filter(_is_ours, ops)):
         found[f"{op}, properties"] = ["-k", f"fuzzed[{op}- or not fuzzed", f"tests/ops/test_{op}.py", FUZZ]
-    return found | {"all ops together": TOGETHER.split()}
+    return found
 
 
-def run_tests(end: float) -> dict[str, Any]:
-    """The tests marked gpu in processes, several at a time; done by `end` or failed."""
+def run_tests(end: float, warm: bool = False) -> dict[str, Any]:
+    """The tests marked gpu in processes, several at a time; what is not done by `end` is told. warm: after the cases
+    begin the timings' own compilers, whose results their caches keep."""
     with ThreadPoolExecutor(min(TESTERS, os.cpu_count() or 1)) as pool, tempfile.TemporaryDirectory() as folder:
-        jobs = [pool.submit(shard, name, what, Path(folder), end) for name, what in shards().items()]
+        jobs = []
+        for name, what in shards().items():
+            if warm and name == "all ops together":
+                for op in timed():
+                    pool.submit(_warm, op, end)
+            jobs.append(pool.submit(shard, name, what, Path(folder), end))
         found = [job.result() for job in jobs]
     together: dict[str, Any] = {key: sum(each[key] for each in found) for key in ("passed", "skipped")}
-    return together | {"failures": [failure for each in found for failure in each["failures"]]}
+    return together | {key: [one for each in found for one in each[key]] for key in ("failures", "not done")}
 
 
 def shard(name: str, what: Sequence[str], folder: Path, end: float) -> dict[str, Any]:
-    """What `counted` tells of a shard's tests; that they did not end is a failure."""
+    """What `counted` tells of a shard's tests, or why they were not done."""
     path = folder / f"{name.replace(', ', '-').replace(' ', '-')}.xml"
     left = int(end - time.monotonic())
+    none: dict[str, Any] = {"passed": 0, "skipped": 0, "failures": [], "not done": []}
     if left < 1:
-        return {"passed": 0, "skipped": 0, "failures": [f"{name}: not begun, the time for tests was over"]}
-    code, told = _python(left, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={path}", *what)
+        return none | {"not done": [f"{name}: not begun, the time for tests was over"]}
+    code, told = _python(left, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={path}", *what, environment=ONE_CORE)
     if path.exists():
-        return counted(path.read_text())
-    why = f"not done after {left} s" if code == 124 else f"pytest wrote no report: {told[-500:]}"
-    return {"passed": 0, "skipped": 0, "failures": [f"{name}: {why}"]}
+        return none | counted(path.read_text())
+    if code == 124:
+        return none | {"not done": [f"{name}: not ended after {left} s"]}
+    return none | {"failures": [f"{name}: pytest wrote no report: {told[-500:]}"]}
+
+
+def _warm(op: str, end: float) -> None:
+    """An op's timings for their compilers' sake: what they tell and whether they end is the timed run's to say."""
+    left = int(end - time.monotonic())
+    if left > LEAST_OP:
+        _python(left, *_timing(op, "0", COLD_PEER_LASTS), environment=ONE_CORE)
 
 
 def counted(report: str) -> dict[str, Any]:
@@ -139,24 +174,32 @@ def _is_ours(op: str) -> bool:
 
 
 def run_bench(end: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """(lines of every op, op -> why it has none): a process for each, so that one that fails takes no other along."""
+    """(lines of every op, op -> why it has none): a process for each, so that one that fails takes no other along. It
+    imports torch and meets the device while the one before it has its turn."""
     lines: list[dict[str, Any]] = []
     missing = {}
-    for place, op in enumerate(names := timed()):
-        left = int(
-            min(OP_LASTS, 2 * (end - time.monotonic()) / (len(names) - place))
-        )  # many take less than their share
+    names, coming = timed(), None
+    for place, op in enumerate(names):
+        # many take less than their share
+        left = int(min(OP_LASTS, 2 * (end - time.monotonic()) / (len(names) - place)))
         left = min(max(left, LEAST_OP), int(end - time.monotonic()))
         if left < LEAST_OP:
             missing[op] = "the time for all of it was over"
             continue
-        options = ("--device", "cuda", "--dtype", "bf16", "--size", SIZE, "--seconds", "0.2", "--json")
-        options += ("--peer-seconds", str(left // PEERS_SHARE))
-        code, told = _python(left, "-m", "bench", op, *options)
+        process = coming or _begun(*_timing(op, "0.2", PEER_LASTS), "--wait")
+        coming = _begun(*_timing(names[place + 1], "0.2", PEER_LASTS), "--wait") if place + 1 < len(names) else None
+        code, told = _ended(process, left, "go\n")
         lines += [json.loads(text) for text in told.splitlines() if text.startswith("{")]
         if code:
             missing[op] = f"exit {code}: {told.strip().splitlines()[-1:]}"
+    if coming:
+        _ended(coming, 0)
     return lines, missing
+
+
+def _timing(op: str, seconds: str, peer_lasts: int) -> tuple[str, ...]:
+    how = ("--device", "cuda", "--dtype", "bf16", "--size", SIZE, "--json", "--peer-seconds", str(peer_lasts))
+    return ("-m", "bench", op, *how, "--seconds", seconds)
 
 
 def report(found: dict[str, Any]) -> str:
@@ -174,6 +217,7 @@ def report(found: dict[str, Any]) -> str:
             "",
         ),
         *(f"- {failure}" for failure in tests["failures"]),
+        *(f"- not done: {shard}" for shard in tests["not done"]),
         *(
             "",
             "## Timings",
@@ -200,19 +244,35 @@ def _row(line: dict[str, Any]) -> str:
     return f"| {head} | {time_told} | {ratios or told} |"
 
 
-def _python(seconds: int, *arguments: str) -> tuple[int, str]:
-    """(exit code, output) of a Python process; 124 where it took too long."""
-    command = [sys.executable, *arguments]
+def _python(seconds: int, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})) -> tuple[int, str]:
+    """`_ended` of a Python process."""
+    return _ended(_begun(*arguments, environment=environment), seconds)
+
+
+def _begun(*arguments: str, environment: Mapping[str, str] = MappingProxyType({})) -> subprocess.Popen[str]:
+    """A Python process with a session of its own: compilers leave processes behind."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        **{"cwd": ROOT, "env": os.environ | environment, "text": True, "start_new_session": True},
+        **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+    )
+
+
+def _ended(process: subprocess.Popen[str], seconds: int, word: str | None = None) -> tuple[int, str]:
+    """(exit code, output) of a process that is told a word; 124 where it took too long."""
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired as late:
-        text = late.stdout or b""
-        return 124, text.decode() if isinstance(text, bytes) else text
-    if done.returncode:
-        print(done.stdout, file=sys.stderr)
-    return done.returncode, done.stdout
+        output, _ = process.communicate(word, timeout=seconds)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        code = 124
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if code == 124:
+        output, _ = process.communicate()
+    elif code:
+        print(output, file=sys.stderr)
+    return code, output
 
 
 if __name__ == "__main__":
