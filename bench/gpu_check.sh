@@ -3,12 +3,15 @@
 # op beside its peers, and writes one report under bench/results/. Ends within 8 minutes, what building took among them,
 # where that took less than 6; what is not done by then is told. (Not tried on a GPU so far.)
 # Exits non-zero where there is no GPU, where no test ran, and where anything failed.
-#   PYTHON=python3   use this interpreter, which must have this package installed (pip install -e '.[test]') and torch with
-#                    CUDA; else .venv is made
+#   PYTHON=python3   use this interpreter, which must have torch with CUDA, pytest, pytest-timeout and hypothesis, and
+#                    where this package is not installed also setuptools, pybind11, cmake and ninja: it is then installed
+#                    in place, without fetching anything; else .venv is made
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then
   make --no-print-directory .venv/.uvg-dev >&2
   PYTHON=.venv/bin/python
+elif ! "$PYTHON" -c "import uvg_engine.kernels" 2>/dev/null; then
+  UVG_BUILD_DIR=build/native "$PYTHON" -m pip install -q --no-index --no-deps --no-build-isolation -e . >&2
 fi
 exec "$PYTHON" -m bench.gpu_check --spent "$SECONDS" "$@"

@@ -126,11 +126,11 @@ def test_triton_is_a_reason_where_it_is_missing(monkeypatch):
 def test_an_old_triton_is_refused_by_name(monkeypatch):
     import triton
 
-    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
     backend._missing.cache_clear()
     try:
         with FakeTensorMode():
-            assert backend.refuses(torch.empty(3, 8, device="cuda")) == "triton 3.6.0; from 3.7 on"
+            assert backend.refuses(torch.empty(3, 8, device="cuda")) == "triton 3.5.1; from 3.6 on"
     finally:
         backend._missing.cache_clear()
 

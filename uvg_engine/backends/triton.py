@@ -19,7 +19,7 @@ from torch import Tensor
 
 from uvg_engine.backends import Kernel, devices
 
-OLDEST = [3, 7]  # Triton, major and minor: what torch 2.13 brings
+OLDEST = [3, 6]  # Triton, major and minor: what torch 2.11 brings
 MAX_WIDTH = 8192  # of a row that a program holds in registers
 MAX_HEAD = 128  # twice that spilled on sm_90 in every backward tried
 MAX_EXPERTS = 4096  # whose counts or logits a program holds in registers

@@ -1,0 +1,170 @@
+"""bench/gpu_check.sh without a GPU: what it starts, in which order and for how long, and what it tells."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu_check, gpu_variants, timing
+from uvg_engine import backends
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_gpu_check_fails_without_a_gpu(capsys):
+    assert gpu_check.main([]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] is False and "no CUDA device" in told["reason"]
+
+
+def test_gpu_check_counts_what_pytest_reports():
+    report = """<testsuites><testsuite>
+      <testcase classname="a" name="good"/><testcase classname="a" name="left"><skipped message="no"/></testcase>
+      <testcase classname="a" name="bad"><failure message="error 3&#10;more">trace</failure></testcase>
+      <testcase classname="a" name="worse"><error message="at setup">trace</error></testcase>
+    </testsuite></testsuites>"""
+    assert gpu_check.counted(report) == {
+        "passed": 1,
+        "skipped": 1,
+        "failures": ["a::bad: ['error 3']", "a::worse: ['at setup']"],
+    }
+
+
+def test_gpu_report_tells_what_is_missing_and_what_failed():
+    timed = {"op": "moe_mlp", "shape": "T=1", "pass": "forward", "backend": "triton", "ms": 1.5, "of_roof": 0.5}
+    lost = {"op": "moe_mlp", "shape": "T=1", "pass": "forward", "backend": "liger", "missing": "not installed"}
+    found = {
+        **{"ok": False, "machine": {"device": "H100"}, "backends": {"triton": "moe_mlp"}},
+        **{"peers": {"liger": "not installed", "torch": "available"}, "not timed": {"block": "exit 1: ['boom']"}},
+        **{"tests": {"passed": 3, "skipped": 1, "failures": ["a::b: ['error']"], "not done": ["c: not begun"]}},
+        "bench": [timed | {"times_faster": {"torch": 2.0}}, lost],
+    }
+    lines = gpu_check.report(found).splitlines()
+    for line in (
+        *("All well: no.", "- `liger`: not available: not installed", "- `torch`: available"),
+        *(
+            "3 passed, 1 skipped, 1 failed.",
+            "- a::b: ['error']",
+            "- not done: c: not begun",
+            "- block: not timed, exit 1: ['boom']",
+        ),
+        "| moe_mlp | T=1 | forward | triton | 1.500 | 50% | torch 2.00 |",
+        "| moe_mlp | T=1 | forward | liger | - | - | not available: not installed |",
+    ):
+        assert line in lines
+
+
+@pytest.mark.slow
+def test_gpu_check_gives_every_test_on_a_gpu_to_one_shard():
+    """Collected as on a machine with a GPU; the modules that ask for a real one are looked up by name."""
+    tests = [path for path in Path(__file__).parent.rglob("test_*.py") if path != Path(__file__)]
+    files = {Path(part).name for what in gpu_check.shards().values() for part in what if part.endswith(".py")}
+    assert {path.name for path in tests if "pytest.mark.gpu" in path.read_text()} <= files
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests/ops"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["UVG_TEST_DEVICE"] = "cuda"
+    told = subprocess.run(command, cwd=gpu_check.ROOT, env=environment, capture_output=True, text=True, check=True)
+    found = [line for line in told.stdout.splitlines() if "::" in line and not line.startswith("SKIPPED")]
+    assert len(found) > 3000
+    for test in found:
+        (shard,) = gpu_variants.shards_of(test)
+        assert shard in gpu_check.shards(), test
+
+
+def test_gpu_check_does_not_begin_what_cannot_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "_begun", lambda *given, **more: pytest.fail("was begun"))
+    found = gpu_check.shard("linear, cases", [], tmp_path, time.monotonic())
+    assert found["not done"] == ["linear, cases: not begun, the time for tests was over"] and found["failures"] == []
+
+
+def test_gpu_check_ends_in_time():
+    """What a process leaves behind, its output's pipe in hand, ends with it."""
+    late = "import os, time; print('begun', flush=True); os.fork(); time.sleep(30)"
+    begun = time.monotonic()
+    assert gpu_check._python(2, "-c", late) == (124, "begun\n")
+    assert time.monotonic() - begun < 20
+
+
+def test_gpu_check_gives_a_timing_its_turn():
+    process = gpu_check._begun("-c", "print(input(), flush=True); raise SystemExit(3)")
+    assert gpu_check._ended(process, 60, "go\n") == (3, "go\n")
+
+
+def test_gpu_check_has_time_for_nothing():
+    lines, missing = gpu_check.run_bench(time.monotonic())
+    assert lines == [] and set(missing) == {*backends.table("triton"), "block"}
+
+
+@pytest.mark.parametrize("spent, most", [(0, 258), (250, 121), (3000, 66)])
+def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys, spent, most):
+    """All of it but the device: shards of tests, one of them late, lines of timings, what serves, the report. most:
+    seconds for the tests, after `spent` ones of building."""
+
+    warmed, threads = set(), []
+
+    def ended(process, seconds, word=None):
+        arguments, environment = process
+        assert 0 < seconds <= most
+        if arguments[1] == "bench" and word is None:
+            warmed.add(arguments[2])
+            return 1, "a peer ran out of memory"
+        if arguments[1] == "bench":
+            assert "--wait" in arguments and word == "go\n"
+            line = {"op": arguments[2], "shape": "T=1", "pass": "forward", "backend": "triton", "times_faster": {}}
+            return 0, json.dumps(line | {"ms": 1.0, "of_roof": 0.5})
+        threads.append(environment["OMP_NUM_THREADS"])
+        given = next(text for text in arguments if text.startswith("--junitxml="))
+        if "[linear-" in arguments:
+            return 124, ""
+        Path(given.removeprefix("--junitxml=")).write_text(
+            '<testsuites><testcase classname="t" name="x"/></testsuites>'
+        )
+        return 0, ""
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "H100/80 GB")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    refusals = {"cuda": "uvg_engine._cuda is not built"}
+    monkeypatch.setattr(gpu_check, "ask", lambda *call: {"error": None, "refused": refusals})
+    monkeypatch.setattr(gpu_check, "_begun", lambda *arguments, environment=None: (arguments, environment))
+    monkeypatch.setattr(gpu_check, "_ended", ended)
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_check, "limits", dict)
+    monkeypatch.delenv("UVG_BACKENDS", raising=False)
+    assert gpu_check.main(["--spent", str(spent)]) == 1
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("gpu_H100_80_GB_") and json.loads(capsys.readouterr().out)["ok"] is False
+    told = path.read_text()
+    assert "- not done: linear, cases: not ended after" in told and f"{len(gpu_check.shards()) - 1} passed" in told
+    assert warmed == set(gpu_check.timed()) and set(threads) == {"1"}
+    assert "- `cuda`: not available: uvg_engine._cuda is not built" in told and "- `triton`: flash_attention, " in told
+    assert (
+        "| flash_attention | T=1 | forward | triton | 1.000 | 50% |" in told and "- `openvino`: not available" in told
+    )
+
+
+def test_the_device_waits_until_the_host_has_asked_for_all(monkeypatch):
+    """A call shorter than the host's part in it would be timed by the host."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("mark")
+
+        def elapsed_time(self, other):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: done.append(("wait", clocks)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("end"))
+    monkeypatch.setattr(timing, "_flush_buffer", lambda: torch.empty(1))
+    assert timing.Clock("cuda").once(lambda: done.append("call"), repeats=2) == pytest.approx(2e-3)
+    assert done == [("wait", 2 * timing.AHEAD), *["mark", "call", "mark"] * 2, "end"]
