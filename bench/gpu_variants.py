@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_variants", description=__doc__)
     parser.add_argument("--compile", type=int, default=0, metavar="COUNT", help="so many of them, drawn at random")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("which", nargs="*", default=["tests/ops"], help="as pytest takes it (default: tests/ops)")
+    parser.add_argument("which", nargs="*", default=["tests/ops"], help="as pytest takes it, its options behind --")
     args = parser.parse_args(arguments)
     recorder = of_tests(*args.which)
     of_timings(recorder)

@@ -82,7 +82,8 @@ def winners(call: Callable[[], Any], times: Times) -> Iterator[str]:
     from uvg_engine.kernels import _configs
 
     choices = Choices()
-    with _configs.answering(choices):
+    # Autograd would run the backward of a CUDA device in a thread of its own, where nobody answers.
+    with _configs.answering(choices), torch.autograd.set_multithreading_enabled(False):
         call()
         for place, default in list(choices.asked.items()):
             best, gained = search(default, lambda configs, place=place: times(choices, place, configs))

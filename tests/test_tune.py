@@ -72,6 +72,14 @@ def test_every_choice_of_an_op_is_searched(op):
     assert any(line.startswith(f"{op}.") for line in lines), lines
 
 
+def test_backwards_are_searched_in_the_thread_that_answers():
+    """Autograd runs those of a CUDA device in a thread of its own unless it is told otherwise."""
+    pytest.importorskip("triton")
+    seen = []
+    assert list(tune.winners(lambda: seen.append(torch.autograd.is_multithreading_enabled()), fake_times)) == []
+    assert seen == [False] and torch.autograd.is_multithreading_enabled()
+
+
 def test_winners_are_what_the_next_entries_are_searched_with():
     pytest.importorskip("triton")
     from uvg_engine.kernels._configs import Table
