@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from uvg_engine.kernels._configs import Table, options
-from uvg_engine.kernels._launch import SM80, SM90, blocks, capability_of, launch
+from uvg_engine.kernels._launch import COUNTS, SM80, SM90, blocks, capability_of, launch
 from uvg_engine.kernels.moe_mlp_gemm import load_tile
 
 
@@ -60,7 +60,7 @@ def head_logits(
     return tl.where((o_V < vocab)[None, :], b_logit + b_bias[None, :], float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "num_panels"])
 def head_masses_kernel(
     x_x,  # [L, D], or a descriptor of it
     x_weight,  # [V, D], or a descriptor of it

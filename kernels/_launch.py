@@ -23,6 +23,10 @@ Capability = tuple[int, int]
 SM80, SM90, SM100 = (8, 0), (9, 0), (10, 0)
 ALL = (SM80, SM90, SM100)
 NO_LARGE_TILES = (12, 0)
+# Arguments that change from batch to batch (`do_not_specialize`): Triton would compile a kernel for 1, for multiples of
+# 16 and for the rest of each. Numbers of latents are not among them: their masks tell how wide an access may be.
+COUNTS = ("num_rows", "num_keys", "num_spans", "num_samples", "num_tokens", "num_slots", "num_blocks", "num_tiles")
+COUNTS += ("latent_blocks", "walked", "Q_SPANS", "K_SPANS")
 EVERY_LAUNCH = {"enable_fp_fusion": True}  # said aloud: Triton is about to change its default
 
 _log = logging.getLogger("uvg_engine.kernels")

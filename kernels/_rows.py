@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from uvg_engine.kernels._configs import ANY, Table, options
-from uvg_engine.kernels._launch import SM80, blocks, launch, power_of_two
+from uvg_engine.kernels._launch import COUNTS, SM80, blocks, launch, power_of_two
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def owners_of_block(o_T, first, end, p_spans, num_spans, BLOCK_S: tl.constexpr):
     return owners
 
 
-@triton.jit(do_not_specialize=["walked"])
+@triton.jit(do_not_specialize=COUNTS)
 def sum_partials_kernel(
     p_partials,  # [P, PARTS, D] fp32
     p_spans,  # [S, 2], or one span of all rows

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from uvg_engine.kernels._launch import COUNTS
 from uvg_engine.kernels._spans import covered, find_tile, load_rows, pad_width, store_rows
 
 
@@ -94,7 +95,7 @@ def grad_keys(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["num_spans", "Q_SPANS", "K_SPANS"])
+@triton.jit(do_not_specialize=COUNTS)
 def flash_attention_bwd_query_kernel(
     p_dout,  # [T, N, H]
     p_out,  # [T, N, H]
@@ -155,7 +156,7 @@ def flash_attention_bwd_query_kernel(
         store_rows(p_dq, b_dq * scale, first, o_row < last, i_head, num_heads, H, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=["num_samples", "Q_SPANS", "K_SPANS"])
+@triton.jit(do_not_specialize=COUNTS)
 def flash_attention_bwd_key_kernel(
     x_q,  # [T, N, H], a pointer or a descriptor
     x_dout,  # [T, N, H], a pointer or a descriptor

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from uvg_engine.kernels._launch import COUNTS
 from uvg_engine.kernels._spans import covered, find_tile, load_rows, pad_width, store_rows
 
 
@@ -58,7 +59,7 @@ def softmax_result(b_acc, b_max, b_sum, scale):
     return b_acc / tl.where(b_sum == 0, 1.0, b_sum)[:, None], b_max * scale + tl.log(b_sum)
 
 
-@triton.jit(do_not_specialize=["num_spans", "Q_SPANS", "K_SPANS"])
+@triton.jit(do_not_specialize=COUNTS)
 def flash_attention_fwd_kernel(
     p_q,  # [T, N, H]
     x_k,  # [U, N, H], a pointer or a descriptor

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uvg_engine.kernels import _philox
 from uvg_engine.kernels._configs import Table, options
-from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed
+from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed
 from uvg_engine.kernels._rows import FlowConfig, owners_of_block, run_of_row, span_block
 
 NOISE = Table(  # (oldest capability, bytes of a latent): one 128-bit access a thread; in fp32 two spill on sm_80
@@ -78,7 +78,7 @@ def corrupt_tokens(
     tl.store(p_noisy + o_L, tl.where(kept | (owner < 0), b_token, source), mask=m_L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "step"])
 def flow_noise_kernel(
     p_data,  # [N]
     p_tokens,  # [L] int64

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uvg_engine.kernels import _philox
 from uvg_engine.kernels._configs import ANY, Table, options
-from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed
+from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed
 from uvg_engine.kernels._rows import FlowConfig, owners_of_block, run_of_row, span_block
 
 STEP = Table("flow_step.STEP", {(SM80, ANY): FlowConfig(2048, 128, 8, maxnreg=128)})
@@ -115,7 +115,7 @@ def step_tokens(
     tl.store(p_tokens_out + o_L, tl.where(jumps & covered, b_drawn, b_token), mask=m_L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def flow_step_kernel(
     p_x,  # [N], as are the next five, of which the last four may be None
     p_v_cond,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uvg_engine.kernels._configs import Table
-from uvg_engine.kernels._launch import AotCase, blocks, launch, packed
+from uvg_engine.kernels._launch import COUNTS, AotCase, blocks, launch, packed
 from uvg_engine.kernels._rows import (
     BACKWARD_ROWS,
     FORWARD_ROWS,
@@ -24,7 +24,7 @@ FORWARD = Table("gated_residual.FORWARD", FORWARD_ROWS)
 BACKWARD = Table("gated_residual.BACKWARD", BACKWARD_ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gated_residual_fwd_kernel(
     p_h,  # [T, D]
     p_y,  # [T, D]
@@ -54,7 +54,7 @@ def gated_residual_fwd_kernel(
     tl.store(p_out + o_TD, b_h + b_y, mask=m_TD)
 
 
-@triton.jit(do_not_specialize=["walked"])
+@triton.jit(do_not_specialize=COUNTS)
 def gated_residual_bwd_kernel(
     p_dout,  # [T, D]
     p_y,  # [T, D]

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uvg_engine.kernels._configs import ANY, Table, options
-from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed, power_of_two
+from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed, power_of_two
 from uvg_engine.kernels._rows import (
     FORWARD_ROWS,
     new_partials,
@@ -54,7 +54,7 @@ BACKWARD = Table(  # (oldest capability, most rows); 8 elements a thread: 16 spi
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gated_residual_norm_fwd_kernel(
     p_h,  # [T, D]
     p_y,  # [T, D]
@@ -120,7 +120,7 @@ def load_gradient(
     return b_dnormed, b_inner, b_dxhat, b_xhat
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gated_residual_norm_bwd_kernel(
     p_dout,  # [T, D]
     p_dnormed,  # [T, D]

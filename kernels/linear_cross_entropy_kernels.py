@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 
 from uvg_engine.kernels._head import head_logits
+from uvg_engine.kernels._launch import COUNTS
 from uvg_engine.kernels.moe_mlp_gemm import load_tile, store_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_cross_entropy_fwd_kernel(
     p_tops,  # [L, P]
     p_sums,  # [L, P]
@@ -55,7 +56,7 @@ def linear_cross_entropy_fwd_kernel(
     tl.store(p_lse + o_L, b_lse, mask=m_L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_cross_entropy_bwd_logits_kernel(
     x_x,  # [L, D], or a descriptor of it
     x_weight,  # [V, D], or a descriptor of it
@@ -111,7 +112,7 @@ def linear_cross_entropy_bwd_logits_kernel(
     store_tile(p_out, b_out, row, i_C * BLOCK_N, num_rows, step, step, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_cross_entropy_bwd_rows_kernel(
     x_dlogits,  # [L, C], or a descriptor of it
     x_weight,  # [V, D], or a descriptor of it
@@ -148,7 +149,7 @@ def linear_cross_entropy_bwd_rows_kernel(
         store_tile(p_sums, b_acc, row, column, num_rows, width, width, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit  # not COUNTS: in fp32 it spilled 8 bytes on sm_100
 def linear_cross_entropy_bwd_words_kernel(
     x_dlogits,  # [L, C], or a descriptor of it
     x_x,  # [L, D], or a descriptor of it

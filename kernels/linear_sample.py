@@ -15,7 +15,7 @@ from torch import Tensor
 
 from uvg_engine.kernels._configs import ANY, Table, options
 from uvg_engine.kernels._head import LOGITS, masses
-from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed
+from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed
 from uvg_engine.kernels._philox import DRAW, uniform, words
 
 TILE = 1024  # words that one draw decides on; part of the result
@@ -41,7 +41,7 @@ DECIDE = Table("linear_sample.DECIDE", {(SM80, ANY): DecideConfig(8, 1)})
 PICK = Table("linear_sample.PICK", {(SM80, ANY): PickConfig(128, 8)})
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_sample_decide_kernel(
     p_tops,  # [L, P]
     p_sums,  # [L, P]

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uvg_engine.kernels._configs import Table
-from uvg_engine.kernels._launch import AotCase, blocks, launch, packed
+from uvg_engine.kernels._launch import COUNTS, AotCase, blocks, launch, packed
 from uvg_engine.kernels._rows import (
     BACKWARD_ROWS,
     FORWARD_ROWS,
@@ -50,7 +50,7 @@ def norm_rows(b_x, owner, o_D, width, p_shift, p_scale, p_weight, p_bias, eps, C
     return b_y, mean, rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def modulated_layer_norm_fwd_kernel(
     p_x,  # [T, D]
     p_shift,  # [S, D] or None
@@ -85,7 +85,7 @@ def modulated_layer_norm_fwd_kernel(
     tl.store(p_rstd + o_T, rstd, mask=m_T)
 
 
-@triton.jit(do_not_specialize=["walked"])
+@triton.jit(do_not_specialize=COUNTS)
 def modulated_layer_norm_bwd_kernel(
     p_dy,  # [T, D]
     p_mean,  # [T] fp32, or None: nothing was subtracted

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uvg_engine.kernels._configs import ANY, Table, options
-from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed
+from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed
 from uvg_engine.kernels._rows import FORWARD_ROWS, row_options
 
 
@@ -31,7 +31,7 @@ SUM = Table("moe_combine.SUM", FORWARD_ROWS)
 BACKWARD = Table("moe_combine.BACKWARD", FORWARD_ROWS)  # without a sum over rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def invert_order_kernel(
     p_order,  # [R] int32
     p_places,  # [R] int32: the grouped row of each slot
@@ -43,7 +43,7 @@ def invert_order_kernel(
     tl.store(p_places + tl.load(p_order + o_R, mask=m_R, other=0), o_R, mask=m_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sum_choices_kernel(
     p_rows,  # [R, D]
     p_places,  # [R] int32
@@ -71,7 +71,7 @@ def sum_choices_kernel(
     tl.store(p_out + o_T[:, None] * width + o_D[None, :], b_sum, mask=m_TD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def moe_combine_bwd_kernel(
     p_dout,  # [T, D]
     p_rows,  # [R, D]

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uvg_engine.kernels._configs import ANY, Table, options
-from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed, power_of_two
+from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed, power_of_two
 from uvg_engine.kernels._rows import FORWARD_ROWS, row_options
 from uvg_engine.kernels.moe_combine import SlotConfig, sum_choices
 
@@ -32,7 +32,7 @@ GROUPS = Table("moe_dispatch.GROUPS", {(SM80, ANY): GroupConfig(4096, 8)})
 COPY = Table("moe_dispatch.COPY", FORWARD_ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def count_slots_kernel(
     p_experts,  # [R] int32
     p_counts,  # [blocks, BLOCK_E] int32
@@ -48,7 +48,7 @@ def count_slots_kernel(
     tl.store(p_counts + o_count, tl.histogram(expert, BLOCK_E, mask=m_R))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def place_groups_kernel(
     p_counts,  # [blocks, BLOCK_E] int32: becomes the first place of each block's slots of each expert
     p_offsets,  # [E + 1] int32
@@ -75,7 +75,7 @@ def place_groups_kernel(
         place += tl.sum(b_count, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def place_slots_kernel(
     p_experts,  # [R] int32
     p_places,  # [blocks, BLOCK_E] int32
@@ -95,7 +95,7 @@ def place_slots_kernel(
     tl.store(p_order + first + rank, o_R, mask=m_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def copy_rows_kernel(
     p_x,  # [T, D]
     p_order,  # [R] int32

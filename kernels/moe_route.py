@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uvg_engine.kernels._configs import ANY, Table
-from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed, power_of_two
+from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed, power_of_two
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RouteConfig:
 ROUTE = Table("moe_route.ROUTE", {(SM80, ANY): RouteConfig(2048, 4)})
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def moe_route_fwd_kernel(
     p_logits,  # [T, E]
     p_weights,  # [T, K] fp32
@@ -65,7 +65,7 @@ def moe_route_fwd_kernel(
     tl.store(p_experts + o_TK, b_expert, mask=m_TK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def moe_route_bwd_kernel(
     p_dweights,  # [T, K] fp32
     p_weights,  # [T, K] fp32

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from uvg_engine.kernels import modulated_layer_norm
 from uvg_engine.kernels._configs import Table, options
-from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed, power_of_two
+from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed, power_of_two
 from uvg_engine.kernels._rows import run_of_row, span_block, sum_partials, walked_rows
 
 SPAN = 6  # int32 words: start, len, kind (0 video, 1 text), F, Y, X
@@ -177,7 +177,7 @@ def backward_block(
     store_pairs(p_sums, b_dwa, b_dwb, o_P, width, HALF, TEXT)
 
 
-@triton.jit(do_not_specialize=["walked"])
+@triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope_fwd_kernel(
     p_q,  # [T, D]
     p_k,  # [T, D] or None, as all of k
@@ -221,7 +221,7 @@ def qk_norm_rope_fwd_kernel(
         row = stop
 
 
-@triton.jit(do_not_specialize=["walked"])
+@triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope_bwd_kernel(
     p_dy,  # [T, D]
     p_rstd,  # [T] fp32

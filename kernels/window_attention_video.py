@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from uvg_engine.kernels._launch import COUNTS
 from uvg_engine.kernels._spans import CHUNK, pad_width
 from uvg_engine.kernels.flash_attention_backward import grad_keys, grad_query, key_step, query_step
 from uvg_engine.kernels.flash_attention_forward import attend, softmax_result, softmax_step
@@ -117,7 +118,7 @@ def window(at, radius: tl.constexpr, size, TILE: tl.constexpr):
     return first, tl.minimum(at + radius + 1, tl.cdiv(size, TILE)) - first
 
 
-@triton.jit(do_not_specialize=["num_samples"])
+@triton.jit(do_not_specialize=COUNTS)
 def window_attention_fwd_kernel(
     p_q,  # [T, N, H]
     p_k,  # [T, N, H]
@@ -176,7 +177,7 @@ def window_attention_fwd_kernel(
         tl.store(p_lse + tl.cast(i_head, tl.int64) * num_rows + o_row, b_lse, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["num_samples"])
+@triton.jit(do_not_specialize=COUNTS)
 def window_attention_bwd_query_kernel(
     p_dout,  # [T, N, H]
     p_out,  # [T, N, H]
@@ -240,7 +241,7 @@ def window_attention_bwd_query_kernel(
         scatter_rows(p_dq, b_dq * scale, o_row, m_row, i_head, num_heads, H)
 
 
-@triton.jit(do_not_specialize=["num_samples"])
+@triton.jit(do_not_specialize=COUNTS)
 def window_attention_bwd_key_kernel(
     p_dout,  # [T, N, H]
     p_lse,  # [N, T] fp32

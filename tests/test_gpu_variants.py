@@ -16,6 +16,44 @@ from bench import gpu_variants
 from uvg_engine.kernels import gated_residual
 
 
+def variants_of(*calls):
+    """Names of the kernels that each call asks for in a variant of its own."""
+    recorder, found = gpu_variants.Recorder(), []
+    with gpu_variants.as_on_a_gpu(recorder.note), backends.force("triton"):
+        for call in calls:
+            before = set(recorder.variants)
+            call()
+            found.append(sorted(gpu_variants.name_of(v) for v in set(recorder.variants) - before))
+    return found
+
+
+def rows_of(count):
+    """Row ops, a head, attention, forward and backward, of a batch with so many rows, in as many samples up to 3."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(count, 32, generator=g).requires_grad_() for _ in range(2))
+    samples = min(count, 3)
+    starts = torch.arange(samples, dtype=torch.int32)
+    spans = torch.stack([starts, torch.ones_like(starts)], 1)
+    gate = torch.randn(samples, 32, generator=g)
+    head, bias = torch.randn(9, 32, generator=g), torch.zeros(9)
+    out = ops.gated_residual(x, y, gate, spans)
+    out = ops.modulated_layer_norm(out, gate, gate, spans)
+    q = out.view(count, 2, 16)
+    out = ops.flash_attention(q, q, q, spans[:, None], spans[:, None])[0].flatten(1)
+    weights, experts = ops.moe_route(out[:, :4].contiguous(), 2)
+    rows, _, order = ops.moe_dispatch(out, experts, 4)
+    out = ops.moe_combine(rows, order, weights)
+    loss = ops.linear_cross_entropy(out, head, bias, torch.zeros(count, dtype=torch.int64))
+    torch.autograd.grad(loss.sum(), (x, y))
+
+
+def test_a_batch_of_another_size_compiles_nothing_anew():
+    """One row, 16, a prime, a multiple of 16 again: the same kernels, but for the one that spilled then."""
+    first, *others = variants_of(*(lambda count=count: rows_of(count) for count in (17, 16, 1, 48)))
+    assert len(first) > 15 and "flash_attention_fwd_kernel" in first
+    assert len(others) == 3 and {name for new in others for name in new} == {"linear_cross_entropy_bwd_words_kernel"}
+
+
 def test_what_is_counted_is_what_a_launch_asks_for():
     """A variant compiles for the chip, and stands then where Triton looks for it at that launch."""
     recorder = gpu_variants.Recorder()
