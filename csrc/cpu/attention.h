@@ -19,7 +19,11 @@ namespace UVG_ISA {
 
 using Params = FlashAttentionParams;
 
-constexpr int64_t kQueries = 192;       // rows of a block; a multiple of kTileRows
+#if defined(__AVX512F__)
+constexpr int64_t kQueries = 192;  // rows of a block; a multiple of kTileRows
+#else
+constexpr int64_t kQueries = 96;
+#endif
 constexpr float kHigh = 2.3538527e17f;  // e^40: where sums leave [1 / kHigh, kHigh], a row takes another reference
 constexpr float kNever = -__builtin_inff();
 
@@ -30,7 +34,7 @@ constexpr int64_t kKeys = F::kPer == 2 ? 512 : 256;  // keys of a block
 struct RowState {
   Vec* top;       // largest score of a block of keys, or largest negated one where scale < 0, where one is asked for
   Vec* total;     // sum of e^x in fp32
-  Vec* rounded;   // sum of e^x as the product reads it
+  Vec* rounded;   // sum of e^x as the product reads it; total itself, and block[1] block[0], where F::kKept
   Vec* block[2];  // total and rounded of this block of keys alone
   float* reference;
 };
@@ -87,6 +91,7 @@ struct Workspace {
     out = scratch.floats(kQueries * round_up(p.width, kLanes));
     for (Vec** sums : {&rows.top, &rows.total, &rows.rounded, &rows.block[0], &rows.block[1]})
       *sums = reinterpret_cast<Vec*>(scratch.floats(kQueries * kLanes));
+    if (F::kKept) rows.rounded = rows.total, rows.block[1] = rows.block[0];
     rows.reference = scratch.floats(kQueries);
   }
 
@@ -131,7 +136,7 @@ UVG_NOINLINE void score(const uint32_t* queries, const uint32_t* panel, int64_t 
       total += p[j];
     }
     rows.block[0][row] = total;
-    rows.block[1][row] = F::rounded_sum(rows.block[1][row], p);
+    if (!F::kKept) rows.block[1][row] = F::rounded_sum(rows.block[1][row], p);
     F::put(probabilities + r * Workspace<S>::row_of_probabilities(), column, p);
   }
 }
@@ -156,7 +161,8 @@ void rebase(const RowState& rows, int64_t count, float scale, float* out, int64_
     const float shrink = F::power(splat((rows.reference[r] - reference) * scale))[0];
     rows.reference[r] = reference;
     if (fresh(rows, r)) continue;
-    rows.total[r] *= shrink, rows.rounded[r] *= shrink;
+    rows.total[r] *= shrink;
+    if (!F::kKept) rows.rounded[r] *= shrink;
     float* row = out + r * round_up(width, kLanes);
     for (int64_t i = 0; i < width; i += kLanes) store(row + i, load(row + i) * shrink);
   }
@@ -213,7 +219,10 @@ void attend(const Params& p, const Rows<typename S::Format::Value>& queries, int
       probabilities();
       forget(rows, queries.count, w.probabilities, row);
     }
-    for (int64_t r = 0; r < padded; ++r) rows.total[r] += rows.block[0][r], rows.rounded[r] += rows.block[1][r];
+    for (int64_t r = 0; r < padded; ++r) {
+      rows.total[r] += rows.block[0][r];
+      if (!F::kKept) rows.rounded[r] += rows.block[1][r];
+    }
     multiply_all<F>(w.out, padded, p.width, w.probabilities, row, 1, packed.values, total, k / F::kPer,
                     round_up(here, F::kPutVecs * kLanes) / F::kPer, k == 0);
   }

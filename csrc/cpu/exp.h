@@ -18,7 +18,7 @@ inline Vec exp(Vec x) {
   x = select(x < splat(-87.0f), splat(-87.0f), x);
   x = select(x > splat(88.0f), splat(88.0f), x);
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec n = multiply_add(x, splat(kLog2E), magic) - magic;
+  const Vec whole = multiply_add(x, splat(kLog2E), magic), n = whole - magic;
   const Vec r = multiply_add(n, splat(2.12194440e-4f), multiply_add(n, splat(-0.693359375f), x));
   Vec p = splat(1.9875691500e-4f);
   p = multiply_add(p, r, splat(1.3981999507e-3f));
@@ -27,8 +27,13 @@ inline Vec exp(Vec x) {
   p = multiply_add(p, r, splat(1.6666665459e-1f));
   p = multiply_add(p, r, splat(5.0000001201e-1f));
   p = multiply_add(p, r * r, r) + 1.0f;
+#if defined(__AVX512F__)
   const VecInts power = convert<VecInts>(n) + 127;
   return p * as<Vec>(power << 23);
+#else
+  constexpr uint32_t kOne = 127u << 23;
+  return p * as<Vec>((as<VecBits>(whole) << 23) + kOne);  // the integer lies in its lowest bits
+#endif
 }
 
 #if defined(__AVX512F__)

@@ -10,7 +10,12 @@ namespace {
 
 using Params = FlashAttentionParams;
 
-constexpr int64_t kQueries = 192, kKeys = 192;  // of a block; multiples of kTileRows and kPanel
+constexpr int64_t kQueries = 192;  // of a block, as kKeys: multiples of kTileRows and kPanel
+#if defined(__AVX512F__)
+constexpr int64_t kKeys = 192;
+#else
+constexpr int64_t kKeys = 96;
+#endif
 
 template <typename F>
 struct Workspace {

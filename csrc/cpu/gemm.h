@@ -12,7 +12,19 @@ namespace uvg {
 namespace UVG_ISA {
 
 constexpr int64_t kRowBlock = 16 * kTileRows;  // rows that meet a panel while it stays in the second-level cache
-constexpr int64_t kDepthBlock = 768;           // dwords of the depth that are summed up in registers
+
+// Whether rows are packed block by block of the depth, as they have to be packed and room for them is scarce: all
+// panels of a task meet one block, which stays in the second-level cache, then the next.
+#if defined(__AVX512F__)
+template <typename F>
+constexpr bool kStaged = false;
+#else
+template <typename F>
+constexpr bool kStaged = F::kTail == 0 && !F::kRaw;
+#endif
+
+template <typename F>
+constexpr int64_t kDepthBlock = kStaged<F> ? 336 : 768;  // dwords of the depth that are summed up in registers
 
 // A product over some rows. Rows of x lie x_row values apart, those of slope_at slope_row, of other arrays out_row.
 template <typename F>
@@ -52,13 +64,14 @@ bool lies_ready(const Product<F>& p) {
 struct Tasks {
   int64_t row_block, row_blocks, panels, panel_group, panel_groups;
 
-  Tasks(int64_t rows, int64_t width, int threads) {
+  Tasks(int64_t rows, int64_t width, int threads, bool staged) {
     panels = round_up(width, kPanel) / kPanel;
     row_block = kRowBlock;
     while (row_block > 2 * kTileRows && blocks(rows, row_block) * panels < 4 * threads) row_block /= 2;
     row_blocks = blocks(rows, row_block);
-    panel_group = row_blocks * panels / (16 * threads);
-    panel_group = panel_group < 1 ? 1 : (panel_group > 4 ? 4 : panel_group);
+    const int64_t most = staged ? 16 : 4, even = row_blocks * panels / ((staged ? 8 : 16) * threads);
+    panel_group = staged && threads == 1 ? panels : even;
+    panel_group = panel_group < 1 ? 1 : (panel_group > most ? most : panel_group);
     panel_groups = blocks(panels, panel_group);
   }
 
@@ -112,12 +125,19 @@ UVG_NOINLINE void finish(const Product<F>& p, const float* sums, int64_t rows, i
 // What a thread works in.
 template <typename F>
 struct GemmRoom {
-  float* sums;     // of a tile, or of a row block: carried from one block of the depth to the next
+  float* sums;     // of a tile, or of a row block (staged: and each panel): carried from block to block of the depth
   uint32_t* left;  // rows of x as dwords, where they do not lie ready
 
   GemmRoom(Scratch& scratch, const Product<F>& p, const Tasks& tasks)
-      : sums(scratch.floats((depth_of<F>(p.depth) > kDepthBlock ? tasks.row_block : kTileRows) * kPanel)),
-        left(lies_ready(p) ? nullptr : scratch.words(tasks.row_block * row_words<F>(p.depth))) {}
+      : sums(scratch.floats(carried(p) ? (kStaged<F> ? tasks.panel_group : 1) * tasks.row_block * kPanel
+                                       : kTileRows * kPanel)),
+        left(lies_ready(p) ? nullptr : scratch.words(tasks.row_block * left_words(p.depth))) {}
+
+  static bool carried(const Product<F>& p) { return depth_of<F>(p.depth) > kDepthBlock<F>; }
+
+  static int64_t left_words(int64_t depth) {
+    return kStaged<F> && row_words<F>(depth) > kDepthBlock<F> ? kDepthBlock<F> : row_words<F>(depth);
+  }
 };
 
 template <typename F>
@@ -125,32 +145,40 @@ void gemm_task(const Product<F>& p, const Tasks& tasks, int64_t task, const Gemm
   const int64_t first_row = task % tasks.row_blocks * tasks.row_block;
   const int64_t rows = p.rows - first_row < tasks.row_block ? p.rows - first_row : tasks.row_block;
   const int64_t depth = depth_of<F>(p.depth);
-  const int64_t depth_blocks = depth > 0 ? (depth + kDepthBlock - 1) / kDepthBlock : 1;
-  const uint32_t* left = reinterpret_cast<const uint32_t*>(p.x + first_row * p.x_row);
-  int64_t left_row = p.x_row / F::kPer;
-  if constexpr (F::kTail == 0) {
-    if (room.left != nullptr) {
-      pack_rows<F>({p.x + first_row * p.x_row, p.x_row, nullptr, rows}, p.depth, rows, room.left);
-      left = room.left;
-      left_row = row_words<F>(p.depth);
-    }
-  }
+  const int64_t depth_blocks = depth > 0 ? (depth + kDepthBlock<F> - 1) / kDepthBlock<F> : 1;
   const int64_t first_panel = task / tasks.row_blocks * tasks.panel_group;
   const int64_t end = first_panel + tasks.panel_group < tasks.panels ? first_panel + tasks.panel_group : tasks.panels;
-  for (int64_t panel = first_panel; panel < end; ++panel) {
-    const int64_t column = panel * kPanel, vecs = (p.width - column + kLanes - 1) / kLanes;
-    for (int64_t b = 0; b < depth_blocks; ++b) {
-      const int64_t from = depth * b / depth_blocks, to = depth * (b + 1) / depth_blocks;
-      const uint32_t* right = p.packed + column * tailed_words<F>(p.depth) + from * kPanel;
-      for (int64_t r = 0, count; r < rows; r += count) {
-        const int64_t rest = rows - r;
-        count = rest >= kTileRows ? kTileRows : (rest >= 3 ? 3 : 1);
-        const auto multiply = count == 1   ? tile_of<F, 1>(vecs)
-                              : count == 3 ? tile_of<F, 3>(vecs)
-                                           : tile_of<F, kTileRows>(vecs);
-        float* sums = depth_blocks > 1 ? room.sums + r * kPanel : room.sums;
-        multiply(sums, kPanel, left + r * left_row + from, left_row, 1, right, kPanel, to - from, b == 0);
-        if (b + 1 == depth_blocks) finish(p, sums, count, first_row + r, column);
+  const auto start = [&](int64_t block) { return depth * block / depth_blocks; };
+  for (int64_t first_block = 0, end_block; first_block < depth_blocks; first_block = end_block) {
+    end_block = kStaged<F> ? first_block + 1 : depth_blocks;
+    const typename F::Left* x = p.x + first_row * p.x_row + start(first_block) * F::kPer;
+    const uint32_t* left = reinterpret_cast<const uint32_t*>(x);
+    int64_t left_row = p.x_row / F::kPer;
+    if constexpr (F::kTail == 0) {
+      if (room.left != nullptr) {
+        const int64_t stop = end_block < depth_blocks ? start(end_block) * F::kPer : p.depth;
+        const int64_t width = stop - start(first_block) * F::kPer;
+        pack_rows<F>({x, p.x_row, nullptr, rows}, width, rows, room.left);
+        left = room.left;
+        left_row = row_words<F>(width);
+      }
+    }
+    for (int64_t panel = first_panel; panel < end; ++panel) {
+      const int64_t column = panel * kPanel, vecs = (p.width - column + kLanes - 1) / kLanes;
+      float* carried = room.sums + (kStaged<F> ? (panel - first_panel) * tasks.row_block * kPanel : 0);
+      for (int64_t b = first_block; b < end_block; ++b) {
+        const uint32_t* right = p.packed + column * tailed_words<F>(p.depth) + start(b) * kPanel;
+        for (int64_t r = 0, count; r < rows; r += count) {
+          const int64_t rest = rows - r;
+          count = rest >= kTileRows ? kTileRows : (rest >= 3 ? 3 : 1);
+          const auto multiply = count == 1   ? tile_of<F, 1>(vecs)
+                                : count == 3 ? tile_of<F, 3>(vecs)
+                                             : tile_of<F, kTileRows>(vecs);
+          float* sums = depth_blocks > 1 ? carried + r * kPanel : room.sums;
+          multiply(sums, kPanel, left + r * left_row + start(b) - start(first_block), left_row, 1, right, kPanel,
+                   start(b + 1) - start(b), b == 0);
+          if (b + 1 == depth_blocks) finish(p, sums, count, first_row + r, column);
+        }
       }
     }
   }
@@ -158,7 +186,7 @@ void gemm_task(const Product<F>& p, const Tasks& tasks, int64_t task, const Gemm
 
 template <typename F>
 void gemm(const Product<F>& p, int threads) {
-  const Tasks tasks(p.rows, p.width, threads);
+  const Tasks tasks(p.rows, p.width, threads, kStaged<F>);
   Scratch scratch;
   const PerThread<GemmRoom<F>> rooms(scratch, threads, p, tasks);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)

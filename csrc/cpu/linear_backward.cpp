@@ -11,11 +11,18 @@ namespace {
 
 using Params = LinearBackwardParams;
 
-constexpr int64_t kLeft = 8 * kTileRows;            // columns of dz in a panel: whole tiles, whole vectors
-constexpr int64_t kBlock = 4 * kLeft;               // of them that meet a panel of x in the second-level cache
+constexpr int64_t kLeft = 8 * kTileRows;  // columns of dz in a panel: whole tiles, whole vectors
+// kBlock: of them that meet a panel of x in the second-level cache. kDepthAtOnce: dwords of the rows that are summed up
+// in registers; without AVX-512, few enough for all of kLeft, of whose cache lines a tile reads a part, to stay in the
+// first-level cache.
+#if defined(__AVX512F__)
+constexpr int64_t kBlock = 4 * kLeft, kDepthAtOnce = 768;
+#else
+constexpr int64_t kBlock = 2 * kLeft, kDepthAtOnce = 96;
+#endif
 constexpr int64_t kPackedWords = int64_t{4} << 20;  // of one operand at a time, where kBlock columns need no more
 constexpr int64_t kWeightWords = int64_t{1} << 20;  // of a weight packed at a time, where kFewestPanels need no more
-constexpr int64_t kFewestPanels = 4;                // that a thread takes at once (gemm.h)
+constexpr int64_t kFewestPanels = 256 / kPanel;     // untuned; that a thread takes at once (gemm.h)
 constexpr int64_t kSummed = 64;                     // rows whose sum for the bias starts anew: fewer lost bits
 
 // Columns of a matrix, whose rows lie row_step values apart, across its rows.
@@ -88,7 +95,7 @@ struct WeightGradient {
   void tile(const uint32_t* left, int64_t row, const uint32_t* right, int64_t column, float* out) const {
     const int64_t rest = p.depth - column, width = rest < kPanel ? rest : kPanel, out_row = round_up(width, kLanes);
     const int64_t rows = p.width - row < kBlock ? p.width - row : kBlock;
-    const int64_t parts = depth > kDepthBlock ? (depth + kDepthBlock - 1) / kDepthBlock : 1;
+    const int64_t parts = depth > kDepthAtOnce ? (depth + kDepthAtOnce - 1) / kDepthAtOnce : 1;
     for (int64_t b = 0; b < parts; ++b) {
       const int64_t from = depth * b / parts, to = depth * (b + 1) / parts;
       for (int64_t r = 0; r < rows; r += kLeft)

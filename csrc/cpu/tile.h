@@ -33,6 +33,8 @@ UVG_INLINE void store_bits(uint32_t* p, VecBits v) { to_memory(p, v); }
 // of `width` values, kTail dwords behind a packed row, one multiply-accumulate of Sum. Those of floats also store
 // vectors of results, a multiple of kPutVecs of them, as a left operand, rounded as they will be read, and have the
 // exponential that is exact enough for them: power(x) = e^(x * kUnit). kRaw: tensors lie in memory as dwords already.
+// kKept: results are stored as they are, so that their sum is that of what will be read. (With AVX-512 that is summed
+// apart all the same, as it was when it was timed.)
 template <typename T>
 struct Singles {
   using Value = T;
@@ -41,6 +43,7 @@ struct Singles {
   static constexpr int64_t kPer = 1, kTail = 0;
   static constexpr int kPutVecs = 1;
   static constexpr bool kRaw = sizeof(T) == sizeof(uint32_t);
+  static constexpr bool kKept = kTileVecs == 1;
   static constexpr float kUnit = 1.0f;
 
   static UVG_INLINE Vec power(Vec x) { return exp(x); }
@@ -79,7 +82,7 @@ struct Pairs {
   using Left = BFloat16;
   using Sum = Vec;
   static constexpr int64_t kPer = 2, kTail = 0;
-  static constexpr bool kRaw = true;
+  static constexpr bool kRaw = true, kKept = false;
 #if defined(__AVX512BF16__)
   static constexpr int kPutVecs = 2;
   static constexpr float kUnit = 0.693147181f;

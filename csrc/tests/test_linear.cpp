@@ -213,6 +213,7 @@ int main() {
   check_linear(7, 33, 65, true);
   check_linear(130, 64, 17, false);
   check_linear(45, 130, 200, true);
+  check_linear(101, 700, 300, false);  // blocks of rows, of the depth and of panels, none of them whole
   check_backward(0, 5, 3, 0, false);
   check_backward(1, 1, 1, 0, true);
   check_backward(3, 0, 2, 0, false);
