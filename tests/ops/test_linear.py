@@ -95,6 +95,16 @@ def test_identity_returns_x_exactly(backend):
     assert torch.equal(linear(x, torch.eye(130, dtype=BF16)), x)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_the_slope_of_gelu_far_from_0(on_cpu, dtype):
+    """Where the cube of a value is no number any more."""
+    x = torch.tensor([1e2, 1e5, 6e12, 1e14, 1e18], dtype=dtype)[:, None]
+    x = torch.cat([x, -x]).requires_grad_()
+    weight = torch.ones(1, 1, dtype=dtype)
+    (slope,) = torch.autograd.grad(linear(x, weight, activation="gelu_tanh").sum(), x)
+    torch.testing.assert_close(slope.flatten().float(), torch.tensor([1.0] * 5 + [0.0] * 5), rtol=0, atol=1e-30)
+
+
 def test_a_row_with_gaps_is_read_in_place(backend):
     made = TestLinear.cases[0].inputs(FP32)
     wide = torch.cat([made["x"], torch.full((9, 3), torch.nan)], 1)

@@ -59,13 +59,14 @@ def define_backward(op: str, schema: str, fake: Callable[..., Any], num_saved: i
 
     The first `num_saved` arguments of the backward are tensors that only a backward has (gradients, lse, ...); what
     follows is a prefix of the forward's arguments, by which the backend is chosen: the same rules for both, so that it
-    is the forward's unless that has no backward.
+    is the forward's unless that has no backward. The former come packed, whatever saved_tensors_hooks made of them.
     """
 
     def dispatch(*args: Any) -> Any:
-        backward = backends.select(op, args[num_saved:], backward=True)[1].backward
+        saved, forward = args[:num_saved], args[num_saved:]
+        backward = backends.select(op, forward, backward=True)[1].backward
         assert backward is not None
-        return backward(*args)
+        return backward(*[None if x is None else x.contiguous() for x in saved], *forward)
 
     def twice(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"{op} has no second derivative")
