@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gpu_device
 import pytest
+import torch
 from harness import backends_of
 
 from uvg_engine import backends
@@ -32,6 +33,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with gpu_device.forced(request.param) as name:
         yield name
+
+
+@pytest.fixture
+def on_cpu() -> Iterator[None]:
+    """The native core alone serves."""
+    refusal = backends.table("cpu")["linear"].refuses(torch.zeros(1, 1))
+    if refusal:
+        pytest.skip(refusal)
+    with backends.force("cpu"):
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

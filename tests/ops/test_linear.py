@@ -138,15 +138,6 @@ def test_a_written_weight_is_read_again(backend, write, dtype):
     assert torch.equal(linear(**made), 2 * first) and bias is not None
 
 
-@pytest.fixture
-def on_cpu():
-    table = backends.table("cpu")["linear"]
-    if table.refuses(torch.zeros(1, 1)):
-        pytest.skip(str(table.refuses(torch.zeros(1, 1))))
-    with backends.force("cpu"):
-        yield
-
-
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_keeping_packed_weights_changes_no_bit(on_cpu, dtype):
     made = {name: value.to(dtype) for name, value in layer(torch.Generator().manual_seed(0), 30, 40, 70).items()}

@@ -176,3 +176,13 @@ def test_an_empty_expert_changes_nothing(backend, dtype):
 def test_one_expert_with_everything_is_the_dense_mlp(backend):
     made = next(c for c in TestMoeMlp.cases if c.name == "all-with-one").inputs(FP32)
     torch.testing.assert_close(moe_mlp(**made), dense(made["x"], made, 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_the_slope_of_gelu_far_from_0(on_cpu, dtype):
+    """Where the cube of a value is no number any more."""
+    x = torch.tensor([1e2, 1e5, 6e12, 1e14, 1e18], dtype=dtype)[:, None]
+    x = torch.cat([x, -x]).requires_grad_()
+    one, zero = torch.ones(1, 1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+    (slope,) = torch.autograd.grad(moe_mlp(x, one, zero, one, zero, offsets(0, 10)).sum(), x)
+    torch.testing.assert_close(slope.flatten().float(), torch.tensor([1.0] * 5 + [0.0] * 5), rtol=0, atol=1e-30)
