@@ -196,13 +196,14 @@ def test_a_call_on_a_gpu_is_timed_alone_after_the_cache_was_overwritten(binding,
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: work("ahead", 7.0))
     monkeypatch.setattr(torch, "empty", lambda size, **how: sizes.append(size) or buffer)
     timing._flush_buffer.cache_clear()
     try:
         assert timing.Clock("cuda").once(lambda: work("call", 2.0), repeats=3) == pytest.approx(2e-3)
     finally:
         timing._flush_buffer.cache_clear()
-    assert done == ["flush", "call"] * 3 + ["wait"] and sizes == [2 * H100["L2CacheSize"]]
+    assert done == ["ahead"] + ["flush", "call"] * 3 + ["wait"] and sizes == [2 * H100["L2CacheSize"]]
     binding["cuda.bindings.runtime"].error = 35
     timing._flush_buffer()
     timing._flush_buffer.cache_clear()
