@@ -107,7 +107,7 @@ def as_on_a_gpu(note: Callable[..., bool], truth: bool = True) -> Iterator[None]
             with torch.autocast("cpu", enabled=False):
                 return theirs(*args) if truth else result
 
-        return ours and call
+        return None if ours is None else call
 
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
