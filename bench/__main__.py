@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.record:
         how = (["--threads", str(args.threads)] if args.threads else []) + ["--cpu-time"] * args.cpu_time
         about["clock"] = "CPU time" if args.cpu_time else "wall"
-        print(record(lambda given: told(_parse(given)), how, about))
+        dtype = "bf16" if args.dtype is None or "bf16" in args.dtype else "fp32"
+        print(record(lambda given: told(_parse(given)), how, about, args.record, dtype))
     else:
         if not args.json:
             print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
@@ -74,7 +75,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help="small sizes, few rounds, no inductor: that it runs, not how fast"
     )
     parser.add_argument("--memory", action="store_true", help="peak memory too, each in a process of its own")
-    parser.add_argument("--record", action="store_true", help="all that stands in docs/benchmarks.md, written there")
+    parser.add_argument(
+        "--record",
+        nargs="?",
+        const="benchmarks",
+        choices=("benchmarks", "benchmarks_avx2"),
+        help="all that stands in docs/benchmarks.md or a page like it, written there; with --dtype fp32 in fp32",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--wait", action="store_true", help="begin when a line comes in, the device made ready")
     args = parser.parse_args(arguments)

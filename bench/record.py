@@ -1,6 +1,7 @@
-"""`python -m bench --record`: the runs that stand in docs/benchmarks.md, one after the other.
+"""`python -m bench --record [PAGE]`: the runs that stand in docs/<PAGE>.md, one after the other.
 
-It writes bench/results/<date>-<machine>.jsonl, then the page's table and its pictures (see `bench.report`).
+It writes bench/results/<date>-<machine>.jsonl, then the page's table and its pictures (see `bench.report`). The table
+of a run that was ended early: `python -m bench.report FILE PAGE`.
 """
 
 from __future__ import annotations
@@ -19,17 +20,21 @@ SMALL = f"linear moe_mlp flash_attention {ROWS} {ROUTING} linear_sample flow_ste
 ATTENTION = "flash_attention --only cpu --only torch --only openvino"  # the reference would take most of the time
 BLOCK = "block --only uvg --only torch --only inductor --only openvino --only diffusers"
 RUNS = (  # arguments of `python -m bench`
-    f"{ATTENTION} --dtype bf16 --size 1.3b-2560 --size L1024 --size L2048 --size L4096",
-    f"{BLOCK} --dtype bf16 --size 1.3b-2560 --memory",
-    "moe_mlp linear --dtype bf16 --size 1.3b-2560",
-    f"{ROWS} --dtype bf16 --size 1.3b-2560 --seconds 0.5",
-    "linear_sample linear_cross_entropy --dtype bf16 --size 1.3b-vocab --memory --only cpu --only torch",
-    f"{ROUTING} flow_step flow_noise --dtype bf16 --size 1.3b-2560 --seconds 0.5",
-    f"{ATTENTION} --dtype fp32 --size L2048 --pass forward --pass backward",
-    f"{SMALL} --dtype fp32 --size digits-1 --seconds 0.3 --only cpu --only torch",
-    f"{BLOCK} --dtype bf16 --size 1.3b-8192 --pass forward",
-    f"{BLOCK} --dtype fp32 --size 1.3b-2560 --pass forward",
-    f"{ATTENTION} --dtype bf16 --size L8192 --size L16384 --pass forward",
+    f"{ATTENTION} --size 1.3b-2560 --size L1024 --size L2048 --size L4096",
+    f"{BLOCK} --size 1.3b-2560 --memory",
+    "moe_mlp linear --size 1.3b-2560",
+    f"{ROWS} --size 1.3b-2560 --seconds 0.5",
+    "linear_sample linear_cross_entropy --size 1.3b-vocab --memory --only cpu --only torch",
+    f"{ROUTING} flow_step flow_noise --size 1.3b-2560 --seconds 0.5",
+)
+FP32_RUNS = (  # beside a record in bf16
+    f"{ATTENTION} --size L2048 --pass forward --pass backward",
+    f"{BLOCK} --size 1.3b-2560 --pass forward",
+)
+SMALL_RUN = f"{SMALL} --size digits-1 --seconds 0.3 --only cpu --only torch"  # in fp32, as the embedded model
+LONG_RUNS = (
+    f"{BLOCK} --size 1.3b-8192 --pass forward",
+    f"{ATTENTION} --size L8192 --size L16384 --pass forward",
 )
 THROUGHPUT = (  # job, model, layers, samples, steps, seconds
     *((job, "digits", 6, 8, 8, 4.0) for job in ("generate", "caption", "joint", "train")),
@@ -37,8 +42,15 @@ THROUGHPUT = (  # job, model, layers, samples, steps, seconds
 )
 
 
-def record(run: Callable[[Sequence[str]], Iterator[dict[str, Any]]], how: Sequence[str], about: dict[str, Any]) -> Path:
-    """run: the lines of a command line of `python -m bench`; how: options of all. Returns the file of results."""
+def record(
+    run: Callable[[Sequence[str]], Iterator[dict[str, Any]]],
+    how: Sequence[str],
+    about: dict[str, Any],
+    page: str = "benchmarks",
+    dtype: str = "bf16",
+) -> Path:
+    """run: the lines of a command line of `python -m bench`; how: options of all; page: docs/<page>.md is written.
+    Returns the file of results."""
     from bench import report, throughput
     from bench.timing import Clock
 
@@ -51,13 +63,18 @@ def record(run: Callable[[Sequence[str]], Iterator[dict[str, Any]]], how: Sequen
             file.write(json.dumps(rounded(line | about)) + "\n")
             file.flush()
 
-        for arguments in RUNS:
-            for line in run([*arguments.split(), *how]):
-                keep(line)
+        def keep_all(runs: Sequence[str], dtype: str) -> None:
+            for arguments in runs:
+                for line in run([*arguments.split(), "--dtype", dtype, *how]):
+                    keep(line)
+
+        keep_all(RUNS, dtype)
+        keep_all((*FP32_RUNS, SMALL_RUN) if dtype != "fp32" else (SMALL_RUN,), "fp32")
         for *given, seconds in THROUGHPUT:
             for line in throughput.lines(*given, Clock(seconds=seconds, min_rounds=3, cpu_time="--cpu-time" in how)):
                 keep(line)
-    report.write(path)
+        keep_all(LONG_RUNS, dtype)
+    report.write(path, page)
     return path
 
 

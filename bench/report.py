@@ -1,9 +1,13 @@
-"""A recorded run as pictures and a table in docs/: `python -m bench.report bench/results/FILE.jsonl`."""
+"""A recorded run as pictures and a table in docs/: `python -m bench.report bench/results/FILE.jsonl [PAGE]`.
+
+PAGE is docs/<PAGE>.md, benchmarks unless given.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,24 +15,27 @@ from typing import Any
 from bench.pages import write_part
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE, IMAGES = DOCS / "benchmarks.md", DOCS / "images"
+PAGE = "benchmarks"
 OURS = ("uvg", "cpu", "triton", "cuda", "flash_attn_3", "flash_attn", "cudnn", "sdpa", "reference")
 LINE = dict[str, Any]
 
 
-def write(path: Path) -> list[Path]:
-    """Write docs/benchmarks.md's measured part and the pictures; returns what was written."""
+def write(path: Path, page: str = PAGE) -> list[Path]:
+    """Write the page's measured part and its pictures, of the dtype of most lines; returns what was written."""
     lines = [json.loads(text) for text in path.read_text().splitlines()]
     timed = [line for line in lines if "ms" in line]
+    dtype = Counter(line["dtype"] for line in timed).most_common(1)[0][0]
+    drawn = [line for line in timed if line["dtype"] == dtype]
     pictures = {
-        "GFLOP/s of the ops under the two roofs": roofline(timed),
-        "How many times faster than each peer": bars(timed),
-        "Time of self-attention over the length": lengths(timed),
+        "GFLOP/s of the ops under the two roofs": _saved(roofline(drawn), f"{page}_roofline.png"),
+        "How many times faster than each peer": _saved(bars(drawn), f"{page}_peers.png"),
+        "Time of self-attention over the length": _saved(lengths(drawn), f"{page}_lengths.png"),
     }
-    shown = "\n\n".join(f"![{what}](images/{path.name})" for what, path in pictures.items() if path)
+    shown = "\n\n".join(f"![{what}](images/{picture.name})" for what, picture in pictures.items() if picture)
     told = f"From `bench/results/{path.name}`: {about(lines[0])}.\n\n{shown}\n\n{table(lines)}"
-    write_part(PAGE, "measured", f"\n{told}")
-    return [PAGE, *(picture for picture in pictures.values() if picture)]
+    file = DOCS / f"{page}.md"
+    write_part(file, "measured", f"\n{told}")
+    return [file, *(picture for picture in pictures.values() if picture)]
 
 
 def about(line: LINE) -> str:
@@ -61,10 +68,10 @@ def table(lines: Sequence[LINE]) -> str:
     return "\n".join(rows)
 
 
-def roofline(lines: Sequence[LINE]) -> Path | None:
-    """GFLOP/s of ours over flops per byte, in bf16, under both roofs."""
-    points = [line for line in best(lines) if line["dtype"] == "bfloat16" and line["pass"] == "forward"]
-    points = [line for line in points if line.get("gflops") and line["op"] != "block"]
+def roofline(lines: Sequence[LINE]) -> Any:
+    """A figure of GFLOP/s of ours over flops per byte, under both roofs."""
+    points = [line for line in best(lines) if line["pass"] == "forward" and line["op"] != "block"]
+    points = [line for line in points if line.get("gflops")]
     if not points:
         return None
     figure, axes = _figure()
@@ -76,14 +83,15 @@ def roofline(lines: Sequence[LINE]) -> Path | None:
     for number, (x, line) in enumerate(zip(intensities, points, strict=True)):
         label = f"{line['op']} {line['case']}".strip() + f", {line['shape']}"
         axes.plot([x], [line["gflops"]], marker="osD^vP*X"[number % 8], linestyle="", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="GFLOP/s", title="Forward, bf16: ours")
+    title = f"Forward, {lines[0]['dtype']}: ours"
+    axes.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="GFLOP/s", title=title)
     axes.legend(fontsize=6)
-    return _saved(figure, "bench_roofline.png")
+    return figure
 
 
-def bars(lines: Sequence[LINE]) -> Path | None:
-    """How many times faster than each peer ours are, in bf16; one bar is as fast as the peer."""
-    shown = [line for line in best(lines) if line["dtype"] == "bfloat16" and line["times_faster"] and "case" in line]
+def bars(lines: Sequence[LINE]) -> Any:
+    """A figure of how many times faster than each peer ours are; one bar is as fast as the peer."""
+    shown = [line for line in best(lines) if line["times_faster"] and "case" in line]
     entries = [
         (f"{line['op']} {line['case']} {line['shape']}, {line['pass']}: {peer}", ratio)
         for line in shown
@@ -98,15 +106,15 @@ def bars(lines: Sequence[LINE]) -> Path | None:
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.tick_params(axis="y", labelsize=6)
     axes.set(xlabel="times faster than the peer (median of the rounds' ratios)")
-    return _saved(figure, "bench_peers.png")
+    return figure
 
 
-def lengths(lines: Sequence[LINE]) -> Path | None:
-    """Time of self-attention over the length of a sample, in bf16, for everyone who was timed."""
+def lengths(lines: Sequence[LINE]) -> Any:
+    """A figure of the time of self-attention over the length of a sample, for everyone who was timed."""
     series: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         mine = line["op"] == "flash_attention" and line["case"] == "self" and line["pass"] == "forward"
-        if mine and line["dtype"] == "bfloat16" and line["shape"].startswith("B=1 "):
+        if mine and line["shape"].startswith("B=1 "):
             length = int(line["shape"].split("L=")[1].split()[0])
             series.setdefault(line["backend"], []).append((length, line["ms"]))
     if not series:
@@ -114,11 +122,10 @@ def lengths(lines: Sequence[LINE]) -> Path | None:
     figure, axes = _figure()
     for name, points in series.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.set(
-        xscale="log", yscale="log", xlabel="rows of the sample", ylabel="ms", title="Self-attention, bf16, forward"
-    )
+    title = f"Self-attention, {lines[0]['dtype']}, forward"
+    axes.set(xscale="log", yscale="log", xlabel="rows of the sample", ylabel="ms", title=title)
     axes.legend()
-    return _saved(figure, "bench_lengths.png")
+    return figure
 
 
 def best(lines: Sequence[LINE]) -> list[LINE]:
@@ -140,11 +147,13 @@ def _figure(height: float = 5.0) -> Any:
     return pyplot.subplots(figsize=(9, height), layout="constrained")
 
 
-def _saved(figure: Any, name: str) -> Path:
-    figure.savefig(IMAGES / name, dpi=110)
-    return IMAGES / name
+def _saved(figure: Any, name: str) -> Path | None:
+    if figure is None:
+        return None
+    figure.savefig(DOCS / "images" / name, dpi=110)
+    return DOCS / "images" / name
 
 
 if __name__ == "__main__":
-    for made in write(Path(sys.argv[1])):
+    for made in write(Path(sys.argv[1]), *sys.argv[2:]):
         print(made)

@@ -13,6 +13,7 @@ from bench.case import SIZES
 from bench.one_case import OPS, Options, _difference, bench_case, cases
 from bench.ops import window_attention
 from bench.peers import PEERS
+from bench.record import THROUGHPUT
 from bench.timing import Clock, Roof, Timing, within
 from uvg_engine import backends
 
@@ -123,7 +124,7 @@ def test_a_wrong_result_is_told_and_not_timed(monkeypatch):
 def test_a_wrong_result_fails_the_run(monkeypatch, record, capsys):
     line = {"op": "linear", "shape": "", "dtype": "float32", "pass": "forward", "backend": "cpu"}
     seen = []
-    monkeypatch.setattr("bench.__main__.record", lambda run, how, about: seen.extend(run([])))
+    monkeypatch.setattr("bench.__main__.record", lambda run, *rest: seen.extend(run([])))
     for more, code in (({"missing": "no"}, 0), ({"wrong": "by 2"}, 1)):
         monkeypatch.setattr("bench.__main__._lines", lambda args, more=more: iter([line | more]))
         assert main(["--record"] * record) == code
@@ -192,20 +193,44 @@ def test_a_peer_that_cannot_is_a_line_without_a_time(monkeypatch):
 
 def test_a_record_becomes_a_page_and_pictures(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(report, "IMAGES", tmp_path)
-    report.PAGE.write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    (tmp_path / "images").mkdir()
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
     line = {"op": "flash_attention", "case": "self", "shape": "B=1 L=1024 N=1 H=64", "dtype": "bfloat16"}
     line |= {"pass": "forward", "backend": "cpu", "ms": 2.0, "spread": 0.01, "gflops": 90.0, "gbs": 1.0}
     line |= {"of_roof": 0.9, "roof": {"gflops": 100.0, "gbs": 10.0}, "times_faster": {"torch": 1.5}, "threads": 1}
     missing = {**{n: line[n] for n in ("op", "case", "shape", "dtype", "pass")}, "backend": "openvino", "missing": "no"}
+    small = line | {"op": "linear", "dtype": "float32"}
     record = tmp_path / "run.jsonl"
-    record.write_text("\n".join(json.dumps(each) for each in (line, missing)))
-    made = {path.name for path in report.write(record)}
-    assert made == {"page.md", "bench_roofline.png", "bench_peers.png", "bench_lengths.png"}
-    page = report.PAGE.read_text()
-    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
-    assert "90 GFLOP/s | 90% | torch 1.50" in page and "missing: no" in page and "threads 1" in page
+    record.write_text("\n".join(json.dumps(each) for each in (small, line, missing, line | {"case": "cross"})))
+    drawn = []
+    monkeypatch.setattr(report, "bars", drawn.extend)
+    made = {path.name for path in report.write(record, "page")}
+    assert made == {"page.md", "page_roofline.png", "page_lengths.png"}
+    assert {each["dtype"] for each in drawn} == {"bfloat16"}  # as most lines
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "90 GFLOP/s | 90% | torch 1.50" in text and "missing: no" in text and "threads 1" in text
+
+
+@pytest.mark.parametrize("given", ["", "--dtype fp32", "benchmarks_avx2 --dtype fp32"])
+def test_a_record_is_of_one_dtype_and_the_embedded_models_calls(given, tmp_path, monkeypatch):
+    seen, written = [], []
+    monkeypatch.setattr("bench.__main__._lines", lambda args: seen.append(args) or iter([vars(args)]))
+    monkeypatch.setattr("bench.__main__._text", str)
+    monkeypatch.setattr("bench.record.RESULTS", tmp_path)
+    monkeypatch.setattr(throughput, "lines", lambda *given: iter([{"job": given[0]}]))
+    monkeypatch.setattr(report, "write", lambda *given: written.append(given))
+    assert main(["--record", *given.split()]) == 0
+    runs = [str((each.what, each.size, each.passes, each.dtype)) for each in seen]
+    assert len(runs) == len(set(runs))
+    assert [each.dtype for each in seen if each.size == ["digits-1"]] == [["fp32"]]
+    others = sum(each.dtype == ["fp32"] for each in seen) - 1
+    assert others == (len(seen) - 1 if given else 2)
+    ((file, page),) = written
+    assert page == ("benchmarks_avx2" if "avx2" in given else "benchmarks")
+    assert len(file.read_text().splitlines()) == len(seen) + len(THROUGHPUT)
 
 
 @pytest.mark.parametrize(
