@@ -42,6 +42,20 @@ def test_who_wants_a_gradient_belongs_to_a_call(no_rules):
                     torch.testing.assert_close(value.grad, want)
 
 
+def test_experts_of_the_embedded_models_size_have_plans(long_ways):
+    x, w1, w2 = leaf(0, 92, 128), leaf(1, 2, 512, 128), leaf(2, 2, 128, 512)
+    b1, b2, dy = leaf(3, 2, 512), leaf(4, 2, 128), rows(5, 92, 128)
+    offsets = torch.tensor([0, 64, 92], dtype=torch.int32)
+
+    def gradients():
+        return torch.autograd.grad(ops.moe_mlp(x, w1, b1, w2, b2, offsets), (x, w1, b1, w2, b2), dy)
+
+    want = gradients()
+    known(gradients)
+    long_ways.clear()
+    assert all(torch.equal(*pair) for pair in zip(gradients(), want, strict=True)) and not long_ways
+
+
 def test_the_same_tensor_twice_is_no_other_tensor(no_rules):
     h, y = leaf(0), leaf(1)
     known(ops.gated_residual, h, h)

@@ -113,7 +113,7 @@ def test_an_error_while_a_plan_is_made_is_not_the_callers(long_ways, monkeypatch
 def test_the_log_tells_once_why_there_is_no_plan(long_ways, monkeypatch, caplog):
     monkeypatch.setattr(_plans, "_told", set())
     caplog.set_level("DEBUG", logger="uvg_engine.ops._plans")
-    wide, h, weight = rows(0, 5, 1 << 17), rows(1), rows(2, 8, 8).requires_grad_()
+    wide, h, weight = rows(0, 5, 1 << 19), rows(1), rows(2, 8, 8).requires_grad_()
     for count in (3, 4, 5):
         known(ops.gated_residual, wide[:count], wide[:count])
         known(ops.modulated_layer_norm, h[:count].T)

@@ -11,7 +11,7 @@ not forgotten; a question (are the ids inside) needs the same answer. One key ha
 Of a call that wants a gradient a plan knows what the op, its rules met, gives to torch's autograd, and gives that; the
 kernel there, and that of the backward, are calls with plans of their own.
 
-All else takes the long way: what traces, looks on, or has more than 1 MiB of arguments, where Python's part does not
+All else takes the long way: what traces, looks on, or has more than 8 MiB of arguments, where Python's part does not
 show. Not seen, and taken to stay as they are: the tables of the backends and `ORDER`; what is
 written to a packed weight through another storage, where `packed_weights` does not look.
 

@@ -19,7 +19,7 @@ from uvg_engine import backends
 from uvg_engine.backends import native, packed_weights, plans
 from uvg_engine.ops import _alone
 
-_MOST_BYTES = 1 << 20  # of arguments but weights: beyond, Python's part does not show
+_MOST_BYTES = 8 << 20  # of arguments but weights that stay packed: beyond, Python's part does not show
 _MOST_MADE = 8 << 20  # bytes of results and of scratch, which stays with a thread
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
