@@ -10,6 +10,7 @@
 
 #include "common/content_mark.h"
 #include "common/cpu_features.h"
+#include "common/pack_values.h"
 #include "common/philox.h"
 #include "uvg/flash_attention.h"
 #include "uvg/gated_residual.h"
@@ -143,6 +144,15 @@ uint64_t weight_mark(Address weight, int64_t bytes) {
   return uvg::content_mark(at<void>(weight), bytes) + static_cast<uint64_t>(uvg::isa_in_use());
 }
 
+void pack_values(Address from, int64_t rows, int64_t width, int64_t row_step, int64_t step, int dtype_from,
+                 int dtype_to, Address to) {
+  uvg::PackValuesParams p{};
+  p.from = at<void>(from), p.rows = rows, p.width = width, p.row_step = row_step, p.step = step;
+  p.dtype_from = static_cast<uvg::Dtype>(dtype_from), p.dtype_to = static_cast<uvg::Dtype>(dtype_to);
+  p.to = at<void>(to);
+  run(uvg::pack_values, p);
+}
+
 void pack_weight(Address weight, int64_t width, int64_t depth, int dtype, int threads, Address packed) {
   uvg::LinearParams p{};
   p.weight = at<void>(weight), p.depth = depth, p.width = width;
@@ -243,6 +253,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_isa", &uvg::use_isa, py::arg("name"), "Run the kernels in another instruction set from now on.");
   // Kernels: addresses of packed tensors, sizes, Dtype numbers (0 float32, 1 bfloat16); uvg_engine/backends/cpu/
   // checks and calls. Fields as in csrc/include/uvg/<op>.h.
+  def_kernel(m, "pack_values", &pack_values);
   def_kernel(m, "modulated_layer_norm", &layer_norm);
   def_kernel(m, "gated_residual", &residual);
   def_kernel(m, "gated_residual_norm", &residual_norm);

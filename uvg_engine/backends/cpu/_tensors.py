@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeVar, cast
+
 import torch
 from torch import Tensor
 
 from uvg_engine.backends import native
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+Given = TypeVar("Given", bound=Tensor | None)
+_SMALL = 1 << 16  # values: beyond, torch's threads pay
 
 
 def refuses_tensors(*tensors: Tensor) -> str | None:
@@ -35,14 +39,33 @@ def at(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def packed(x: Tensor | None) -> Tensor | None:
-    """Contiguous, none stays none."""
-    return None if x is None else x.contiguous()
+def packed(x: Given, dtype: torch.dtype | None = None) -> Given:
+    """x as kernels read it: contiguous, in `dtype` (None: x's). None stays none. Where it is small, by the core: what
+    torch does has no plan (`backends.plans`)."""
+    if x is None or (x.is_contiguous() and (dtype is None or x.dtype == dtype)):
+        return x
+    dtype, numbers = dtype or x.dtype, _as_matrix(x) if x.numel() <= _SMALL else None
+    if numbers is None or x.dtype not in DTYPES or dtype not in DTYPES:
+        return cast(Given, x.to(dtype).contiguous())
+    out = torch.empty(x.shape, dtype=dtype)
+    native.core().pack_values(x.data_ptr(), *numbers, DTYPES[x.dtype], DTYPES[dtype], out.data_ptr())
+    return cast(Given, out)
 
 
-def as_floats(x: Tensor | None) -> Tensor | None:
+def _as_matrix(x: Tensor) -> tuple[int, ...] | None:
+    """Rows, width, and from one row and one value to the next; None where the values have no such order."""
+    if x.dim() == 2:
+        return *x.shape, *x.stride()
+    if x.dim() == 1:
+        return 1, x.shape[0], 0, x.stride(0)
+    if x.dim() > 2 and x.numel() and x[0].is_contiguous():
+        return x.shape[0], x.numel() // x.shape[0], x.stride(0), 1
+    return None
+
+
+def as_floats(x: Given) -> Given:
     """A parameter as kernels read it: packed fp32."""
-    return None if x is None else x.float().contiguous()
+    return packed(x, torch.float32)
 
 
 def new_floats(*shape: int) -> Tensor:

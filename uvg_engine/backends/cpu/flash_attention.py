@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from uvg_engine.backends import native
-from uvg_engine.backends.cpu._tensors import DTYPES, new_floats, refuses_tensors
+from uvg_engine.backends.cpu._tensors import DTYPES, new_floats, packed, refuses_tensors
 
 
 def refuses(q: Tensor, *rest: object) -> str | None:
@@ -23,7 +23,7 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, sc
 
 def forward(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Arguments and results as in reference.flash_attention.forward."""
-    q, k, v, q_spans, k_spans = (x.contiguous() for x in (q, k, v, q_spans, k_spans))
+    q, k, v, q_spans, k_spans = (packed(x) for x in (q, k, v, q_spans, k_spans))
     out, lse = torch.empty_like(q), new_floats(q.shape[1], q.shape[0])
     native.core().flash_attention(
         *(False, *inputs(q, k, v, q_spans, k_spans, scale), out.data_ptr(), lse.data_ptr(), 0, (0, 0, 0))
@@ -35,8 +35,8 @@ def backward(
     dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as in reference.flash_attention.backward."""
-    q, k, v, q_spans, k_spans = (x.contiguous() for x in (q, k, v, q_spans, k_spans))
-    dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
+    q, k, v, q_spans, k_spans = (packed(x) for x in (q, k, v, q_spans, k_spans))
+    dout, out, lse = packed(dout), packed(out), packed(lse)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     native.core().flash_attention(
         *(True, *inputs(q, k, v, q_spans, k_spans, scale), out.data_ptr(), lse.data_ptr(), dout.data_ptr()),

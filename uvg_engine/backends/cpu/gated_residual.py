@@ -13,7 +13,7 @@ def refuses(h: Tensor, y: Tensor, *rest: object) -> str | None:
 
 def forward(h: Tensor, y: Tensor, gate: Tensor | None, spans: Tensor | None) -> Tensor:
     """Arguments and results as in reference.gated_residual.forward."""
-    h, y, gate, spans = h.contiguous(), y.contiguous(), as_floats(gate), packed(spans)
+    h, y, gate, spans = packed(h), packed(y), as_floats(gate), packed(spans)
     out = torch.empty_like(h)
     native.core().gated_residual(
         *(False, h.data_ptr(), y.data_ptr(), at(gate), at(spans), *y.shape, 0 if spans is None else len(spans)),
@@ -24,7 +24,7 @@ def forward(h: Tensor, y: Tensor, gate: Tensor | None, spans: Tensor | None) -> 
 
 def backward(dout: Tensor, h: Tensor, y: Tensor, gate: Tensor | None, spans: Tensor | None) -> tuple[Tensor, Tensor]:
     """Arguments and results as in reference.gated_residual.backward."""
-    dout, y, floats, spans = dout.contiguous(), y.contiguous(), as_floats(gate), packed(spans)
+    dout, y, floats, spans = packed(dout), packed(y), as_floats(gate), packed(spans)
     dy = torch.empty_like(y)
     dgate = new_floats(0) if gate is None else new_floats(*gate.shape)
     native.core().gated_residual(
@@ -32,4 +32,4 @@ def backward(dout: Tensor, h: Tensor, y: Tensor, gate: Tensor | None, spans: Ten
         *(DTYPES[dout.dtype], DTYPES[y.dtype], torch.get_num_threads()),
         *(0, dout.data_ptr(), dy.data_ptr(), dgate.data_ptr()),
     )
-    return dy, dgate if gate is None else dgate.to(gate.dtype)
+    return dy, dgate if gate is None else packed(dgate, gate.dtype)

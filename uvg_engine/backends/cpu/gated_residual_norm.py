@@ -22,7 +22,7 @@ def forward(
     h: Tensor, y: Tensor, gate, shift, scale, spans, weight, bias, eps: float, norm_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results as in reference.gated_residual_norm.forward."""
-    h, y, spans = h.contiguous(), y.contiguous(), packed(spans)
+    h, y, spans = packed(h), packed(y), packed(spans)
     gate, shift, scale, weight, bias = _floats(gate, shift, scale, weight, bias)
     out, normed = torch.empty_like(h), torch.empty_like(h, dtype=norm_dtype)
     mean, rstd = new_floats(len(h)), new_floats(len(h))
@@ -56,10 +56,10 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Arguments and results as in reference.gated_residual_norm.backward."""
     dout, dnormed, out, y, spans = (
-        dout.contiguous(),
-        dnormed.contiguous(),
-        out.contiguous(),
-        y.contiguous(),
+        packed(dout),
+        packed(dnormed),
+        packed(out),
+        packed(y),
         packed(spans),
     )
     given = gate, shift, scale, weight, bias
@@ -76,4 +76,4 @@ def backward(
         (dout.data_ptr(), dnormed.data_ptr()),
         (dh.data_ptr(), dy.data_ptr(), *(grad.data_ptr() for grad in grads)),
     )
-    return dh, dy, *(g if value is None else g.to(value.dtype) for g, value in zip(grads, given, strict=True))
+    return dh, dy, *(g if value is None else packed(g, value.dtype) for g, value in zip(grads, given, strict=True))

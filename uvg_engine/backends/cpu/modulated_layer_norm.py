@@ -13,7 +13,7 @@ def refuses(x: Tensor, *rest: object) -> str | None:
 
 def forward(x: Tensor, shift, scale, spans, weight, bias, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as in reference.modulated_layer_norm.forward."""
-    x, spans = x.contiguous(), packed(spans)
+    x, spans = packed(x), packed(spans)
     shift, scale, weight, bias = as_floats(shift), as_floats(scale), as_floats(weight), as_floats(bias)
     y, mean, rstd = torch.empty_like(x), new_floats(len(x)), new_floats(len(x))
     native.core().modulated_layer_norm(
@@ -28,7 +28,7 @@ def backward(
     dy: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, shift, scale, spans, weight, bias, eps: float
 ) -> tuple[Tensor, ...]:
     """Arguments and results as in reference.modulated_layer_norm.backward."""
-    x, dy, spans = x.contiguous(), dy.contiguous(), packed(spans)
+    x, dy, spans = packed(x), packed(dy), packed(spans)
     given = (shift, scale, weight, bias)
     floats = [as_floats(value) for value in given]
     grads = [new_floats(0) if value is None else new_floats(*value.shape) for value in given]
@@ -39,4 +39,4 @@ def backward(
         *(mean.data_ptr(), rstd.data_ptr(), 0, dy.data_ptr(), dx.data_ptr()),
         *(0 if value is None else grad.data_ptr() for grad, value in zip(grads, given, strict=True)),
     )
-    return dx, *(g if value is None else g.to(value.dtype) for g, value in zip(grads, given, strict=True))
+    return dx, *(g if value is None else packed(g, value.dtype) for g, value in zip(grads, given, strict=True))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from uvg_engine.backends import native
-from uvg_engine.backends.cpu._tensors import DTYPES, as_floats, at, new_floats, refuses_tensors
+from uvg_engine.backends.cpu._tensors import DTYPES, as_floats, at, new_floats, packed, refuses_tensors
 
 
 def refuses(rows: Tensor, *rest) -> str | None:
@@ -13,7 +13,7 @@ def refuses(rows: Tensor, *rest) -> str | None:
 
 def _combine(backward: bool, rows: Tensor, order: Tensor, weights: Tensor, **out: Tensor) -> None:
     """Calls the kernel; tensors of `out` are packed."""
-    rows, order, floats = rows.contiguous(), order.contiguous(), as_floats(weights)
+    rows, order, floats = packed(rows), packed(order), as_floats(weights)
     places = torch.empty_like(order)
     native.core().moe_combine(
         *(backward, at(rows), at(order), at(floats), len(weights), rows.shape[1], weights.shape[1]),
@@ -31,6 +31,6 @@ def forward(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
 
 def backward(dout: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Arguments and results as in reference.moe_combine.backward."""
-    dout, drows, dweights = dout.contiguous(), rows.new_empty(rows.shape), new_floats(*weights.shape)
+    dout, drows, dweights = packed(dout), rows.new_empty(rows.shape), new_floats(*weights.shape)
     _combine(True, rows, order, weights, dout=dout, dgrouped=drows, dweights=dweights)
-    return drows, dweights.to(weights.dtype)
+    return drows, packed(dweights, weights.dtype)

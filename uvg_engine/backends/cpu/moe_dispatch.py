@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from uvg_engine.backends import native
-from uvg_engine.backends.cpu._tensors import DTYPES, at, refuses_tensors
+from uvg_engine.backends.cpu._tensors import DTYPES, at, packed, refuses_tensors
 
 
 def refuses(x: Tensor, *rest) -> str | None:
@@ -23,7 +23,7 @@ def _dispatch(backward: bool, x: Tensor, experts: Tensor, num_experts: int, **ou
 
 def forward(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as in reference.moe_dispatch.forward."""
-    x, experts = x.contiguous(), experts.contiguous()
+    x, experts = packed(x), packed(experts)
     grouped = x.new_empty(experts.numel(), x.shape[1])
     offsets, order = experts.new_empty(num_experts + 1), experts.new_empty(experts.numel())
     _dispatch(False, x, experts, num_experts, grouped=grouped, offsets=offsets, order=order)
@@ -32,6 +32,6 @@ def forward(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tenso
 
 def backward(drows: Tensor, order: Tensor, x: Tensor, experts: Tensor, num_experts: int) -> Tensor:
     """Arguments and results as in reference.moe_dispatch.backward."""
-    drows, order, dx = drows.contiguous(), order.contiguous(), x.new_empty(x.shape)
+    drows, order, dx = packed(drows), packed(order), x.new_empty(x.shape)
     _dispatch(True, x, experts, num_experts, order=order, dgrouped=drows, dx=dx)
     return dx

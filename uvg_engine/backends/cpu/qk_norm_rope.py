@@ -37,7 +37,7 @@ def _like(pair: list[Tensor | None], make: Callable[[Tensor], Tensor]) -> list[T
 
 def forward(q, k, weight_q, weight_k, rope_spans, rope_table, num_heads: int, eps: float) -> tuple[Tensor | None, ...]:
     """Arguments and results as in reference.qk_norm_rope.forward."""
-    x = [q.contiguous(), packed(k)]
+    x = [packed(q), packed(k)]
     y, rstd = _like(x, torch.empty_like), _like(x, lambda value: new_floats(len(value)))
     _rope(False, x, [weight_q, weight_k], rope_spans, rope_table, num_heads, eps, y=y, rstd=rstd)
     return *y, *rstd
@@ -47,9 +47,9 @@ def backward(
     dq, dk, rstd_q, rstd_k, q, k, weight_q, weight_k, rope_spans, rope_table, num_heads: int, eps: float
 ) -> tuple[Tensor | None, ...]:
     """Arguments and results as in reference.qk_norm_rope.backward."""
-    x, dy = [q.contiguous(), packed(k)], [dq.contiguous(), packed(dk)]
+    x, dy = [packed(q), packed(k)], [packed(dq), packed(dk)]
     weight = [weight_q, weight_k]
     dx, dweight = _like(x, torch.empty_like), _like(weight, lambda value: new_floats(*value.shape))
     out = {"rstd": [rstd_q, rstd_k], "dy": dy, "dx": dx, "dweight": dweight}
     _rope(True, x, weight, rope_spans, rope_table, num_heads, eps, **out)
-    return *dx, *(None if g is None else g.to(w.dtype) for g, w in zip(dweight, weight, strict=True))
+    return *dx, *(None if g is None else packed(g, w.dtype) for g, w in zip(dweight, weight, strict=True))
