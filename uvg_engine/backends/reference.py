@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from uvg_engine.backends import Kernel
+from uvg_engine.backends.autocast import left_out
 from uvg_engine.reference import (
     flash_attention,
     flash_attention_int8,
@@ -24,7 +25,7 @@ from uvg_engine.reference import (
     window_attention,
 )
 
-TABLE = {
+_KERNELS = {
     "flash_attention": Kernel(flash_attention.forward, flash_attention.backward),
     "flash_attention_int8": Kernel(flash_attention_int8.forward),
     "flow_noise": Kernel(flow_noise.forward),
@@ -44,3 +45,4 @@ TABLE = {
     "qk_norm_rope": Kernel(qk_norm_rope.forward, qk_norm_rope.backward),
     "window_attention": Kernel(window_attention.forward, window_attention.backward),
 }
+TABLE = {op: left_out(kernel) for op, kernel in _KERNELS.items()}

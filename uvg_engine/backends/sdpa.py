@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from uvg_engine.backends import Kernel
+from uvg_engine.backends.autocast import left_out
 from uvg_engine.reference.spans import rows_of
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -79,4 +80,4 @@ def backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-TABLE = {"flash_attention": Kernel(forward, backward, refuses)}
+TABLE = {"flash_attention": left_out(Kernel(forward, backward, refuses))}
