@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from uvg_engine.backends import native
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
     *("uvg_engine", "kernels", "csrc", "cmake"),
@@ -52,11 +54,17 @@ def path_without_compilers(folder):
     return str(folder)
 
 
-def test_pure_python_on_demand_and_complete(checkout, tmp_path):
-    code, said, made = wheel(checkout, tmp_path, UVG_NATIVE="0")
+@pytest.fixture(scope="module")
+def pure(checkout, tmp_path_factory):
+    """The wheel without native modules."""
+    code, said, made = wheel(checkout, tmp_path_factory.mktemp("pure"), UVG_NATIVE="0")
     assert code == 0 and "native core: not built, installing pure Python: UVG_NATIVE=0" in said
-    assert made.name.endswith("-py3-none-any.whl")
-    held = set(zipfile.ZipFile(made).namelist())
+    return made
+
+
+def test_pure_python_is_complete(checkout, pure):
+    assert pure.name.endswith("-py3-none-any.whl")
+    held = set(zipfile.ZipFile(pure).namelist())
     modules = {str(path.relative_to(checkout)) for path in (checkout / "uvg_engine").rglob("*.py")}
     assert modules <= held
     assert {
@@ -65,6 +73,41 @@ def test_pure_python_on_demand_and_complete(checkout, tmp_path):
         "uvg_engine/embedded/model/deep/weights.bin",
     } <= held
     assert [name for name in held if name.split("/")[0] not in ("uvg_engine",) and ".dist-info/" not in name] == []
+
+
+# An editable installation would give what the unpacked wheel lacks, the core as well.
+NOT_EDITABLE = (
+    "import sys; sys.meta_path[:] = [x for x in sys.meta_path if 'editable' not in getattr(x, '__module__', '')]"
+)
+# What looks for the core, or has another way without it: the choice of a backend, checks of values, a call's short way.
+WITHOUT_CORE = ("ops", "cli/test_sampling_commands.py", "test_backends.py", "test_dispatch.py", "test_native.py")
+OF_THESE = "autocast or test_sampling_commands or test_backends or test_dispatch or test_native"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.cpu() is None, reason="all tests run without the native core here")
+def test_pure_python_serves(pure, tmp_path):
+    """A part of the tests on the unpacked wheel, in processes that have no core."""
+    site = tmp_path / "site"
+    zipfile.ZipFile(pure).extractall(site)
+    (site / "sitecustomize.py").write_text(NOT_EDITABLE)
+    (site / "bench").symlink_to(ROOT / "bench")
+    of_uvg = {name for name in os.environ if name.startswith("UVG_")}
+    env = {name: value for name, value in os.environ.items() if name not in of_uvg}
+    env |= {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+
+    def python(*args):
+        command = [sys.executable, *args]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+        return done.stdout.strip().splitlines()
+
+    found = python("-c", "from uvg_engine.backends import native; print(native.__file__, native.describe(), sep='\\n')")
+    assert Path(found[0]).is_relative_to(site) and found[1].startswith("pure Python: the native core was not built")
+    which = f"{OF_THESE} or (mistake and (reference or sdpa))"
+    options = ("-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "-o", f"pythonpath={site}")
+    last = python("-m", "pytest", *options, "-k", which, *(str(ROOT / "tests" / name) for name in WITHOUT_CORE))[-1]
+    assert " passed" in last, last
 
 
 def test_without_a_compiler_the_reason_is_told(checkout, tmp_path):
