@@ -29,6 +29,7 @@ if CAN_TELL:
 
 LIBRARY = torch.library.Library("uvg", "DEF")
 _kernels: dict[str, Callable[..., Any]] = {}  # name -> what the torch op does on the CPU
+_READ_ON_HOST = {"row_spans"}  # may be there whatever the device of the others
 _applies: dict[str, Callable[..., Any]] = {}  # name -> the same with its gradient
 
 
@@ -80,11 +81,12 @@ def _register(
     name: str, schema: str, fake: Callable[..., Any], on_cpu: Callable[..., Any], on_cuda: Callable[..., Any]
 ) -> Any:
     LIBRARY.define(f"{name}{schema}")
-    direct, kernel = _contiguous(on_cpu), _packed(on_cpu)
-    LIBRARY.impl(name, kernel, "CPU")
-    LIBRARY.impl(name, _packed(on_cuda), "CUDA")
-    torch.library.register_fake(f"uvg::{name}", _packed(fake), lib=LIBRARY)
     op = getattr(torch.ops.uvg, name).default
+    names = [argument.name for argument in op._schema.arguments]
+    direct, kernel = _contiguous(on_cpu), _packed(on_cpu)
+    LIBRARY.impl(name, kernel, "CPU")  # where a tensor is elsewhere, torch calls one of the others
+    LIBRARY.impl(name, _on_one_device(_packed(on_cuda), names), "CUDA")
+    torch.library.register_fake(f"uvg::{name}", _on_one_device(_packed(fake), names), lib=LIBRARY)
     _kernels[name] = kernel
 
     def call(*args: Any) -> Any:
@@ -124,6 +126,19 @@ def _refuse_transforms(name: str, args: tuple[Any, ...]) -> None:
             if is_gradtrackingtensor(x) and x.requires_grad:
                 raise NotImplementedError(f"{name} has no gradient under torch.func; use torch.autograd.grad")
             x = get_unwrapped(x)
+
+
+def _on_one_device(function: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    """The function, for tensors of one device: a kernel would take an address of another one as its own."""
+
+    def on_one_device(*args: Any) -> Any:
+        device = args[0].device
+        for name, x in zip(names, args, strict=False):
+            if isinstance(x, Tensor) and x.device != device and not (name in _READ_ON_HOST and x.is_cpu):
+                raise ValueError(f"{name} must be on {device} like {names[0]}, got {x.device}")
+        return function(*args)
+
+    return on_one_device
 
 
 def _contiguous(function: Callable[..., Any]) -> Callable[..., Any]:
