@@ -104,8 +104,7 @@ def as_on_a_gpu(note: Callable[..., bool], truth: bool = True) -> Iterator[None]
 
         def call(*args: Any) -> Any:
             result = ours(*args)
-            with torch.autocast("cpu", enabled=False):
-                return theirs(*args) if truth else result
+            return theirs(*args) if truth else result
 
         return None if ours is None else call
 
