@@ -168,3 +168,11 @@ def test_the_device_waits_until_the_host_has_asked_for_all(monkeypatch):
     monkeypatch.setattr(timing, "_flush_buffer", lambda: torch.empty(1))
     assert timing.Clock("cuda").once(lambda: done.append("call"), repeats=2) == pytest.approx(2e-3)
     assert done == [("wait", 2 * timing.AHEAD), *["mark", "call", "mark"] * 2, "end"]
+
+
+def test_a_sample_fits_into_the_queue_of_the_device(monkeypatch):
+    """Where the host has to wait for a place in it, calls are timed by the host again."""
+    monkeypatch.setattr(timing, "_once_on_gpu", lambda call, repeats: 1e-6)
+    assert timing.Clock("cuda")._repeats(lambda: None) * (3 + 16) < 1000
+    monkeypatch.setattr(timing.Clock, "once", lambda self, call: 1e-6)
+    assert timing.Clock("cpu")._repeats(lambda: None) == 1000

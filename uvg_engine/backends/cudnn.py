@@ -35,10 +35,24 @@ def _rows(x: Tensor) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, scale: float) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
     for (_, q_one), (_, k_one, v_one) in zip(queries.each(q), keys.each(k, v), strict=True):
-        out, lse, *_ = _forward(_dense(q_one), _dense(k_one), _dense(v_one), None, True, scale=scale)
-        outs.append(_rows(out))
-        lses.append(lse.reshape(q.shape[1], len(q_one)))
+        out, lse = _sample(q_one, k_one, v_one, scale)
+        outs.append(out)
+        lses.append(lse)
     return torch.cat(outs), torch.cat(lses, 1)
+
+
+def _sample(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out [L, N, H], lse [N, L]) of one sample. cuDNN has no plan for a single query or key: torch's own attention
+    keeps them from it ("does not support sequence length 1"), and so must who calls it directly."""
+    if len(k) == 1:
+        score = scale * (q.float() * k.float()).sum(-1)
+        weight = (score - score).exp()[..., None]  # one, or NaN of what is not finite
+        return (weight * v).to(v.dtype), score.T
+    if len(q) == 1:
+        out, lse = _sample(q.repeat(2, 1, 1), k, v, scale)
+        return out[:1], lse[:, :1]
+    out, lse, *_ = _forward(_dense(q), _dense(k), _dense(v), None, True, scale=scale)
+    return _rows(out), lse.reshape(q.shape[1], len(q))
 
 
 TABLE = {"flash_attention": Kernel(functools.partial(samples.forward, _attend), refuses=refuses)}
