@@ -99,7 +99,8 @@ class force(contextlib.ContextDecorator):  # a generator would cost 1.3 us more
     """Serve every op inside the block by `backend`; what it refuses raises BackendRefused with the reason.
 
     The backward of an op called inside stays with it, wherever it runs. Code compiled by torch.compile does not carry
-    this on: have its backward inside the block too.
+    this on: on the CPU have its backward inside the block too. On a GPU that runs, as what activation checkpoints
+    compute again does, in a thread of torch's own, which `UVG_BACKENDS` reaches and this does not.
     """
 
     def __init__(self, backend: str) -> None:
