@@ -7,8 +7,10 @@ work on meta tensors, and what they would start is compiled ahead of time (bench
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -131,8 +133,41 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         options.pop("maxnreg", None)  # Triton has it for NVIDIA's chips alone
     device = tensors_of(args)[0].device
     _tell_once(kernel, device, args, options)
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    if device.type != "cuda":
         kernel[grid](*args, **options, **EVERY_LAUNCH)
+        return
+    with torch.cuda.device(device), _may_load() if _captured() else contextlib.nullcontext():
+        kernel[grid](*args, **options, **EVERY_LAUNCH)
+
+
+def _captured() -> bool:
+    return torch.cuda.is_current_stream_capturing() and not torch.version.hip
+
+
+@contextlib.contextmanager
+def _may_load() -> Iterator[None]:
+    """This thread may load code inside, though a CUDA graph is captured, which forbids it by itself.
+
+    A kernel's first call loads it, and that may be the captured one: the calls before, which ought to have been the
+    first, may have been served by a library that refuses while a graph is captured.
+    """
+    mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED; the driver gives the mode of before in its place
+    _exchange(mode)
+    try:
+        yield
+    finally:
+        _exchange(mode)
+
+
+def _exchange(mode: ctypes.c_int) -> None:
+    error = _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    if error:
+        raise RuntimeError(f"CUDA: cuThreadExchangeStreamCaptureMode gives error {error}")
+
+
+@functools.cache
+def _driver() -> Any:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 def tensors_of(args: tuple[Any, ...]) -> list[torch.Tensor]:

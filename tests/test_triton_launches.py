@@ -4,7 +4,9 @@ A launch that waits for no value, with a grid that depends on shapes alone, and 
 what a CUDA graph can replay.
 """
 
+import contextlib
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +87,41 @@ def test_a_first_call_says_what_it_compiles(caplog):
             _launch.launch(Kernel(), (1,), x, BLOCK=block)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and "some_kernel on cpu (bfloat16, BLOCK=8)" in said[0] and "BLOCK=16" in said[1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_kernel_may_be_loaded_while_a_graph_is_captured(capturing, fails, monkeypatch):
+    """cuDNN serves the calls before and refuses the captured one, which is then the first of ours."""
+    mode, seen, error = [0], [], 0
+
+    def exchange(pointer):
+        mode[0], pointer._obj.value = pointer._obj.value, mode[0]
+        return error
+
+    class Kernel:
+        __name__ = "some_kernel"
+
+        def __getitem__(self, grid):
+            return self.start
+
+        def start(self, *args, **options):
+            seen.append(mode[0])
+            if fails:
+                raise ValueError
+
+    monkeypatch.setattr(_launch, "_driver", lambda: SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.version, "hip", None)
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda")
+    with pytest.raises(ValueError) if fails else contextlib.nullcontext():
+        _launch.launch(Kernel(), (1,), x)
+    assert seen == [2 if capturing else 0] and mode == [0]
+    error = 1
+    with pytest.raises(RuntimeError, match="gives error 1"):
+        _launch._exchange(_launch.ctypes.c_int(2))
 
 
 def test_ops_trace_on_fake_cuda_tensors():
