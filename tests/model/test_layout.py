@@ -28,6 +28,14 @@ def test_rows_are_modality_major_and_tile_the_matrix():
     assert all(table.dtype == torch.int32 for table in tables)
 
 
+def test_the_host_knows_the_rows_without_a_look_at_the_device():
+    """On meta tensors a look raises: each step of a batch on a device would wait for the one before."""
+    here, there = build(), build(device="meta")
+    assert here.row_spans_on_cpu is here.row_spans and there.row_spans.is_meta
+    assert torch.equal(there.row_spans_on_cpu, here.row_spans) and there.row_spans_on_cpu.dtype == torch.int32
+    assert build(grids=[], text_lens=[], cond_lens=[], device="meta").row_spans_on_cpu.shape == (0, 2)
+
+
 def test_a_mask_hides_keys_and_no_queries():
     layout = build(text_masks=[torch.tensor([True, False, True]), torch.zeros(4, dtype=torch.bool), None])
     assert layout.key_spans.tolist() == [

@@ -100,7 +100,8 @@ class force(contextlib.ContextDecorator):  # a generator would cost 1.3 us more
 
     The backward of an op called inside stays with it, wherever it runs. Code compiled by torch.compile does not carry
     this on: on the CPU have its backward inside the block too. On a GPU that runs, as what activation checkpoints
-    compute again does, in a thread of torch's own, which `UVG_BACKENDS` reaches and this does not.
+    compute again does, in a thread of torch's own: `UVG_BACKENDS` reaches it, and inside of
+    `torch.autograd.set_multithreading_enabled(False)` there is none.
     """
 
     def __init__(self, backend: str) -> None:

@@ -36,7 +36,7 @@ class Rows:
     def select(self, selection: Selection, asking: Asking | None) -> Rows:
         """What the blocks have to know of these samples."""
         layout, modulation = selection.layout, self.modulation_S6D.index_select(0, selection.spans)
-        spans = None if self.spans is None else layout.row_spans.cpu()
+        spans = None if self.spans is None else layout.row_spans_on_cpu
         return replace(self, layout=layout, modulation_S6D=modulation, spans=spans, asking=asking)
 
 
@@ -66,12 +66,12 @@ class Asking:
     @classmethod
     def build(cls, layout: Layout, asks: Sequence[bool]) -> Asking:
         """asks: per sample. Samples are isolated."""
-        spans = layout.row_spans.tolist()
+        spans = layout.row_spans_on_cpu.tolist()
         lens = [length if ask else 0 for (_, length), ask in zip(spans, [*asks, *asks], strict=True)]
         rows = [torch.arange(start, start + length) for (start, _), length in zip(spans, lens, strict=True)]
         table = torch.tensor(tiles(lens), dtype=torch.int32)
         query_spans = table.view(2, layout.num_samples, 2).transpose(0, 1).contiguous()
-        sample = torch.arange(layout.num_samples).repeat(2).repeat_interleave(layout.row_spans[:, 1].cpu().long())
+        sample = torch.arange(layout.num_samples).repeat(2).repeat_interleave(layout.row_spans_on_cpu[:, 1].long())
         device = layout.row_spans.device
         return cls(torch.cat(rows).to(device), query_spans.to(device), table, sample.to(device))
 

@@ -5,6 +5,7 @@ Rows: every sample's video tokens, then every sample's text tokens. Span m*B + b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,14 @@ class Layout:
     def num_rows(self) -> int:
         """T."""
         return self.num_video + self.num_text
+
+    @functools.cached_property
+    def row_spans_on_cpu(self) -> Tensor:
+        """`row_spans` on the CPU, made of the sizes: a look at a device's would wait for all that it was asked before."""
+        if self.row_spans.is_cpu:
+            return self.row_spans
+        rows = tiles([f * y * x for f, y, x in self.grids]) + tiles(self.text_lens, self.num_video)
+        return torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 2)
 
     @property
     def text_spans(self) -> Tensor:
@@ -130,8 +139,8 @@ class Selection:
                 raise ValueError(
                     f"samples must have the sizes of those that they go on from, {size}, got {grid, length}"
                 )
-        spans, runs = [*samples, *(source.num_samples + i for i in samples)], source.row_spans.tolist()
-        lens = layout.row_spans[:, 1].tolist()
+        spans, runs = [*samples, *(source.num_samples + i for i in samples)], source.row_spans_on_cpu.tolist()
+        lens = layout.row_spans_on_cpu[:, 1].tolist()
         rows = torch.cat([torch.arange(runs[i][0], runs[i][0] + n) for i, n in zip(spans, lens, strict=True)])
         device = source.row_spans.device
         return cls(layout, torch.tensor(samples, device=device), torch.tensor(spans, device=device), rows.to(device))

@@ -182,7 +182,7 @@ class UniViGU(nn.Module):
         Returns PackedOutput of the samples, in order; a part that nobody reads, or that no sample has, is None.
         """
         dtype, config = self.dtype, self.config
-        spans = layout.row_spans.cpu() if isolate else None
+        spans = layout.row_spans_on_cpu if isolate else None
         if time_tables is None:
             time_tables = self.time_embedding_v(time_v, dtype, isolate), self.time_embedding_t(time_t, dtype, isolate)
         (temb_v, modulation_v), (temb_t, modulation_t) = time_tables

@@ -263,9 +263,9 @@ class Loop:
         hidden: of the states whose text is read, one after the other.
         """
         device, wanted = self.model.device, torch.cat(drawing)
-        drawn = torch.zeros(len(wanted), dtype=torch.int64)
+        drawn = torch.zeros(len(wanted), dtype=torch.int64, device=device)  # the host waits for no step's results
         if hidden is None or not bool(wanted.any()):
-            return drawn.to(device)
+            return drawn
         place = torch.cat([torch.full_like(d, r) for d, r in zip(drawing, reads)]).cumsum(0) - 1  # in `hidden`
         lens = torch.tensor([len(s.tokens) for s in states])
         heats = [0.0 if s.now.argmax else float(s.prepared.temperature) for s in states]
@@ -281,8 +281,8 @@ class Loop:
             if len(index):
                 names = [x[index].to(device) for x in (seeds, steps, places)]
                 ids = linear_sample(hidden[place[index].to(device)], *self._head, *names, temperature=temperature)
-                drawn[index] = ids.cpu()
-        return drawn.to(device)
+                drawn[index.to(device)] = ids
+        return drawn
 
     def _step(self, states: list[State], velocities: dict[Branch, Tensor], drawn: Tensor) -> None:
         """flow_step on all states, and the results back into them."""
