@@ -1,6 +1,7 @@
 """What cuda-python tells of GPUs reaches doctor, roofline and timing; where it is missing there is a reason."""
 
 import dataclasses
+import enum
 import importlib
 from types import SimpleNamespace
 
@@ -64,7 +65,7 @@ class Nvml:
     """cuda.bindings.nvml on the same machine; what is left open has to be closed."""
 
     NvmlError = NvmlError
-    ClockType = SimpleNamespace(SM=1, MEM=2)
+    ClockType = enum.IntEnum("ClockType", {"CLOCK_SM": 1, "CLOCK_MEM": 2})  # as 13.2 has it; 13.5 renamed the members
     opened = 0
 
     def init_v2(self):

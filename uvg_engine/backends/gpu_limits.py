@@ -117,7 +117,8 @@ def clocks(index: int = 0) -> dict[str, int] | str:
     try:
         # CUDA_VISIBLE_DEVICES renumbers CUDA's devices and not nvml's: the place on the bus is the same
         device = nvml.device_get_handle_by_pci_bus_id_v2(bus_id.decode().rstrip("\0"))
-        kinds = {"sm": nvml.ClockType.SM, "memory": nvml.ClockType.MEM}
+        # by value: 13.2 calls the members CLOCK_SM and CLOCK_MEM, 13.5 SM and MEM
+        kinds = {"sm": nvml.ClockType(1), "memory": nvml.ClockType(2)}
         now = {name: nvml.device_get_clock_info(device, kind) for name, kind in kinds.items()}
         most = {f"{name}_max": nvml.device_get_max_clock_info(device, kind) for name, kind in kinds.items()}
         return now | most
