@@ -58,7 +58,7 @@ class Layout:
 
     @functools.cached_property
     def row_spans_on_cpu(self) -> Tensor:
-        """`row_spans` on the CPU, made of the sizes: a look at a device's would wait for all that it was asked before."""
+        """`row_spans` on the CPU, made of the sizes: a look at a device's would wait for all it was asked before."""
         if self.row_spans.is_cpu:
             return self.row_spans
         rows = tiles([f * y * x for f, y, x in self.grids]) + tiles(self.text_lens, self.num_video)
