@@ -32,13 +32,21 @@ class Ours(nn.Module):
         for parameter in self.block.parameters():
             parameter.data = normal(dtype, *parameter.shape, scale=0.02, leaf=False)
         self.table = table(size)
+        self._known: dict[torch.device, tuple[Layout, Tensor]] = {}
 
     def forward(self, h: Tensor, cond: Tensor, modulation: Tensor, *weights: Tensor) -> Tensor:
         """h [T, D] fp32, cond [U, D], modulation [2, 6, D] fp32 -> [T, D]. weights: the block's own parameters."""
-        size = self.size
-        layout = Layout.build([size.grid], [size.text], [CONDITION], device=h.device)
-        rows = Rows(layout, self.table.to(h.device), modulation, self.dtype, None, int8=self.int8)
+        layout, turns = self._on(h.device)
+        rows = Rows(layout, turns, modulation, self.dtype, None, int8=self.int8)
         return self.block(h, rows, self.block.condition_kv(cond, self.dtype, None))
+
+    def _on(self, device: torch.device) -> tuple[Layout, Tensor]:
+        """Layout and table of angles, made once, as a model makes them once a batch."""
+        if device not in self._known:
+            with torch.inference_mode(False):  # a later call may want gradients
+                layout = Layout.build([self.size.grid], [self.size.text], [CONDITION], device=device)
+                self._known[device] = layout, self.table.to(device)
+        return self._known[device]
 
 
 def table(size: Size) -> Tensor:
@@ -73,7 +81,7 @@ def full_peer(size: Size, ours: Ours, *inputs: Tensor) -> Peer:
 class Wan(nn.Module):
     """diffusers' block with its rotations at hand."""
 
-    def __init__(self, size: Size, ours: Ours) -> None:
+    def __init__(self, size: Size, ours: Ours, device: torch.device) -> None:
         super().__init__()
         from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 
@@ -83,14 +91,14 @@ class Wan(nn.Module):
         self.block.to(ours.dtype)
         frames, rows, columns = size.grid
         rope = WanRotaryPosEmbed(size.width // size.heads, (1, 2, 2), max(size.grid))
-        self.rotary = rope(torch.zeros(1, 16, frames, 2 * rows, 2 * columns))
+        self.rotary = tuple(part.to(device) for part in rope(torch.zeros(1, 16, frames, 2 * rows, 2 * columns)))
 
     def forward(self, h: Tensor, cond: Tensor, modulation: Tensor) -> Tensor:
-        return self.block(h, cond, modulation, tuple(part.to(h.device) for part in self.rotary))
+        return self.block(h, cond, modulation, self.rotary)
 
 
 def diffusers_peer(size: Size, ours: Ours, h: Tensor, cond: Tensor, modulation: Tensor, *weights: Tensor) -> Peer:
-    wan = Wan(size, ours).to(h.device)
+    wan = Wan(size, ours, h.device).to(h.device)
     return Peer(wan, (h[None].to(ours.dtype), cond[None], modulation[:1]), lambda out: out[0].float())
 
 

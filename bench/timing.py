@@ -123,7 +123,9 @@ class Clock:
         return max(1, min(MOST_REPEATS[self.device], round(MIN_SAMPLE / max(self.once(call), 1e-7))))
 
 
-AHEAD = 500_000  # clocks of the device a call, some 0.3 ms: the host asks for an op and its backward in less
+# Clocks of the device: a call, some 0.3 ms, in which the host asks for an op and its backward; at least some 5 ms, for a
+# block and its backward.
+AHEAD, LEAST_AHEAD = 500_000, 10_000_000
 
 
 def _once_on_gpu(call: Callable[[], Any], repeats: int) -> float:
@@ -131,7 +133,7 @@ def _once_on_gpu(call: Callable[[], Any], repeats: int) -> float:
     device is made to wait first, so that it finds what it shall do: else a short call is timed by the host's pace."""
     flush = _flush_buffer()
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    torch.cuda._sleep(AHEAD * repeats)
+    torch.cuda._sleep(max(AHEAD * repeats, LEAST_AHEAD))
     for begin, end in marks:
         flush.zero_()
         begin.record()

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from bench import gpu_check, gpu_peers, report, throughput
+from bench import block, gpu_check, gpu_peers, report, throughput
 from bench.__main__ import main
 from bench.case import SIZES
 from bench.one_case import OPS, Options, _difference, bench_case, cases
@@ -271,3 +271,20 @@ def test_throughput_tells_of_what_was_run(job, model, monkeypatch, capsys):
     throughput.main(job, given)
     about, ours, plain = capsys.readouterr().out.splitlines()
     assert "torch" in about and "samples/s" in ours and "x reference" in ours and "tokens/s" in plain
+
+
+def test_a_block_asks_the_host_for_nothing_in_a_call(monkeypatch):
+    """Tables made on the host wait for a device that is at work: made once, as a model makes them once a batch. A
+    gradient is wanted of them after the forwards of inference mode."""
+    made = []
+    build = block.Layout.build
+    monkeypatch.setattr(block.Layout, "build", lambda *args, **more: made.append(more) or build(*args, **more))
+    ours, h, condition, modulation, *weights = block.make(SIZES["digits"], torch.float32, False)
+    with torch.inference_mode():
+        first = ours(h, condition, modulation, *weights)
+    again = ours(h, condition, modulation, *weights)
+    assert torch.equal(first, again) and len(made) == 1
+    torch.autograd.grad(again.sum(), weights, allow_unused=True)
+    ours.to("meta")
+    there = ours(*(x.to("meta") for x in (h, condition, modulation)))
+    assert there.is_meta and len(made) == 2
