@@ -123,8 +123,8 @@ class Clock:
         return max(1, min(MOST_REPEATS[self.device], round(MIN_SAMPLE / max(self.once(call), 1e-7))))
 
 
-# Clocks of the device: a call, some 0.3 ms, in which the host asks for an op and its backward; at least some 5 ms, for a
-# block and its backward.
+# Clocks of the device: a call, some 0.3 ms, in which the host asks for an op and its backward; at least some 5 ms, in
+# which it asks for a block and its backward.
 AHEAD, LEAST_AHEAD = 500_000, 10_000_000
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -174,3 +175,16 @@ def test_bounds_without_values_are_not_read():
 
     many = torch.vmap(attend)(torch.stack([bounds, bounds]))
     assert torch.equal(many, attend(bounds).expand_as(many))
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_spans_of_a_captured_call_are_not_kept(capturing, monkeypatch):
+    """A CUDA graph gives its memory values only when it is replayed: a later call would read what lies there."""
+    asked = []
+    for name in ("_kept_even_spans", "_new_even_spans"):
+        monkeypatch.setattr(ours, name, lambda *sizes, name=name: asked.append(name))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda")
+    ours._even_spans(2, 3, x)
+    assert asked == ["_new_even_spans" if capturing else "_kept_even_spans"]

@@ -128,7 +128,10 @@ def _attend(
 
 
 def _even_spans(samples: int, length: int, like: Tensor) -> Tensor:
-    return (_kept_even_spans if alone(()) else _new_even_spans)(samples, length, like.device)
+    captured = (
+        like.is_cuda and torch.cuda.is_current_stream_capturing()
+    )  # memory of a graph has values when it is replayed
+    return (_kept_even_spans if alone(()) and not captured else _new_even_spans)(samples, length, like.device)
 
 
 def _new_even_spans(samples: int, length: int, device: torch.device) -> Tensor:
@@ -139,7 +142,7 @@ def _new_even_spans(samples: int, length: int, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _kept_even_spans(samples: int, length: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # may be saved for a backward
-        return _new_even_spans(samples, length, device)
+        return _new_even_spans(samples, length, torch.device("cpu")).to(device)  # waits: other streams may be next
 
 
 def _spans(bounds: Tensor) -> Tensor:
