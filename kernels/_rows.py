@@ -87,6 +87,13 @@ def walked_rows(x: torch.Tensor) -> int:
 
 
 @triton.jit
+def reciprocal_deviation(b_squares, width, eps):
+    """1 / sqrt(sum of squares / width + eps), each step rounded once: a GPU's `/` and `tl.sqrt` are off by two ulps."""
+    variance = tl.div_rn(b_squares, tl.cast(width, tl.float32))
+    return tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+
+
+@triton.jit
 def owner_of_rows(o_T, p_spans, num_spans, SPAN: tl.constexpr, BLOCK_S: tl.constexpr):
     """The span that covers each row, -1 where none does; p_spans may be None. SPAN: int32 words of a span."""
     owner = tl.full(o_T.shape, -1, tl.int32)

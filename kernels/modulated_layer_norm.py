@@ -17,6 +17,7 @@ from uvg_engine.kernels._rows import (
     FORWARD_ROWS,
     new_partials,
     owner_of_rows,
+    reciprocal_deviation,
     row_options,
     run_of_row,
     sum_partials,
@@ -36,7 +37,7 @@ def norm_rows(b_x, owner, o_D, width, p_shift, p_scale, p_weight, p_bias, eps, C
     if CENTERED:
         mean = tl.sum(b_x, axis=1) / width
         b_x = tl.where(m_D[None, :], b_x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(b_x * b_x, axis=1) / width + eps)
+    rstd = reciprocal_deviation(tl.sum(b_x * b_x, axis=1), width, eps)
     b_y = b_x * rstd[:, None]
     if p_weight is not None:
         b_y *= tl.load(p_weight + o_D, mask=m_D, other=0.0).to(tl.float32)[None, :]

@@ -18,7 +18,7 @@ from torch import Tensor
 from uvg_engine.kernels import modulated_layer_norm
 from uvg_engine.kernels._configs import Table, options
 from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed, power_of_two
-from uvg_engine.kernels._rows import run_of_row, span_block, sum_partials, walked_rows
+from uvg_engine.kernels._rows import reciprocal_deviation, run_of_row, span_block, sum_partials, walked_rows
 
 SPAN = 6  # int32 words: start, len, kind (0 video, 1 text), F, Y, X
 
@@ -109,7 +109,7 @@ def forward_run(
     for i_T in range(row, stop):
         o_row = tl.cast(i_T, tl.int64) * width
         b_a, b_b = load_pairs(p_x + o_row, o_P, width, HALF, TEXT)
-        rstd = 1.0 / tl.sqrt(tl.sum(b_a * b_a + b_b * b_b, axis=0) / width + eps)
+        rstd = reciprocal_deviation(tl.sum(b_a * b_a + b_b * b_b, axis=0), width, eps)
         b_a, b_b = b_a * rstd * b_wa, b_b * rstd * b_wb
         b_cos, b_sin = load_turn(p_table, i_T - start, size_y, size_x, positions, covered, o_P, m_P, HALF, TEXT)
         store_pairs(p_y + o_row, b_a * b_cos - b_b * b_sin, b_a * b_sin + b_b * b_cos, o_P, width, HALF, TEXT)
