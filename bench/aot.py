@@ -93,7 +93,9 @@ class Compiled:
             yield f"{self.where} wants {self.shared} bytes of shared memory of {SHARED_LIMIT[self.capability]}"
         if "dot" in self.expects and not re.search(BEST_DOT[self.capability], self.ptx):
             yield f"{self.where} has no {BEST_DOT[self.capability]}"
-        if "dot" not in self.expects and self.tensor_cores:
+        if "mma" in self.expects and not self.tensor_cores:
+            yield f"{self.where} has no {DOT[self.capability]}"
+        if {"dot", "mma"}.isdisjoint(self.expects) and self.tensor_cores:
             yield f"{self.where} has tensor-core instructions that its case does not tell of"
         if "tma" in self.expects and self.capability >= (9, 0) and not re.search(TMA, self.ptx):
             yield f"{self.where} has no {TMA}"

@@ -29,12 +29,30 @@ class HeadConfig:
     num_stages: int
 
 
-# (oldest capability, bytes of a number). Not by the number of rows: a row's bits would depend on its neighbours.
-LOGITS = Table("_head.LOGITS", {(SM80, 2): HeadConfig(128, 128, 64, 8, 3), (SM80, 4): HeadConfig(64, 64, 16, 8, 2)})
+# (oldest capability, bytes of a number, see `by_pieces`). Not by the number of rows: a row's bits would depend on its
+# neighbours. A panel has as many words either way.
+LOGITS = Table(
+    "_head.LOGITS",
+    {
+        (SM80, 2, False): HeadConfig(64, 128, 32, 8, 3),  # an address for every number: more of them spilled
+        (SM80, 2, True): HeadConfig(128, 128, 64, 8, 3),
+        (SM80, 4, True): HeadConfig(64, 64, 16, 8, 2),
+    },
+)
+
+
+def wide(*tensors: Tensor) -> bool:
+    """Whether Triton sees that rows may be read by 16 bytes."""
+    return all(x.data_ptr() % 16 == 0 and x.shape[1] % 16 == 0 for x in tensors)
+
+
+def by_pieces(*tensors: Tensor) -> bool:
+    """Whether rows are read by 16 bytes, or by descriptors."""
+    return wide(*tensors) or uses_descriptors(*tensors)
 
 
 def uses_descriptors(*tensors: Tensor) -> bool:
-    """From sm_90 on, where rows are whole pieces of 16 bytes. The same numbers meet in the same order either way."""
+    """From sm_90 on, where rows are whole pieces of 16 bytes."""
     pieces = (x.numel() and x.data_ptr() % 16 == 0 and x.shape[1] * x.itemsize % 16 == 0 for x in tensors)
     return capability_of(tensors[0].device) >= SM90 and all(pieces)
 
@@ -114,7 +132,7 @@ def masses(
     x: Tensor, weight: Tensor, bias: Tensor, target: Tensor | None, current: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(tops [L, P], sums [L, P], logits of the targets [L], of the current tokens [L]) of packed tensors."""
-    config, tma = LOGITS.on(x.device, x.itemsize), uses_descriptors(x, weight)
+    config, tma = LOGITS.on(x.device, x.itemsize, by_pieces(x, weight)), uses_descriptors(x, weight)
     panels = blocks(len(weight), config.BLOCK_N)
     tops, sums = (x.new_empty(len(x), panels, dtype=torch.float32) for _ in range(2))
     at_target, at_current = (

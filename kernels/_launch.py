@@ -57,8 +57,9 @@ class AotCase:
 
     A module lists its cases in `AOT_CASES`; together they reach each of its kernels and configurations, in every dtype.
     call: makes meta tensors and calls `forward`, `backward`. expects: kernel name to what its machine code must show:
-    "dot" (tensor-core instructions), "tma" (descriptor loads, from sm_90 on), "wide" (128-bit global accesses move
-    three quarters of the bytes at least), "vector" (the same of the stores alone, and no single 16-bit access).
+    "dot" (the chip's own tensor-core instructions), "mma" (any that it has), "tma" (descriptor loads, from sm_90 on),
+    "wide" (128-bit global accesses move three quarters of the bytes at least), "vector" (the same of the stores alone,
+    and no single 16-bit access).
     flops: kernel name to floating-point operations of one launch, where the arithmetic counts for the time.
     No spills, and shared memory within the chip's limit, are asked of every kernel. tested: the tests compile it too,
     not `python -m bench.aot` alone; the tested cases together reach every entry of the tables.

@@ -28,12 +28,14 @@ class AttentionConfig:
     maxnreg: int | None = None
 
 
-# (oldest capability, bytes of a number, widest head). fp32 is multiplied by the FMA units: see moe_mlp.PRODUCT.
+# (oldest capability, bytes of a number, "odd" or nothing, widest head): see `shape_class`. fp32 is multiplied by the
+# FMA units: see moe_mlp.PRODUCT.
 FORWARD = Table(
     "flash_attention.FORWARD",
     {
         (SM80, 2, 64): AttentionConfig(128, 64, 8, 2, maxnreg=255),
         (SM80, 2, 128): AttentionConfig(128, 32, 8, 2),
+        (SM80, 2, "odd", 127): AttentionConfig(64, 32, 8, 2),
         (SM80, 4, 32): AttentionConfig(32, 32, 8, 1, maxnreg=128),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
         (SM80, 4, 128): AttentionConfig(32, 32, 8, 1),
@@ -51,6 +53,8 @@ QUERY = Table(
         (SM80, 2, 64): AttentionConfig(128, 64, 8, 2, maxnreg=255),
         (SM80, 2, 127): AttentionConfig(64, 64, 8, 2, maxnreg=208),  # padded to 128
         (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
+        (SM80, 2, "odd", 127): AttentionConfig(64, 32, 8, 1, maxnreg=255),
+        (SM80, 4, 31): AttentionConfig(32, 16, 8, 1, maxnreg=128),
         (SM80, 4, 32): AttentionConfig(32, 16, 4, 1),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
         (SM80, 4, 128): AttentionConfig(16, 16, 8, 1, maxnreg=255),
@@ -64,6 +68,8 @@ KEY = Table(
     {
         (SM80, 2, 64): AttentionConfig(32, 64, 8, 2, maxnreg=255),
         (SM80, 2, 128): AttentionConfig(32, 64, 8, 2),
+        (SM80, 2, "odd", 127): AttentionConfig(32, 64, 8, 1),
+        (SM80, 4, 31): AttentionConfig(32, 32, 8, 1, maxnreg=168),
         (SM80, 4, 32): AttentionConfig(32, 32, 8, 1),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
         (SM80, 4, 128): AttentionConfig(16, 16, 8, 1, maxnreg=255),
@@ -75,12 +81,18 @@ KEY = Table(
 )
 
 
+def shape_class(x: Tensor) -> tuple[int, int] | tuple[int, str, int]:
+    """What the tables are asked for heads as those of x [rows, N, H]. "odd": wide, and no access of 16 bytes suits."""
+    width, itemsize = x.shape[2], x.itemsize
+    return (itemsize, "odd", width) if itemsize == 2 and width > 64 and width % 8 else (itemsize, width)
+
+
 def _config(table: Table[AttentionConfig], *walked: Tensor) -> AttentionConfig:
     """The configuration for tensors [rows, N, H]; `walked` are those that a kernel walks over."""
-    width, itemsize = walked[0].shape[2], walked[0].itemsize
-    config = table.on(walked[0].device, itemsize, width)
+    width, asked = walked[0].shape[2], shape_class(walked[0])
+    config = table.on(walked[0].device, *asked)
     described = width == pad_width(width) and all(len(x) and x.data_ptr() % 16 == 0 for x in walked)
-    return config if described or not config.tma else table.choose(SM80, itemsize, width)
+    return config if described or not config.tma else table.choose(SM80, *asked)
 
 
 def _rows(x: Tensor, block: int, tma: bool) -> Tensor | TensorDescriptor:
@@ -194,6 +206,9 @@ AOT_CASES = (
     _aot_case(2944, 4, 32, torch.bfloat16, "dot", "tma"),
     _aot_case(2944, 4, 80, torch.bfloat16, "dot"),
     _aot_case(2944, 4, 48, torch.bfloat16, "dot"),
+    _aot_case(2944, 4, 65, torch.bfloat16, "dot"),
+    _aot_case(2944, 4, 7, torch.float32),
+    _aot_case(2944, 4, 31, torch.float32, tested=False),
     _aot_case(2944, 4, 32, torch.float32, tested=False),
     _aot_case(2944, 4, 64, torch.float32, tested=False),
     _aot_case(2944, 4, 128, torch.float32),

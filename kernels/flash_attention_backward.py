@@ -62,9 +62,10 @@ def grad_query(
 ):  # fmt: skip
     """`query_step` over the keys [first, last), whole blocks unless TAIL.
 
-    In fp32, and for wide heads by descriptors: neither hoisted values nor a pipelined tail, as in `grad_keys`.
+    In fp32, and for wide heads by descriptors or of any address: neither hoisted values nor a pipelined tail, as in
+    `grad_keys`.
     """
-    FEW: tl.constexpr = b_q.dtype == tl.float32 or (TMA and H > 64)
+    FEW: tl.constexpr = b_q.dtype == tl.float32 or (H > 64 and (TMA or H % 8 != 0))
     for i_row in tl.range(first, last, BLOCK_N, disable_licm=FEW, num_stages=1 if TAIL and FEW else None):
         b_k = load_rows(x_k, i_row, last, i_head, num_heads, H, BLOCK_N, TAIL, TMA)
         b_v = load_rows(x_v, i_row, last, i_head, num_heads, H, BLOCK_N, TAIL, TMA)
@@ -95,7 +96,7 @@ def grad_keys(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "num_heads"])
 def flash_attention_bwd_query_kernel(
     p_dout,  # [T, N, H]
     p_out,  # [T, N, H]
@@ -156,7 +157,7 @@ def flash_attention_bwd_query_kernel(
         store_rows(p_dq, b_dq * scale, first, o_row < last, i_head, num_heads, H, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "num_heads"])
 def flash_attention_bwd_key_kernel(
     x_q,  # [T, N, H], a pointer or a descriptor
     x_dout,  # [T, N, H], a pointer or a descriptor

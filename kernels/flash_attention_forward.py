@@ -59,7 +59,7 @@ def softmax_result(b_acc, b_max, b_sum, scale):
     return b_acc / tl.where(b_sum == 0, 1.0, b_sum)[:, None], b_max * scale + tl.log(b_sum)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "num_heads"])
 def flash_attention_fwd_kernel(
     p_q,  # [T, N, H]
     x_k,  # [U, N, H], a pointer or a descriptor

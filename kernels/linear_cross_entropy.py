@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from uvg_engine.kernels._configs import ANY, Table, options
-from uvg_engine.kernels._head import LOGITS, as_matrix, masses, uses_descriptors
+from uvg_engine.kernels._head import LOGITS, as_matrix, by_pieces, masses, uses_descriptors
 from uvg_engine.kernels._launch import SM80, AotCase, blocks, launch, packed
 from uvg_engine.kernels.linear_cross_entropy_kernels import (
     linear_cross_entropy_bwd_logits_kernel,
@@ -49,14 +49,16 @@ class ProductConfig:
 
 
 LOSS = Table("linear_cross_entropy.LOSS", {(SM80, ANY): LossConfig(4, 128, 4)})
-# (oldest capability, bytes of a number, bytes of a gradient of a logit, see `_held_as`): fp32 by the FMA units, fp16 as
-# TF32. With two stages, TF32 spilled 8 bytes on sm_100.
+# (oldest capability, bytes of a number, bytes of a gradient of a logit, see `_held_as`, and `by_pieces`): fp32 by the
+# FMA units, fp16 as TF32. With two stages, TF32 spilled 8 bytes on sm_100.
 PRODUCT = Table(
     "linear_cross_entropy.PRODUCT",
     {
-        (SM80, 4, 4): ProductConfig(64, 64, 16, 8, 2),
-        (SM80, 2, 4): ProductConfig(128, 128, 32, 8, 3, maxnreg=255),
-        (SM80, 2, 2): ProductConfig(128, 128, 64, 8, 3),
+        (SM80, 4, 4, True): ProductConfig(64, 64, 16, 8, 2),
+        (SM80, 2, 4, False): ProductConfig(128, 64, 32, 8, 3, maxnreg=255),
+        (SM80, 2, 4, True): ProductConfig(128, 128, 32, 8, 3, maxnreg=255),
+        (SM80, 2, 2, False): ProductConfig(128, 64, 32, 8, 3),
+        (SM80, 2, 2, True): ProductConfig(128, 128, 64, 8, 3),
     },
 )
 
@@ -107,8 +109,9 @@ def backward(
     dloss, lse, p_current = map(packed, (dloss, lse, p_current))
     num_rows, width, vocab = *x.shape, len(weight)
     held = _held_as(x.dtype)
-    head, product = LOGITS.on(x.device, x.itemsize), PRODUCT.on(x.device, x.itemsize, held.itemsize)
-    tma = uses_descriptors(x, weight)
+    tma, pieces = uses_descriptors(x, weight), by_pieces(x, weight)
+    head = LOGITS.on(x.device, x.itemsize, pieces)
+    product = PRODUCT.on(x.device, x.itemsize, held.itemsize, pieces)
     step, tiles = step_words(num_rows, vocab), blocks(num_rows, head.BLOCK_M)
     dlogits = x.new_empty(num_rows, step, dtype=held)
     sums = x.new_empty(tiles, step, dtype=torch.float32)
@@ -177,9 +180,12 @@ def _aot_case(
 
 
 _SHAPE = (512, 1536, 256300)  # four steps
+_ODD = (16386, 77, 5131)  # six steps; rows at any address
 AOT_CASES = (
     _aot_case(_SHAPE, torch.bfloat16, "gkl", ("dot", "tma")),
     _aot_case(_SHAPE, torch.bfloat16, "ce", ("dot", "tma")),
     _aot_case(_SHAPE, torch.float16, "gkl", ("dot",)),
     _aot_case((28, 128, 160), torch.float32, "gkl", ()),
+    _aot_case(_ODD, torch.bfloat16, "ce", ("dot",)),
+    _aot_case(_ODD, torch.float16, "gkl", ("dot",)),
 )

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uvg_engine.kernels._configs import ANY, Table, options
-from uvg_engine.kernels._head import LOGITS, masses
+from uvg_engine.kernels._head import LOGITS, by_pieces, masses, wide
 from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed
 from uvg_engine.kernels._philox import DRAW, uniform, words
 
@@ -38,7 +38,8 @@ class PickConfig:
 
 
 DECIDE = Table("linear_sample.DECIDE", {(SM80, ANY): DecideConfig(8, 1)})
-PICK = Table("linear_sample.PICK", {(SM80, ANY): PickConfig(128, 8)})
+# (oldest capability, see `wide`)
+PICK = Table("linear_sample.PICK", {(SM80, False): PickConfig(32, 4), (SM80, True): PickConfig(128, 8)})
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -151,7 +152,7 @@ def forward(
     x, weight, bias, seeds, steps, tokens = map(packed, (x, weight, bias, seeds, steps, tokens))
     # finite and not zero: no difference of logits, 0 or -inf, then gives NaN
     scale = min(max(1 / temperature if temperature > 1e-38 else 1e38, 1e-37), 1e38) if temperature else 1.0
-    greedy, block = temperature == 0, LOGITS.on(x.device, x.itemsize).BLOCK_N
+    greedy, block = temperature == 0, LOGITS.on(x.device, x.itemsize, by_pieces(x, weight)).BLOCK_N
     tops, sums, _, _ = masses(x, weight, bias, None, None, scale)
     panel, share = x.new_empty(len(x), dtype=torch.int32), x.new_empty(len(x), dtype=torch.float32)
     ids = torch.empty_like(seeds)
@@ -167,7 +168,7 @@ def forward(
         *(linear_sample_pick_kernel, (len(x),), x, weight, bias, panel, share, ids, x.shape[1], len(weight), scale),
         GREEDY=greedy,
         BLOCK_N=block,
-        **options(PICK.on(x.device, x.shape[1])),
+        **options(PICK.on(x.device, wide(x, weight))),
     )
     return ids
 
@@ -181,8 +182,7 @@ def _aot_call(rows: int, width: int, vocab: int, dtype: torch.dtype) -> None:
         forward(x, weight, bias, names, names, names, temperature)
 
 
-def _aot_case(rows: int, width: int, vocab: int, dtype: torch.dtype) -> AotCase:
-    shows = () if dtype == torch.float32 else ("dot", "tma")
+def _aot_case(rows: int, width: int, vocab: int, dtype: torch.dtype, shows: tuple[str, ...] = ()) -> AotCase:
     expects = {"head_masses_kernel": shows, "linear_sample_decide_kernel": (), "linear_sample_pick_kernel": ()}
     flops = {"head_masses_kernel": 2.0 * rows * width * vocab}
     label = f"L={rows} D={width} V={vocab} {str(dtype)[6:]}"
@@ -190,7 +190,10 @@ def _aot_case(rows: int, width: int, vocab: int, dtype: torch.dtype) -> AotCase:
 
 
 AOT_CASES = (
-    _aot_case(256, 1536, 256300, torch.bfloat16),
-    _aot_case(256, 1536, 256300, torch.float16),
+    _aot_case(256, 1536, 256300, torch.bfloat16, ("dot", "tma")),
+    _aot_case(256, 1536, 256300, torch.float16, ("dot", "tma")),
     _aot_case(28, 128, 160, torch.float32),
+    _aot_case(300, 77, 1301, torch.float16, ("dot",)),  # rows at any address
+    _aot_case(300, 72, 1301, torch.bfloat16, ("dot", "tma")),  # by descriptors, and at any address
+    _aot_case(28, 131, 163, torch.float32),
 )

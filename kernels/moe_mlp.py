@@ -49,6 +49,7 @@ class SumsConfig:
 PRODUCT = Table(
     "moe_mlp.PRODUCT",
     {
+        (SM80, 4, False): GemmConfig(64, 64, 16, 8, 1, maxnreg=255),
         (SM80, 4, True): GemmConfig(64, 64, 16, 8, 2, maxnreg=168),
         (SM80, 2, False): GemmConfig(64, 64, 32, 8, 2),
         (SM100, 2, False): GemmConfig(64, 64, 32, 8, 1, maxnreg=255),
@@ -217,4 +218,5 @@ AOT_CASES = (
     _aot_case("1.3B", (32768, 1536, 8960), torch.float16, tested=False),
     _aot_case("small", (2944, 128, 512), torch.float32),
     _aot_case("odd sizes", (2944, 200, 520), torch.bfloat16),
+    _aot_case("odd sizes", (2944, 131, 517), torch.float32),
 )

@@ -7,6 +7,7 @@ flash_attention, which leave the video rows zero. Kernels of this op then write 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from uvg_engine.kernels import flash_attention
 from uvg_engine.kernels._configs import Table
-from uvg_engine.kernels._launch import SM80, SM90, AotCase, launch, programs
+from uvg_engine.kernels._launch import SM80, SM90, SM100, AotCase, Capability, launch, programs
 from uvg_engine.kernels.flash_attention import AttentionConfig
 from uvg_engine.kernels.window_attention_video import (
     window_attention_bwd_key_kernel,
@@ -31,6 +32,8 @@ FORWARD = Table(
         (SM80, 2, 63): AttentionConfig(64, 32, 8, 2),  # padded to 64, addresses that no access of 16 bytes may have
         (SM80, 2, 64): AttentionConfig(64, 64, 8, 3),
         (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
+        (SM80, 2, "odd", 127): AttentionConfig(32, 32, 8, 1),
+        (SM90, 2, "odd", 127): AttentionConfig(64, 32, 8, 1),  # 32 rows are too few for wgmma and tcgen05
         (SM80, 4, 32): AttentionConfig(32, 32, 8, 1, maxnreg=128),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
         (SM80, 4, 128): AttentionConfig(32, 32, 8, 1),
@@ -43,16 +46,21 @@ QUERY = Table(
         (SM80, 2, 63): AttentionConfig(32, 32, 4, 2, maxnreg=255),
         (SM80, 2, 64): AttentionConfig(64, 64, 8, 2, maxnreg=255),
         (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
+        (SM80, 2, "odd", 127): AttentionConfig(32, 32, 8, 1, maxnreg=255),
+        (SM90, 2, "odd", 127): AttentionConfig(64, 32, 8, 1, maxnreg=255),
+        (SM100, 2, "odd", 127): AttentionConfig(32, 32, 8, 1, maxnreg=255),  # by tcgen05 it spilled 64 bytes at least
+        (SM80, 4, 31): AttentionConfig(32, 16, 4, 1, maxnreg=168),
         (SM80, 4, 32): AttentionConfig(32, 16, 4, 1),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
         (SM80, 4, 128): AttentionConfig(16, 16, 8, 1, maxnreg=255),
-        (SM90, 2, 63): AttentionConfig(64, 64, 8, 2, maxnreg=255),  # 32 rows are too few for wgmma and tcgen05
+        (SM90, 2, 63): AttentionConfig(64, 64, 8, 2, maxnreg=255),  # as above
     },
 )
 KEY = Table(
     "window_attention.KEY",
     {
         (SM80, 2, 128): AttentionConfig(32, 64, 8, 2),
+        (SM80, 2, "odd", 127): AttentionConfig(16, 64, 8, 1, maxnreg=255),
         (SM80, 4, 32): AttentionConfig(32, 32, 8, 1, maxnreg=168),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1, maxnreg=168),
         (SM80, 4, 128): AttentionConfig(16, 16, 8, 1, maxnreg=255),
@@ -80,7 +88,7 @@ def _launch(
     launch(
         *(kernel, (programs(q.device),), *tensors, *q.shape[:2], len(tensors[-1]), scale),
         **dict(zip(("TF", "TY", "TX", "RF", "RY", "RX"), (*tile, *radius), strict=True)),
-        **flash_attention.launch_options(table.on(q.device, q.itemsize, q.shape[2]), q),
+        **flash_attention.launch_options(table.on(q.device, *flash_attention.shape_class(q)), q),
     )
 
 
@@ -143,6 +151,7 @@ _SHARED = ("flash_attention_fwd_kernel", "flash_attention_bwd_query_kernel", "fl
 
 
 def _aot_case(dtype: torch.dtype, width: int, own: tuple[str, ...], shared: tuple[str, ...], **changes: Any) -> AotCase:
+    """own, shared: what this op's kernels and those of flash_attention must show."""
     return AotCase(
         f"T=32768 N=12 H={width} tile 4x4x8 {str(dtype)[6:]}",
         lambda: _aot_call(dtype, width),
@@ -151,12 +160,20 @@ def _aot_case(dtype: torch.dtype, width: int, own: tuple[str, ...], shared: tupl
     )
 
 
+def _odd_case(capabilities: tuple[Capability, ...], query: str) -> AotCase:
+    """Wide rows at any address. query: what the pass for dq must show."""
+    case = _aot_case(torch.bfloat16, 65, ("dot",), ("dot",), capabilities=capabilities)
+    return replace(case, expects={**case.expects, "window_attention_bwd_query_kernel": (query,)})
+
+
 AOT_CASES = (
     _aot_case(torch.bfloat16, 128, ("dot",), ("dot", "tma")),
     _aot_case(torch.float16, 128, ("dot",), ("dot", "tma"), tested=False),
     _aot_case(torch.bfloat16, 64, ("dot",), ("dot", "tma")),
     _aot_case(torch.bfloat16, 32, ("dot",), ("dot", "tma")),
     *(_aot_case(torch.bfloat16, width, ("dot",), ("dot",)) for width in (48, 63)),
+    _odd_case((SM80, SM90), "dot"),
+    _odd_case((SM100,), "mma"),
     _aot_case(torch.bfloat16, 80, ("dot",), ("dot",), tested=False),
-    *(_aot_case(torch.float32, width, (), ()) for width in (32, 64, 128)),
+    *(_aot_case(torch.float32, width, (), ()) for width in (8, 32, 64, 128)),
 )

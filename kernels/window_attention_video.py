@@ -118,7 +118,7 @@ def window(at, radius: tl.constexpr, size, TILE: tl.constexpr):
     return first, tl.minimum(at + radius + 1, tl.cdiv(size, TILE)) - first
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "num_heads"])
 def window_attention_fwd_kernel(
     p_q,  # [T, N, H]
     p_k,  # [T, N, H]
@@ -177,7 +177,7 @@ def window_attention_fwd_kernel(
         tl.store(p_lse + tl.cast(i_head, tl.int64) * num_rows + o_row, b_lse, mask=m_row)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "num_heads"])
 def window_attention_bwd_query_kernel(
     p_dout,  # [T, N, H]
     p_out,  # [T, N, H]
@@ -224,7 +224,8 @@ def window_attention_bwd_query_kernel(
         f0, nf = window(f, RF, frames, TF)
         y0, ny = window(y, RY, height, TY)
         x0, nx = window(x, RX, width, TX)
-        for i_step in tl.range(0, nf * ny * nx * WALKED, disable_licm=b_q.dtype == tl.float32):
+        FEW: tl.constexpr = b_q.dtype == tl.float32 or (H > 64 and H % 8 != 0)
+        for i_step in tl.range(0, nf * ny * nx * WALKED, disable_licm=FEW):
             near = i_step // WALKED
             o_key, m_key = part_rows(
                 f0 + near // (ny * nx), y0 + near // nx % ny, x0 + near % nx, i_step % WALKED,
@@ -241,7 +242,7 @@ def window_attention_bwd_query_kernel(
         scatter_rows(p_dq, b_dq * scale, o_row, m_row, i_head, num_heads, H)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "num_heads"])
 def window_attention_bwd_key_kernel(
     p_dout,  # [T, N, H]
     p_lse,  # [N, T] fp32

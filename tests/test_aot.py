@@ -149,6 +149,7 @@ WIDE, NARROW = "ld.global.v4.b32 { }; st.global.v2.b64 [ ];", "@%p1 ld.global.L1
         ({"stack": 8}, "spills: 8 bytes"),
         ({"shared": 101_377}, "101377 bytes of shared memory"),
         ({"expects": ("dot",)}, "no mma"),
+        ({"capability": (10, 0), "expects": ("mma",)}, "no tcgen05"),
         ({"ptx": "mma.sync.aligned"}, "does not tell of"),
         ({"capability": (9, 0), "expects": ("dot",), "ptx": "mma.sync.aligned"}, "no wgmma"),
         ({"capability": (10, 0), "expects": ("dot",), "ptx": "mma.sync.aligned"}, "no tcgen05"),
@@ -163,6 +164,7 @@ def test_faults_are_found(changes, match):
 
 def test_what_is_right_has_no_fault():
     assert list(made(expects=("wide", "tma"), ptx=WIDE).faults()) == []
+    assert list(made(capability=(10, 0), expects=("mma",), ptx="mma.sync.aligned").faults()) == []
 
 
 KINDS = "bf16", "tf32"

@@ -50,6 +50,7 @@ class TestFlashAttention(DifferentiableOpSuite):
     cases = (
         case("two-streams", 19, 19, TWO, TWO, 2, 4),
         case("cross", 19, 13, TWO, CROSS, 3, 7),
+        case("wide-and-odd", 19, 13, TWO, CROSS, 2, 65),
         case("shared-keys", 19, 13, TWO, table(((0, 13),), ((0, 13),)), 2, 8),
         case("overlapping-keys", 19, 13, TWO, table(((0, 9),), ((3, 9),)), 1, 8),
         case("keys-named-twice", 19, 13, TWO, table(((0, 9), (4, 5)), ((2, 3), (2, 3))), 1, 8),

@@ -35,6 +35,7 @@ class TestWindowAttention(DifferentiableOpSuite):
         # Video of both samples, then text of both; tiles that the grids do not fill
         case("two-samples", 33, 1, 8, ((0, 1, 3, 4), (12, 2, 2, 3)), ((24, 4), (28, 3)), **NEAR),
         case("two-heads", 23, 2, 7, ((3, 1, 3, 4),), ((17, 2),), tile=(2, 2, 3), radius=(0, 0, 0)),
+        case("wide-and-odd", 23, 1, 65, ((3, 1, 3, 4),), ((17, 2),), tile=(2, 2, 3), radius=(0, 0, 0)),
         case("no-text", 8, 1, 8, ((0, 4, 1, 2),), ((0, 0),), tile=(1, 1, 1), radius=(1, 1, 0)),
         case("no-video", 9, 1, 8, ((0, 0, 0, 0),), ((2, 6),), **NEAR),
         case("no-samples", 5, 1, 8, (), (), **NEAR),
