@@ -72,7 +72,7 @@ def read_metadata(root: Path) -> list[_Entry]:
     if not metadata.is_file():
         raise ValueError(f"folder must hold a {METADATA}, got {root} without one")
     try:
-        lines = metadata.read_text(encoding="utf-8-sig").splitlines()
+        lines = metadata.read_text(encoding="utf-8-sig").split("\n")  # splitlines also cuts at U+2028 inside a text
     except UnicodeDecodeError as error:
         raise ValueError(f"{METADATA} must be UTF-8 text, got byte {error.start} of {metadata}") from None
     entries = [_entry(root, line, f"{METADATA} line {i}") for i, line in enumerate(lines, 1) if line.strip()]
