@@ -2,7 +2,8 @@
 
 The plain loop is the same engine with every saving off, on the reference backend. Memory as in `bench.memory`: what a
 call takes beside the weights and the optimiser's state. Model 1.3b: its widths, --layers blocks of random weights,
-products in bf16, a small vocabulary, and pixels in place of the VAE; it is trained on the clips of digits.
+products in bf16 (a CPU without bf16 instructions wants --dtype fp32), a small vocabulary, and pixels in place of the
+VAE; it is trained on the clips of digits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,7 +32,8 @@ PROMPT = "a red seven moving right , fast"
 WAYS = ("uvg", "reference")  # the second: plain
 SIDE = {"digits": (8, 32, 32), "1.3b": (8, 128, 160)}  # frames, height, width: 64 and 1,280 video tokens
 TEXT = {"digits": 28, "1.3b": 64}
-DTYPES = {"digits": "float32", "1.3b": "bfloat16"}  # of the products
+DTYPES = {"digits": "float32", "1.3b": "bfloat16"}  # of the products, unless asked for another
+NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 LINE = dict[str, Any]
 
 
@@ -40,6 +44,7 @@ def main(job: str, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=positive, default=2, help="of model 1.3b (30 in full; default 2)")
     parser.add_argument("--samples", type=positive, default=8, help="in one batch (default 8)")
     parser.add_argument("--steps", type=positive, default=8, help="of the sampler, or of training (default 8)")
+    parser.add_argument("--dtype", choices=NAMES, help="of the products (default: fp32 for digits, bf16 for 1.3b)")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each way (default 10)")
     parser.add_argument("--threads", type=positive, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -50,7 +55,8 @@ def main(job: str, arguments: Sequence[str] | None = None) -> int:
     about, clock = machine(), Clock(seconds=args.seconds, min_rounds=3)
     if not args.json:
         print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    for line in lines(job, args.model, args.layers, args.samples, args.steps, clock):
+    dtype = NAMES[args.dtype] if args.dtype else None
+    for line in lines(job, args.model, args.layers, args.samples, args.steps, clock, dtype):
         print(json.dumps(line | about) if args.json else _text(line), flush=True)
     return 0
 
@@ -62,9 +68,12 @@ def _text(line: LINE) -> str:
     return "  ".join([head, *told, *(f"{ratio:.2f} x {other}" for other, ratio in line["times_faster"].items())])
 
 
-def lines(job: str, model: str, layers: int, samples: int, steps: int, clock: Clock) -> Iterator[LINE]:
+def lines(
+    job: str, model: str, layers: int, samples: int, steps: int, clock: Clock, dtype: str | None = None
+) -> Iterator[LINE]:
     """One line per way of doing a job ("generate", "caption", "joint" or "train")."""
-    given = (job, model, layers, samples, steps)
+    dtype = dtype or DTYPES[model]
+    given = (job, model, layers, samples, steps, dtype)
     calls = {way: make(way, *given) for way in WAYS}
     timings = clock.alternate(calls)
     data = "digits" if job == "train" else model
@@ -73,7 +82,7 @@ def lines(job: str, model: str, layers: int, samples: int, steps: int, clock: Cl
     shape = f"{samples} x {frames}x{height}x{width}, {steps} steps" + (f", {layers} layers" if model == "1.3b" else "")
     for way, timing in timings.items():
         line = {"op": f"throughput {job}", "case": model, "shape": shape, "pass": "end to end", "backend": way}
-        line |= {"dtype": DTYPES[model], "ms": timing.median * 1e3}
+        line |= {"dtype": dtype, "ms": timing.median * 1e3}
         line |= {"spread": timing.spread, "rounds": len(timing.rounds)}
         line |= {"samples_per_second": samples * (steps if job == "train" else 1) / timing.median}
         line |= {"tokens_per_second": tokens / timing.median}
@@ -88,13 +97,13 @@ def memory(threads: int, way: str, *given: Any) -> float:
     return extra_memory(make(way, *given))
 
 
-def make(way: str, job: str, model: str, layers: int, samples: int, steps: int) -> Callable[[], Any]:
+def make(way: str, job: str, model: str, layers: int, samples: int, steps: int, dtype: str) -> Callable[[], Any]:
     """The job as a call."""
     plain = way == "reference"
     inner = (
-        training(model, layers, samples, steps)
+        training(model, layers, samples, steps, dtype)
         if job == "train"
-        else sampling(job, model, layers, samples, steps, plain)
+        else sampling(job, model, layers, samples, steps, dtype, plain)
     )
 
     def call() -> Any:
@@ -104,17 +113,18 @@ def make(way: str, job: str, model: str, layers: int, samples: int, steps: int) 
     return call
 
 
-def sampling(job: str, model: str, layers: int, samples: int, steps: int, plain: bool) -> Callable[[], Any]:
+def sampling(job: str, model: str, layers: int, samples: int, steps: int, dtype: str, plain: bool) -> Callable[[], Any]:
+    """Engine runs of `samples` requests, with every saving unless `plain`."""
     savings = Savings.none() if plain else Savings()
     if model == "digits":
-        engine = Engine.from_pretrained("digits", savings=savings)
+        engine = Engine.from_pretrained("digits", compute_dtype=getattr(torch, dtype), savings=savings)
     else:
         torch.manual_seed(0)
         config = named_config("1.3b", layers=layers, vocab=4096, in_channels=24)
         tokenizer, encoder = WordTokenizer(dict.fromkeys(PROMPT.split())), HashTextEncoder(config.text_dim, 512)
         frames, height, width = SIDE[model]
         defaults = {"frames": frames, "height": height, "width": width, "text_length": TEXT[model]}
-        network = UniViGU(config).to(torch.bfloat16).eval()
+        network = UniViGU(config).to(getattr(torch, dtype)).eval()
         engine = Engine(network, PixelCodec((2, 4, 4), (2, 2, 2)), tokenizer, encoder, defaults, savings=savings)
     requests = [_request(job, seed, steps, SIDE[model]) for seed in range(samples)]
     return lambda: engine.run(requests)
@@ -128,7 +138,7 @@ def _request(job: str, seed: int, steps: int, size: tuple[int, int, int]) -> Req
     return Request(job, video=video, seed=seed, num_steps=steps)
 
 
-def training(model: str, layers: int, samples: int, steps: int) -> Callable[[], Any]:
+def training(model: str, layers: int, samples: int, steps: int, dtype: str) -> Callable[[], Any]:
     """`steps` optimiser steps of the stage with captions; the data are the digits, so a sample has 64 video tokens."""
     sizes = {"heads": 4, "head_dim": 32, "text_dim": 64, "freq_dim": 64, "ffn_dim": 512, "layers": 6}
     if model == "1.3b":
@@ -141,9 +151,11 @@ def training(model: str, layers: int, samples: int, steps: int) -> Callable[[], 
             "text_encoder": {"type": "hash", "text_dim": sizes["text_dim"], "max_len": 16},
             "batch_size": samples,
             "text_length": TEXT["digits"],
-            "dtype": DTYPES[model],
+            "dtype": dtype,
             "stages": [{"name": "refine", "text": "caption", "steps": 10**6, "lr": 1e-4}],
         }
     )
-    trainer = Trainer(config, tempfile.mkdtemp(prefix="uvg-bench-"))
+    folder = tempfile.mkdtemp(prefix="uvg-bench-")
+    trainer = Trainer(config, folder)
+    weakref.finalize(trainer, shutil.rmtree, folder, ignore_errors=True)
     return lambda: [trainer.train_step() for _ in range(steps)]

@@ -1,11 +1,15 @@
 """The bench times the right thing: every op and peer agrees with the reference, and every line says what it is."""
 
 import dataclasses
+import gc
 import json
+import tempfile
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from bench import block, gpu_check, gpu_peers, report, throughput
 from bench.__main__ import main
@@ -288,3 +292,30 @@ def test_a_block_asks_the_host_for_nothing_in_a_call(monkeypatch):
     ours.to("meta")
     there = ours(*(x.to("meta") for x in (h, condition, modulation)))
     assert there.is_meta and len(made) == 2
+
+
+@pytest.mark.parametrize(
+    "given, dtype", [("digits", "float32"), ("1.3b", "bfloat16"), ("1.3b --dtype fp32", "float32")]
+)
+def test_throughput_multiplies_in_the_dtype_it_tells(given, dtype, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(throughput, "make", lambda *given: made.append(given) or (lambda: time.sleep(1e-3)))
+    monkeypatch.setattr(throughput, "alone", lambda *given: made.append(given) or 3.0)
+    throughput.main("train", f"--model {given} --seconds 0 --json".split())
+    assert [json.loads(line)["dtype"] for line in capsys.readouterr().out.splitlines()] == [dtype, dtype]
+    assert len(made) == 4 and {one[-1] for one in made} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_timed_multiplies_as_asked_and_leaves_no_folder(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    call = throughput.training("digits", 2, 2, 1, dtype)
+    (folder,) = tmp_path.iterdir()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["dtype"] == dtype
+    del call
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+    seen = []
+    monkeypatch.setattr(throughput, "Engine", SimpleNamespace(from_pretrained=lambda *_, **given: seen.append(given)))
+    throughput.sampling("joint", "digits", 2, 1, 1, dtype, False)
+    assert [given["compute_dtype"] for given in seen] == [getattr(torch, dtype)]

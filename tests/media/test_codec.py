@@ -145,8 +145,11 @@ def test_wan_codec_from_a_folder(wan_vae, tmp_path):
     assert codec.to_config() == {"type": "wan_vae", "path": str(tmp_path / "vae"), "normalise": True}
     frames = video(1, 8, 8)
     torch.testing.assert_close(codec.encode(frames), WanVAECodec(vae=wan_vae, normalise=True).encode(frames))
-    with pytest.raises(ValueError, match="path must be a folder"):
-        codec_from_config({"type": "wan_vae", "path": str(tmp_path / "nothing")})
+    for nowhere in (str(tmp_path / "nothing"), "Wan-AI/Wan2.1-T2V-1.3B"):  # a name on a hub is no folder
+        with pytest.raises(
+            ValueError, match=rf"path must be a folder with a diffusers AutoencoderKLWan, got '{nowhere}'$"
+        ):
+            codec_from_config({"type": "wan_vae", "path": nowhere})
     with pytest.raises(ValueError, match="neither"):
         WanVAECodec()
     with pytest.raises(ValueError, match="made from a path"):

@@ -116,3 +116,8 @@ def test_umt5_from_a_folder(umt5, tmp_path):
     assert encoder.to_config() == {**config, "zero_past_prompt": True}
     rows = encoder.encode(["red"])[0]
     assert rows.shape == (4, 16) and rows[0].any() and not rows[1:].any()
+    for nowhere in (str(tmp_path / "nothing"), "google/umt5-xxl"):  # a name on a hub is no folder
+        with pytest.raises(
+            ValueError, match=rf"path must be a folder with a transformers UMT5 encoder, got '{nowhere}'$"
+        ):
+            text_encoder_from_config({**config, "path": nowhere})

@@ -1,6 +1,8 @@
 """Video files: colours survive, every bad file is one clear error, nothing is left behind."""
 
 import os
+import resource
+import signal
 from fractions import Fraction
 
 import numpy as np
@@ -122,6 +124,21 @@ def test_refusals_on_write(tmp_path):
     with pytest.raises(VideoError, match="scale"):
         write_video(tmp_path / "a.mp4", video, 8, scale=0)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.mp4"]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
+def test_a_full_disk_is_told_with_the_name_of_the_file(suffix, tmp_path):
+    """The limit for a file's size fails as a full disk does."""
+    path, (soft, hard) = tmp_path / f"a{suffix}", resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(VideoError, match=rf"^{path}: .*cannot be written: File too large"):
+            write_video(path, moving_square(), 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert os.listdir(tmp_path) == []
 
 
 def test_failure_leaves_the_old_file(tmp_path, monkeypatch):

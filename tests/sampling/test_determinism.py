@@ -169,3 +169,14 @@ def test_a_caption_takes_one_forward_for_each_step_in_which_a_token_jumps():
     coins = jump_coins(prob, torch.full((60,), 1), torch.arange(60), spans, 60 * length).view(60, length)
     forwards = int(coins.any(1).sum())
     assert counted.attentions == forwards * engine().model.config.layers and 1 < forwards < 40
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torchs_default_dtype_is_not_that_of_the_times(dtype):
+    """In bf16 the times of the steps had eight bits."""
+    before, want = torch.get_default_dtype(), bits_alone()
+    torch.set_default_dtype(dtype)
+    try:
+        assert [bits(alone(engine(), request)) for request in mixed_requests()] == want
+    finally:
+        torch.set_default_dtype(before)

@@ -38,6 +38,7 @@ REQUESTS = [
     ("kind must be one of generate, caption, joint, got 'paint'", {"kind": "paint"}),
     ("prompt must be a string, got NoneType", {"kind": "generate"}),
     ("prompt must be a string, got int", {"kind": "joint", "prompt": 5}),
+    (r"prompt must be Unicode text, got 'a .udcff red'", {"kind": "generate", "prompt": "a \udcff red"}),
     ("video must be a uint8 tensor or a path, got NoneType", {"kind": "caption"}),
     ("video must be a uint8 tensor or a path, got list", {"kind": "caption", "video": [1]}),
     ("video must not be given to generate", {"video": "a.mp4"}),

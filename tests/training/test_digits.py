@@ -165,6 +165,9 @@ def test_parse_caption_takes_garbage():
         ({"combinations": "some"}, "combinations must be"),
         ({"seed": -1}, "seed must be"),
         ({"size": 0}, "size must be"),
+        ({"augment": "no"}, "augment must be True or False, got 'no'"),
+        ({"seed": 1.5}, "seed must be an integer"),
+        ({"size": 10.5}, "size must be an integer"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -41,6 +41,15 @@ def test_cache_is_bounded_and_changes_nothing(exported):
     assert len(small._cache) == 2 and not none._cache
 
 
+def test_only_a_line_feed_ends_a_line(exported, tmp_path):
+    """JSON may hold the other separators as they are, and texts from the web do."""
+    (tmp_path / "a.mp4").write_bytes((exported / "000000.mp4").read_bytes())
+    text = "one\u2028two\u2029three\x85four"
+    line = json.dumps({"file": "a.mp4", "prompt": text}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_bytes(f"{line}\r\n{line}\n".encode())
+    assert FolderDataset(tmp_path).texts() == [text] * 4
+
+
 def test_caption_defaults_to_the_prompt(exported, tmp_path):
     (tmp_path / "a.mp4").write_bytes((exported / "000000.mp4").read_bytes())
     (tmp_path / "metadata.jsonl").write_text('\n{"file": "a.mp4", "prompt": "a cat"}\n')

@@ -82,6 +82,13 @@ def test_train_from_a_folder_of_videos(file, tmp_path, capsys):
         ({"model": "7b"}, "config must be one of 1.3b, 14b, digits, got '7b'"),
         ({"init": "elsewhere"}, "init must be KIND:PATH"),
         ({"defaults": {"nmae": "x"}}, "nmae"),
+        ({"defaults": {"jobs": 5}}, "jobs must be a mapping of generate, caption, joint, got 5"),
+        ({"defaults": {"jobs": {"joint": 3}}}, "jobs.joint must be a mapping, got 3"),
+        ({"data": {"type": "folder", "path": ".", "clip_shape": 8}}, "clip_shape must be three positive integers"),
+        (
+            {"data": {"type": "folder", "path": ".", "clip_shape": [8.5, 32, 32]}},
+            "clip_shape must be three positive int",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_told_before_the_work(file, tmp_path, capsys, changes, message):

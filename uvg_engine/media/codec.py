@@ -7,6 +7,7 @@ Shapes: B samples; frames uint8 [F, H, W, 3]; latent fp32 [C, f, h, w].
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -244,6 +245,8 @@ def _load_wan_vae(path: str) -> Any:
         if error.name != "diffusers":
             raise
         raise ValueError("the wan_vae codec needs the package diffusers: pip install diffusers") from error
+    if not os.path.isdir(path):
+        raise ValueError(f"path must be a folder with a diffusers AutoencoderKLWan, got {path!r}")
     try:
         return AutoencoderKLWan.from_pretrained(path, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:

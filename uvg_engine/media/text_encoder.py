@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import html
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -156,6 +157,8 @@ def _load_umt5(path: str, dtype: torch.dtype) -> Any:
         if error.name != "transformers":
             raise
         raise ValueError("the umt5 text encoder needs the package transformers: pip install transformers") from error
+    if not os.path.isdir(path):
+        raise ValueError(f"path must be a folder with a transformers UMT5 encoder, got {path!r}")
     try:
         return UMT5EncoderModel.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError) as error:

@@ -98,6 +98,8 @@ def write_video(
     except OSError as error:  # PyAV's errors are OSErrors too
         what = f"no such folder:  {path.parent}" if error.errno == errno.ENOENT else error.strerror or str(error)
         raise VideoError(f"{path}: cannot be written: {what}") from error
+    except VideoError as error:  # a writer knows the temporary name alone
+        raise VideoError(f"{path}: {error}") from error
 
 
 def resize_video(frames_FHWc: torch.Tensor, shape: Sequence[int]) -> tuple[torch.Tensor, str | None]:

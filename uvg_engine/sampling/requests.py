@@ -64,6 +64,8 @@ class Request:
                 raise ValueError(f"video must be a uint8 tensor or a path, got {type(self.video).__name__}")
         elif not isinstance(self.prompt, str):
             raise ValueError(f"prompt must be a string, got {type(self.prompt).__name__}")
+        elif any("\ud800" <= letter <= "\udfff" for letter in self.prompt):  # bytes of the shell that are no UTF-8
+            raise ValueError(f"prompt must be Unicode text, got {self.prompt!r:.80}")
         if self.seed is not None:
             check_seed(self.seed)
         for name in ("num_steps", "frames", "height", "width"):

@@ -22,7 +22,9 @@ class TimeTables:
     def __init__(self, model: UniViGU, steps: Sequence[Step]) -> None:
         times = zip(*times_of(steps), strict=True)
         self._places = [{time: i for i, time in enumerate(dict.fromkeys(each))} for each in times]
-        self._tables = model.time_tables(*(torch.tensor([*known], device=model.device) for known in self._places))
+        self._tables = model.time_tables(
+            *(torch.tensor([*known], dtype=torch.float32, device=model.device) for known in self._places)
+        )
 
     def row(self, modality: int, time: float) -> TimeTable:
         """(temb [1, D], modulation [1, 6, D]) of a time; views."""

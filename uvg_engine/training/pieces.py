@@ -29,8 +29,6 @@ def make_dataset(config: TrainConfig) -> Any:
         settings.setdefault("seed", config.seed)
     else:
         settings["root"] = settings.pop("path", None)
-        if "clip_shape" in settings:
-            settings["clip_shape"] = tuple(settings["clip_shape"])
     try:
         return makers[kind](**settings)
     except TypeError as error:

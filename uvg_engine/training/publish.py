@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from uvg_engine.model.univigu import UniViGU
 from uvg_engine.training.config import TrainConfig
 from uvg_engine.training.data.digits import DigitsDataset
-from uvg_engine.training.data.folder import DEFAULT_CLIP_SHAPE
+from uvg_engine.training.data.folder import DEFAULT_CLIP_SHAPE, checked_clip_shape
 from uvg_engine.training.loop import Trainer
 from uvg_engine.training.pieces import model_config, saved_pieces
 from uvg_engine.training.state import checkpoints, load_checkpoint
@@ -52,13 +53,15 @@ def engine_parts(source: Trainer | str | Path, *, ema: bool = True) -> dict[str,
 def engine_defaults(config: TrainConfig) -> dict[str, Any]:
     """How a model of this training file samples: what it was trained as, under what the file's `defaults` say."""
     if config.data.get("type") == "folder":
-        shape, fps = config.data.get("clip_shape", DEFAULT_CLIP_SHAPE), {}
+        shape, fps = checked_clip_shape(config.data.get("clip_shape", DEFAULT_CLIP_SHAPE)), {}
     else:
         shape, fps = DigitsDataset.clip_shape, {"fps": float(DigitsDataset.fps)}
-    frames, height, width = (int(size) for size in shape)
+    frames, height, width = shape
     trained = {"frames": frames, "height": height, "width": width, "text_length": config.text_length, **fps}
     given = dict(config.defaults)
-    jobs = {kind: {"kappa_power": config.times.text_power} for kind in ("generate", "caption", "joint")}
-    for kind, settings in given.pop("jobs", {}).items():
-        jobs[kind] = {**jobs.get(kind, {}), **settings}
+    own = {kind: {"kappa_power": config.times.text_power} for kind in ("generate", "caption", "joint")}
+    jobs = given.pop("jobs", {})
+    if isinstance(jobs, Mapping):  # EngineDefaults refuses anything else, here and within
+        asked = {kind: {**own.get(kind, {}), **job} if isinstance(job, Mapping) else job for kind, job in jobs.items()}
+        jobs = {**own, **asked}
     return {**trained, "source": config.source, "jobs": jobs, **given}

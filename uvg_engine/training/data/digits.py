@@ -200,8 +200,13 @@ class DigitsDataset:
         combinations = combinations or ("seen" if split == "train" else "half")
         if combinations not in COMBINATIONS:
             raise ValueError(f"combinations must be one of {COMBINATIONS}, got {combinations!r}")
+        if not isinstance(augment, bool):
+            raise ValueError(f"augment must be True or False, got {augment!r}")
         if augment and split != "train":
             raise ValueError(f"augment must be False outside the train split, got split={split!r}")
+        for name, value in (("seed", seed), ("size", size)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed must be in [0, 2**64), got {seed}")
         if size < 1:

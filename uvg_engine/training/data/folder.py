@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePath
+from typing import Any
 
 import torch
 
@@ -72,13 +73,22 @@ def read_metadata(root: Path) -> list[_Entry]:
     if not metadata.is_file():
         raise ValueError(f"folder must hold a {METADATA}, got {root} without one")
     try:
-        lines = metadata.read_text(encoding="utf-8-sig").splitlines()
+        lines = metadata.read_text(encoding="utf-8-sig").split("\n")  # splitlines also cuts at U+2028 inside a text
     except UnicodeDecodeError as error:
         raise ValueError(f"{METADATA} must be UTF-8 text, got byte {error.start} of {metadata}") from None
     entries = [_entry(root, line, f"{METADATA} line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not entries:
         raise ValueError(f"{METADATA} must name at least one video, got none in {root}")
     return entries
+
+
+def checked_clip_shape(value: Any) -> tuple[int, int, int]:
+    """The three numbers of a training file's `clip_shape`. Raises ValueError on anything else."""
+    fits = isinstance(value, list | tuple) and len(value) == 3 and all(type(n) is int and n > 0 for n in value)
+    if not fits:
+        raise ValueError(f"clip_shape must be three positive integers (frames, height, width), got {value!r}")
+    frames, height, width = value
+    return frames, height, width
 
 
 class FolderDataset:
@@ -89,10 +99,8 @@ class FolderDataset:
     """
 
     def __init__(self, root, clip_shape: tuple[int, int, int] = DEFAULT_CLIP_SHAPE, *, cache_bytes: int = 1 << 30):
-        if len(clip_shape) != 3 or min(clip_shape) < 1:
-            raise ValueError(f"clip_shape must be three positive numbers (frames, height, width), got {clip_shape}")
+        self.clip_shape = checked_clip_shape(clip_shape)
         self.root = Path(root)
-        self.clip_shape = tuple(int(n) for n in clip_shape)
         self._entries = read_metadata(self.root)
         self._cache: OrderedDict[Path, torch.Tensor] = OrderedDict()
         self._room = cache_bytes // (3 * self.clip_shape[0] * self.clip_shape[1] * self.clip_shape[2])
