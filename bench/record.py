@@ -70,8 +70,10 @@ def record(
 
         keep_all(RUNS, dtype)
         keep_all((*FP32_RUNS, SMALL_RUN) if dtype != "fp32" else (SMALL_RUN,), "fp32")
+        own = throughput.NAMES[dtype] if dtype == "fp32" else None  # or each model's
         for *given, seconds in THROUGHPUT:
-            for line in throughput.lines(*given, Clock(seconds=seconds, min_rounds=3, cpu_time="--cpu-time" in how)):
+            clock = Clock(seconds=seconds, min_rounds=3, cpu_time="--cpu-time" in how)
+            for line in throughput.lines(*given, clock, own):
                 keep(line)
         keep_all(LONG_RUNS, dtype)
     report.write(path, page)
