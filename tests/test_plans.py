@@ -319,6 +319,16 @@ def test_large_arguments_take_the_long_way(long_ways):
     assert len(long_ways) == 4
 
 
+def test_a_few_values_of_much_memory_take_the_long_way(long_ways, monkeypatch):
+    """What lies between an argument's first value and its last is copied where a plan is made."""
+    copied = []
+    monkeypatch.setattr(_plans, "_copies", lambda tensors, kept: copied.append(tensors) or tensors)
+    h = torch.zeros(1025, 1 << 13)[:, :8]  # 32 KiB of 32 MiB
+    for _ in range(4):
+        ops.gated_residual(h, h)
+    assert len(long_ways) == 4 and not copied
+
+
 def test_tables_of_ever_new_numbers_stay_few(long_ways):
     h, gate = rows(0, 150, 8), rows(1)[:1]
     for length in range(140):

@@ -11,9 +11,10 @@ not forgotten; a question (are the ids inside) needs the same answer. One key ha
 Of a call that wants a gradient a plan knows what the op, its rules met, gives to torch's autograd, and gives that; the
 kernel there, and that of the backward, are calls with plans of their own.
 
-All else takes the long way: what traces, looks on, or has more than 8 MiB of arguments, where Python's part does not
-show. Not seen, and taken to stay as they are: the tables of the backends and `ORDER`; what is
-written to a packed weight through another storage, where `packed_weights` does not look.
+All else takes the long way: what traces, looks on, has more than 8 MiB of arguments, where Python's part does not show,
+or arguments that lie far apart in memory, whose copies would be large. Not seen, and taken to stay as they are: the
+tables of the backends and `ORDER`; what is written to a packed weight through another storage, where `packed_weights`
+does not look.
 
 A plan is used after it gave the same bits as the long way, on other addresses, over memory full of NaN. It changes
 nothing but time. `UVG_PLANS=0` or `kept(False)` makes and uses none. The log `uvg_engine.ops._plans` (DEBUG) tells once

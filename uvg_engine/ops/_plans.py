@@ -20,6 +20,7 @@ from uvg_engine.backends import native, packed_weights, plans
 from uvg_engine.ops import _alone
 
 _MOST_BYTES = 8 << 20  # of arguments but weights that stay packed: beyond, Python's part does not show
+_MOST_COPIED = 32 << 20  # bytes from an argument's first value to its last, of all of them
 _MOST_MADE = 8 << 20  # bytes of results and of scratch, which stays with a thread
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
@@ -128,6 +129,8 @@ def _plan(function: Any, args: Any, kwargs: Any, result: Any, weights: packed_we
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     kept = {id(weight) for weight, _, _, _ in weights}
     _refuse(tensors, kept)
+    if sum(_extent(x) for x in tensors if x.numel() and id(x) not in kept) > _MOST_COPIED:
+        raise _NoPlan("arguments lie far apart")
 
     core, recorder, copies = native.core(), _Recorder(), _copies(tensors, kept)
     with native.standing_in(_Noting(core, recorder.steps)), plans.watched() as read, recorder:
