@@ -16,7 +16,7 @@ _Without = torch._C._DisableAutocast  # on every device; torch's own compiled co
 
 
 def left_out(kernel: Kernel) -> Kernel:
-    """The same, without autocast inside. 0.1 us a call where there is none."""
+    """The same, without autocast inside. 0.15 us a call where there is none."""
     backward = kernel.backward and _without(kernel.backward)
     return Kernel(_without(kernel.forward), backward, kernel.refuses)
 

@@ -128,9 +128,8 @@ def _attend(
 
 
 def _even_spans(samples: int, length: int, like: Tensor) -> Tensor:
-    captured = (
-        like.is_cuda and torch.cuda.is_current_stream_capturing()
-    )  # memory of a graph has values when it is replayed
+    # Memory of a CUDA graph has its values only when the graph is replayed: nothing of it is kept.
+    captured = like.is_cuda and torch.cuda.is_current_stream_capturing()
     return (_kept_even_spans if alone(()) and not captured else _new_even_spans)(samples, length, like.device)
 
 

@@ -263,7 +263,7 @@ class Loop:
         hidden: of the states whose text is read, one after the other.
         """
         device, wanted = self.model.device, torch.cat(drawing)
-        drawn = torch.zeros(len(wanted), dtype=torch.int64, device=device)  # the host waits for no step's results
+        drawn = torch.zeros(len(wanted), dtype=torch.int64, device=device)
         if hidden is None or not bool(wanted.any()):
             return drawn
         place = torch.cat([torch.full_like(d, r) for d, r in zip(drawing, reads)]).cumsum(0) - 1  # in `hidden`

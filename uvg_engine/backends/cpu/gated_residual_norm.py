@@ -55,13 +55,7 @@ def backward(
     norm_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """Arguments and results as in reference.gated_residual_norm.backward."""
-    dout, dnormed, out, y, spans = (
-        packed(dout),
-        packed(dnormed),
-        packed(out),
-        packed(y),
-        packed(spans),
-    )
+    dout, dnormed, out, y, spans = packed(dout), packed(dnormed), packed(out), packed(y), packed(spans)
     given = gate, shift, scale, weight, bias
     floats = _floats(*given)
     dh, dy = torch.empty_like(out), torch.empty_like(y)
