@@ -1,7 +1,7 @@
 """`python -m bench --record [PAGE]`: the runs that stand in docs/<PAGE>.md, one after the other.
 
-It writes bench/results/<date>-<machine>.jsonl, then the page's table and its pictures (see `bench.report`). The table
-of a run that was ended early: `python -m bench.report FILE PAGE`.
+It writes bench/results/<date>-<machine>[-<page>].jsonl, then the page's table and its pictures (see `bench.report`).
+The table of a run that was ended early: `python -m bench.report FILE PAGE`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def record(
 
     RESULTS.mkdir(exist_ok=True)
     name = re.sub(r"\W+", "-", about["device"].lower()).strip("-")
-    path = RESULTS / f"{datetime.date.today()}-{name}.jsonl"
+    path = RESULTS / f"{datetime.date.today()}-{name}{page.removeprefix('benchmarks').replace('_', '-')}.jsonl"
     with path.open("w") as file:
 
         def keep(line: dict[str, Any]) -> None:

@@ -24,6 +24,8 @@ def write(path: Path, page: str = PAGE) -> list[Path]:
     """Write the page's measured part and its pictures, of the dtype of most lines; returns what was written."""
     lines = [json.loads(text) for text in path.read_text().splitlines()]
     timed = [line for line in lines if "ms" in line]
+    if not timed:
+        raise ValueError(f"a record must have timed lines, got {path} without one")
     dtype = Counter(line["dtype"] for line in timed).most_common(1)[0][0]
     drawn = [line for line in timed if line["dtype"] == dtype]
     pictures = {
