@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         how = (["--threads", str(args.threads)] if args.threads else []) + ["--cpu-time"] * args.cpu_time
         about["clock"] = "CPU time" if args.cpu_time else "wall"
         dtype = "bf16" if args.dtype is None or "bf16" in args.dtype else "fp32"
-        print(record(lambda given: told(_parse(given)), how, about, args.record, dtype))
+        print(record(lambda given: told(_parse(given)), how, about, args.record, dtype, args.resume))
     else:
         if not args.json:
             print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
@@ -82,6 +83,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=("benchmarks", "benchmarks_avx2"),
         help="all that stands in docs/benchmarks.md or a page like it, written there; with --dtype fp32 in fp32",
     )
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="with --record: run what this record lacks")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--wait", action="store_true", help="begin when a line comes in, the device made ready")
     args = parser.parse_args(arguments)
@@ -90,6 +92,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     contenders = [*backends.names(), "uvg", *PEERS]
     if strangers := sorted(set(args.only or ()) - set(contenders)):
         parser.error(f"--only: no backend or peer is called {', '.join(strangers)}; have {', '.join(contenders)}")
+    if args.resume and not (args.record and args.resume.is_file()):
+        parser.error(f"--resume needs --record and a file of results, got {args.resume}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here")
     if args.cpu_time and (args.threads != 1 or args.device != "cpu"):

@@ -1,7 +1,8 @@
 """`python -m bench --record [PAGE]`: the runs that stand in docs/<PAGE>.md, one after the other.
 
-It writes bench/results/<date>-<machine>[-<page>].jsonl, then the page's table and its pictures (see `bench.report`).
-The table of a run that was ended early: `python -m bench.report FILE PAGE`.
+It writes bench/results/<date>-<machine>[-<page>].jsonl, each run when it is done, then the page's table and pictures
+(see `bench.report`). After an early end, `--resume FILE` runs what the file lacks; the table of what is there:
+`python -m bench.report FILE PAGE`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+LINE = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 ROWS = "modulated_layer_norm gated_residual gated_residual_norm qk_norm_rope"
 ROUTING = "moe_route moe_dispatch moe_combine"
@@ -20,7 +22,7 @@ SMALL = f"linear moe_mlp flash_attention {ROWS} {ROUTING} linear_sample flow_ste
 ATTENTION = "flash_attention --only cpu --only torch --only openvino"  # the reference would take most of the time
 BLOCK = "block --only uvg --only torch --only inductor --only openvino --only diffusers"
 RUNS = (  # arguments of `python -m bench`
-    f"{ATTENTION} --size 1.3b-2560 --size L1024 --size L2048 --size L4096",
+    *(f"{ATTENTION} --size {size}" for size in ("1.3b-2560", "L1024", "L2048", "L4096")),
     f"{BLOCK} --size 1.3b-2560 --memory",
     "moe_mlp linear --size 1.3b-2560",
     f"{ROWS} --size 1.3b-2560 --seconds 0.5",
@@ -34,7 +36,7 @@ FP32_RUNS = (  # beside a record in bf16
 SMALL_RUN = f"{SMALL} --size digits-1 --seconds 0.3 --only cpu --only torch"  # in fp32, as the embedded model
 LONG_RUNS = (
     f"{BLOCK} --size 1.3b-8192 --pass forward",
-    f"{ATTENTION} --size L8192 --size L16384 --pass forward",
+    *(f"{ATTENTION} --size {size} --pass forward" for size in ("L8192", "L16384")),
 )
 THROUGHPUT = (  # job, model, layers, samples, steps, seconds
     *((job, "digits", 6, 8, 8, 4.0) for job in ("generate", "caption", "joint", "train")),
@@ -43,41 +45,65 @@ THROUGHPUT = (  # job, model, layers, samples, steps, seconds
 
 
 def record(
-    run: Callable[[Sequence[str]], Iterator[dict[str, Any]]],
+    run: Callable[[Sequence[str]], Iterator[LINE]],
     how: Sequence[str],
-    about: dict[str, Any],
+    about: LINE,
     page: str = "benchmarks",
     dtype: str = "bf16",
+    begun: Path | None = None,
 ) -> Path:
     """run: the lines of a command line of `python -m bench`; how: options of all; page: docs/<page>.md is written.
-    Returns the file of results."""
-    from bench import report, throughput
-    from bench.timing import Clock
+    begun: a file of results of this machine that is gone on with. Returns the file of results."""
+    from bench import report
 
-    RESULTS.mkdir(exist_ok=True)
-    name = re.sub(r"\W+", "-", about["device"].lower()).strip("-")
-    path = RESULTS / f"{datetime.date.today()}-{name}{page.removeprefix('benchmarks').replace('_', '-')}.jsonl"
-    with path.open("w") as file:
-
-        def keep(line: dict[str, Any]) -> None:
-            file.write(json.dumps(rounded(line | about)) + "\n")
-            file.flush()
-
-        def keep_all(runs: Sequence[str], dtype: str) -> None:
-            for arguments in runs:
-                for line in run([*arguments.split(), "--dtype", dtype, *how]):
-                    keep(line)
-
-        keep_all(RUNS, dtype)
-        keep_all((*FP32_RUNS, SMALL_RUN) if dtype != "fp32" else (SMALL_RUN,), "fp32")
-        own = throughput.NAMES[dtype] if dtype == "fp32" else None  # or each model's
-        for *given, seconds in THROUGHPUT:
-            clock = Clock(seconds=seconds, min_rounds=3, cpu_time="--cpu-time" in how)
-            for line in throughput.lines(*given, clock, own):
-                keep(line)
-        keep_all(LONG_RUNS, dtype)
+    path = begun or _file(about["device"], page)
+    done = _begun(path, about) if begun else set()
+    if not begun:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    for name, lines in _runs(run, how, dtype):
+        if name not in done:
+            found = [json.dumps(rounded({"run": name} | line | about)) + "\n" for line in lines]
+            with path.open("a") as file:
+                file.writelines(found)  # a run is in the file whole
     report.write(path, page)
     return path
+
+
+def _runs(
+    run: Callable[[Sequence[str]], Iterator[LINE]], how: Sequence[str], dtype: str
+) -> Iterator[tuple[str, Iterator[LINE]]]:
+    """Every run of a record: its name and its lines, which are measured as they are taken."""
+    from bench import throughput
+    from bench.timing import Clock
+
+    def named(runs: Sequence[str], dtype: str) -> Iterator[tuple[str, Iterator[LINE]]]:
+        for arguments in runs:
+            name = f"{arguments} --dtype {dtype}"
+            yield name, run([*name.split(), *how])
+
+    yield from named(RUNS, dtype)
+    yield from named((*FP32_RUNS, SMALL_RUN) if dtype != "fp32" else (SMALL_RUN,), "fp32")
+    own = throughput.NAMES[dtype] if dtype == "fp32" else None  # or each model's
+    for *given, seconds in THROUGHPUT:
+        clock = Clock(seconds=seconds, min_rounds=3, cpu_time="--cpu-time" in how)
+        yield f"throughput {' '.join(map(str, given))} {dtype}", throughput.lines(*given, clock, own)
+    yield from named(LONG_RUNS, dtype)
+
+
+def _file(device: str, page: str) -> Path:
+    name = re.sub(r"\W+", "-", device.lower()).strip("-")
+    return RESULTS / f"{datetime.date.today()}-{name}{page.removeprefix('benchmarks').replace('_', '-')}.jsonl"
+
+
+def _begun(path: Path, about: LINE) -> set[str | None]:
+    """Names of the runs that a file of results has; the file must be of this machine and of these versions."""
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    for line in lines:
+        for name in about.keys() - {"date", "commit"}:
+            if (there := line.get(name)) != about[name]:
+                raise SystemExit(f"--resume: {name} must be {there} as in {path.name}, got {about[name]}")
+    return {line.get("run") for line in lines}
 
 
 def rounded(value: Any) -> Any:

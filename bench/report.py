@@ -34,16 +34,17 @@ def write(path: Path, page: str = PAGE) -> list[Path]:
         "Time of self-attention over the length": _saved(lengths(drawn), f"{page}_lengths.png"),
     }
     shown = "\n\n".join(f"![{what}](images/{picture.name})" for what, picture in pictures.items() if picture)
-    told = f"From `bench/results/{path.name}`: {about(lines[0])}.\n\n{shown}\n\n{table(lines)}"
+    told = f"From `bench/results/{path.name}`: {about(lines)}.\n\n{shown}\n\n{table(lines)}"
     file = DOCS / f"{page}.md"
     write_part(file, "measured", f"\n{told}")
     return [file, *(picture for picture in pictures.values() if picture)]
 
 
-def about(line: LINE) -> str:
-    """Machine and versions of a run."""
+def about(lines: Sequence[LINE]) -> str:
+    """Machine and versions of a run; all of them where it was gone on with later."""
     names = ("device", "cores", "threads", "clock", "torch", "openvino", "diffusers", "commit", "date")
-    return ", ".join(f"{name} {line[name]}" for name in names if name in line)
+    values = {name: list(dict.fromkeys(str(line[name]) for line in lines if name in line)) for name in names}
+    return ", ".join(f"{name} {' and '.join(values[name])}" for name in names if values[name])
 
 
 def table(lines: Sequence[LINE]) -> str:

@@ -207,7 +207,8 @@ def test_a_record_becomes_a_page_and_pictures(tmp_path, monkeypatch):
     missing = {**{n: line[n] for n in ("op", "case", "shape", "dtype", "pass")}, "backend": "openvino", "missing": "no"}
     small = line | {"op": "linear", "dtype": "float32"}
     record = tmp_path / "run.jsonl"
-    record.write_text("\n".join(json.dumps(each) for each in (small, line, missing, line | {"case": "cross"})))
+    lines = (small | {"commit": "a"}, line | {"commit": "b"}, missing, line | {"case": "cross", "commit": "b"})
+    record.write_text("\n".join(map(json.dumps, lines)))
     drawn = []
     monkeypatch.setattr(report, "bars", drawn.extend)
     made = {path.name for path in report.write(record, "page")}
@@ -215,7 +216,7 @@ def test_a_record_becomes_a_page_and_pictures(tmp_path, monkeypatch):
     assert {each["dtype"] for each in drawn} == {"bfloat16"}  # as most lines
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "90 GFLOP/s | 90% | torch 1.50" in text and "missing: no" in text and "threads 1" in text
+    assert "90 GFLOP/s | 90% | torch 1.50" in text and "missing: no" in text and "threads 1, commit a and b." in text
 
 
 @pytest.mark.parametrize("given", ["", "--dtype fp32", "benchmarks_avx2 --dtype fp32"])
@@ -234,7 +235,31 @@ def test_a_record_is_of_one_dtype_and_the_embedded_models_calls(given, tmp_path,
     assert others == (len(seen) - 1 if given else 2)
     ((file, page),) = written
     assert page == ("benchmarks_avx2" if "avx2" in given else "benchmarks")
-    assert len(file.read_text().splitlines()) == len(seen) + len(THROUGHPUT)
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == len(seen) + len(THROUGHPUT)
+
+    file.write_text("".join(lines[:5] + lines[7:]))  # as if two runs had not been done
+    seen.clear()
+    assert main(["--record", *given.split(), "--resume", str(file)]) == 0
+    assert len(seen) == 2 and sorted(file.read_text().splitlines(keepends=True)) == sorted(lines)
+    file.write_text(lines[0].replace('"threads": ', '"threads": 1'))
+    with pytest.raises(SystemExit, match="threads must be 1"):
+        main(["--record", *given.split(), "--resume", str(file)])
+
+
+def test_a_run_that_is_ended_leaves_none_of_its_lines(tmp_path, monkeypatch):
+    def ended(args):
+        yield {"op": "first of two"}
+        raise KeyboardInterrupt
+
+    runs = iter([lambda args: iter([{"op": "whole"}]), ended])
+    monkeypatch.setattr("bench.__main__._lines", lambda args: next(runs)(args))
+    monkeypatch.setattr("bench.__main__._text", str)
+    monkeypatch.setattr("bench.record.RESULTS", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--record"])
+    (file,) = tmp_path.iterdir()
+    assert [json.loads(line)["op"] for line in file.read_text().splitlines()] == ["whole"]
 
 
 @pytest.mark.parametrize(
@@ -245,6 +270,8 @@ def test_a_record_is_of_one_dtype_and_the_embedded_models_calls(given, tmp_path,
         ("linear --size L77", "invalid choice: 'L77' (choose from "),
         ("linear --threads 0", "argument --threads: invalid positive value: '0'"),
         ("linear --cpu-time", "--cpu-time needs --threads 1"),
+        ("--resume bench", "--resume needs --record and a file of results, got bench"),
+        ("--record --resume none.jsonl", "--resume needs --record and a file of results, got none.jsonl"),
     ],
 )
 def test_mistakes_on_the_command_line_are_told(given, told, capsys):
