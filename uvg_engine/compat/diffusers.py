@@ -1,0 +1,200 @@
+"""diffusers' Wan transformer on our ops: the same module, weights and names, with faster blocks.
+
+    from uvg_engine.compat.diffusers import accelerate
+
+    pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", torch_dtype=torch.bfloat16)
+    accelerate(pipe.transformer)
+
+Letters: B samples, L rows of a sample, C condition rows, D width, N heads, H head width, T = B * L.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from uvg_engine import ops
+from uvg_engine.compat.flash_attn import flash_attn_func
+from uvg_engine.reference.qk_norm_rope import VIDEO
+
+try:
+    from diffusers import WanTransformer3DModel
+    from diffusers.models.transformers.transformer_wan import (
+        WanAttnProcessor,
+        WanRotaryPosEmbed,
+        WanTransformerBlock,
+    )
+except ModuleNotFoundError as error:
+    if error.name != "diffusers":
+        raise
+    raise ModuleNotFoundError("uvg_engine.compat.diffusers needs diffusers: pip install 'uvg-engine[wan]'") from error
+
+__all__ = ["accelerate", "restore"]
+
+Model = TypeVar("Model", bound=WanTransformer3DModel)
+_TEXT_ROWS = 512  # of a condition that begins with an image's rows, as diffusers has it
+
+
+def accelerate(transformer: Model) -> Model:
+    """Let the blocks of a WanTransformer3DModel compute with `uvg_engine.ops`, forward and backward; returns it.
+
+    Weights, names, configuration and what `save_pretrained` writes stay as they are, and so does the result within
+    rounding. A projection that is not a plain nn.Linear (LoRA, quantised, hooked) is called as it is. Raises ValueError
+    on another model, on dropout, and, when it is called, on attention processors, attention backends or fused
+    projections that were set: those would be ignored. Not for offloading leaf by leaf, which hooks every layer.
+    """
+    model: Any = transformer
+    _require(type(model) is WanTransformer3DModel, "transformer must be a WanTransformer3DModel", _name(model))
+    for block in model.blocks:
+        known = type(block) in (WanTransformerBlock, _Block)
+        _require(known, "transformer.blocks must be WanTransformerBlocks", _name(block))
+        for module in block.modules():
+            dropout = module.p if isinstance(module, nn.Dropout) else 0
+            _require(dropout == 0, "dropout must be 0", dropout)
+    _turn(model, _Rope, _Block)
+    return transformer
+
+
+def restore(transformer: Model) -> Model:
+    """Undo `accelerate`; returns the transformer."""
+    _turn(transformer, WanRotaryPosEmbed, WanTransformerBlock)
+    return transformer
+
+
+def _turn(transformer: Any, rope: type, block: type) -> None:
+    transformer.rope.__class__ = rope
+    for each in transformer.blocks:
+        each.__class__ = block
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the blocks have to know of the rows; diffusers hands it on as it does its own rotations.
+
+    spans: int32 [B, 2]. group_offsets: int32 [2]. rope_spans: int32 [B, 6]. table: fp32 [2, P, H/2, 2].
+    """
+
+    spans: Tensor
+    group_offsets: Tensor
+    rope_spans: Tensor
+    table: Tensor
+
+
+class _Rope(WanRotaryPosEmbed):
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        """hidden_states: latents [B, channels, frames, height, width]."""
+        samples, _, *sizes = hidden_states.shape
+        grid = [size // patch for size, patch in zip(sizes, self.patch_size, strict=True)]
+        rows, device, cos, sin = math.prod(grid), hidden_states.device, self.freqs_cos, self.freqs_sin
+        start = torch.arange(samples, dtype=torch.int32, device=device) * rows
+        columns = [start, *(torch.full_like(start, value) for value in (rows, VIDEO, *grid))]
+        rope_spans = torch.stack(columns, 1)
+        angles = torch.stack([cos[:, 0::2], sin[:, 1::2]], -1).float()  # each stands twice there
+        group_offsets = torch.arange(2, dtype=torch.int32, device=device) * (samples * rows)
+        return _Rows(rope_spans[:, :2].contiguous(), group_offsets, rope_spans, torch.stack([angles, angles]))
+
+
+class _Block(WanTransformerBlock):
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
+        """hidden_states [B, L, D], encoder_hidden_states [B, C, D], temb [B, 6, D] or, for every row, [B, L, 6, D]."""
+        rows: _Rows = rotary_emb
+        samples, length = hidden_states.shape[:2]
+        h, spans = hidden_states.flatten(0, 1), rows.spans
+        modulation = self.scale_shift_table + temb.float()
+        if temb.ndim == 4:
+            modulation, spans = modulation.flatten(0, 1), _one_by_one(len(h), h.device)
+        shift, scale, gate, last_shift, last_scale, last_gate = modulation.unbind(1)
+
+        a = ops.modulated_layer_norm(h, shift, scale, spans, eps=self.norm1.eps)
+        y = _attend(self.attn1, a.unflatten(0, (samples, length)), None, rows)
+        norm: Any = self.norm2
+        if isinstance(norm, nn.Identity):
+            h = n = ops.gated_residual(h, y, gate, spans)
+        else:
+            h, n = ops.gated_residual_norm(h, y, gate, spans, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        y = _attend(self.attn2, n.unflatten(0, (samples, length)), encoder_hidden_states, None)
+        h, f = ops.gated_residual_norm(h, y, None, None, last_shift, last_scale, spans, eps=self.norm3.eps)
+        return ops.gated_residual(h, self._expert(f, rows), last_gate, spans).unflatten(0, (samples, length))
+
+    def _expert(self, f: Tensor, rows: _Rows) -> Tensor:
+        """[T, D] -> [T, D]."""
+        ffn: Any = self.ffn
+        first, last = ffn.net[0].proj, ffn.net[2]
+        if not (_plain(first) and _plain(last)):
+            return ffn(f)
+        w1, b1, w2, b2 = (each.unsqueeze(0) for each in (first.weight, first.bias, last.weight, last.bias))
+        return ops.moe_mlp(f, w1, b1, w2, b2, rows.group_offsets)
+
+
+def _attend(attn: Any, x: Tensor, condition: Tensor | None, rows: _Rows | None) -> Tensor:
+    """One attention with its projections and norms. x [B, L, D], condition [B, C, D] -> [T, D]. rows: to rotate by."""
+    _require_as_made(attn)
+    source, image = x if condition is None else condition, None
+    if attn.add_k_proj is not None:
+        before = source.shape[1] - _TEXT_ROWS
+        image, source = source[:, :before], source[:, before:]
+    q, k, v = _project(attn.to_q, x), _project(attn.to_k, source), _project(attn.to_v, source)
+    if rows is None:
+        q, k = _normed(q, attn.norm_q), _normed(k, attn.norm_k)
+    else:
+        rotation, eps = (rows.rope_spans, rows.table, attn.heads), attn.norm_q.eps
+        q, k = ops.qk_norm_rope(q, k, attn.norm_q.weight, attn.norm_k.weight, *rotation, eps=eps)
+
+    heads = q.view(*x.shape[:2], attn.heads, -1)
+
+    def seen(k: Tensor, v: Tensor) -> Tensor:
+        k, v = (each.view(len(x), -1, *heads.shape[2:]) for each in (k, v))
+        y: Any = flash_attn_func(heads, k, v)
+        return y.view(q.shape)
+
+    y = seen(k, v)
+    if image is not None:
+        k = _normed(_project(attn.add_k_proj, image), attn.norm_added_k)
+        y = y + seen(k, _project(attn.add_v_proj, image))
+    return _project(attn.to_out[0], y)
+
+
+def _project(layer: Any, x: Tensor) -> Tensor:
+    """[..., D] -> [rows, F]."""
+    x = x.flatten(0, -2)
+    return ops.linear(x, layer.weight, layer.bias) if _plain(layer) else layer(x)
+
+
+def _normed(x: Tensor, norm: Any) -> Tensor:
+    return ops.qk_norm_rope(x, None, norm.weight, None, eps=norm.eps)[0]
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether a call of the layer is its product and nothing else."""
+    hooks = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooks
+
+
+def _require_as_made(attn: Any) -> None:
+    processor = attn.processor
+    own = type(processor) is WanAttnProcessor
+    own = own and processor._attention_backend is None and processor._parallel_config is None
+    _require(own, "an attention must have diffusers' processor, without a backend of its own", _name(processor))
+    fused = getattr(attn, "fused_projections", False)
+    _require(not fused, "projections must not be fused", fused)
+
+
+def _one_by_one(rows: int, device: torch.device) -> Tensor:
+    start = torch.arange(rows, dtype=torch.int32, device=device)
+    return torch.stack([start, torch.ones_like(start)], 1)
+
+
+def _name(module: object) -> str:
+    return type(module).__name__
+
+
+def _require(ok: bool, rule: str, value: object) -> None:
+    if not ok:
+        raise ValueError(f"{rule}, got {value}")
