@@ -7,6 +7,7 @@ from torch._subclasses import FakeTensorMode
 from uvg_engine import backends
 from uvg_engine.backends import choice, cudnn, devices, flash_attn, flash_attn_3, native, triton
 from uvg_engine.backends.cuda import _tensors
+from uvg_engine.backends.cuda import linear_sample as cuda_linear_sample
 
 LIBRARIES = (flash_attn, flash_attn_3)
 
@@ -214,3 +215,11 @@ def test_every_rule_names_backends_ops_and_says_what_nobody_measured():
     for rule in choice._RULES:
         assert set(rule.first) <= set(backends.ORDER) and rule.since < rule.until
         assert all(rule.op in backends.table(name) for name in rule.first) and rule.reason
+
+
+def test_cuda_refuses_more_rows_than_a_grid_has(monkeypatch):
+    """So that another backend serves them; the launch itself would fail."""
+    rule, x = backends.table("cuda")["linear_sample"].refuses, torch.empty(1, 8, dtype=torch.bfloat16)
+    monkeypatch.setattr(cuda_linear_sample, "refuses_tensors", lambda *tensors, dtypes: None)
+    assert rule(x.expand(65535 * 64, 8)) is None
+    assert rule(x.expand(65535 * 64 + 1, 8)) == "4194241 rows; up to 4194240"

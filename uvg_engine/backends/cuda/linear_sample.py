@@ -6,12 +6,15 @@ from torch import Tensor
 from uvg_engine.backends.cuda._tensors import aligned, floats_like, launch, refuses_tensors
 
 PANEL = 64  # kPanel of csrc/cuda/linear_sample.cu
+MAX_ROWS = 65535 * 64  # tiles of kTile rows along the second axis of a grid
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
 def refuses(x: Tensor, *rest: object) -> str | None:
     if x.dim() == 2 and x.shape[1] % 8:
         return f"width {x.shape[1]}; have multiples of 8"
+    if len(x) > MAX_ROWS:
+        return f"{len(x)} rows; up to {MAX_ROWS}"
     return refuses_tensors(x, dtypes=_DTYPES)
 
 
