@@ -21,7 +21,7 @@ from uvg_engine.backends import triton as backend
 pytest.importorskip("triton", reason="triton is not installed")
 
 from bench import aot
-from uvg_engine.kernels import _launch
+from uvg_engine.kernels import _head, _launch, flash_attention, moe_mlp
 
 CASES = [(op, case) for op in aot.ops() for case in aot.cases(op)]
 CALM = {"empty", "new_empty", "empty_like", "clone", "_to_copy", "zeros", "new_zeros", "zeros_like"}  # memory
@@ -187,3 +187,25 @@ def test_an_old_gpu_is_refused(monkeypatch):
         said = backend.refuses(torch.empty(3, 8, device="cuda"))
     devices.capability.cache_clear()
     assert said == "compute capability 7.5; from 8.0 on"
+
+
+@pytest.mark.parametrize("capability", _launch.ALL)
+def test_where_a_sample_lies_chooses_no_configuration(capability):
+    """The engine gives a product the rows of one sample, wherever the batch has them. Their address tells Triton what
+    accesses there may be only where the width does not: else all rows of a tensor have the alignment of its first."""
+    for itemsize, dtype in ((2, torch.bfloat16), (4, torch.float32)):
+        for width in (*range(1, 140), 1536):
+            rows = torch.empty(9, width, dtype=dtype)
+            assert rows.data_ptr() % 16 == 0
+            with _launch.recording(capability):
+                asked = {(_head.wide(x), _head.by_pieces(x), _head.uses_descriptors(x)) for x in places(rows)}
+                products = {moe_mlp._config(width, x, rows) for x in places(rows)}
+                widths = {x[:, None].data_ptr() % 16 == 0 for x in places(rows)} if width % 16 == 0 else {True}
+                heads = (x[:, None] for x in places(rows) if width <= 128)
+                attention = {flash_attention._config(flash_attention.FORWARD, x, x) for x in heads}
+            assert len(asked) == len(products) == 1 and widths == {True} and len(attention) <= 1, (itemsize, width)
+
+
+def places(rows):
+    """Rows of a sample that others may come before."""
+    return [rows[first:] for first in range(8)]
