@@ -1,6 +1,7 @@
 """The model against its equations, sample by sample, in every shape that hurts."""
 
 import itertools
+import weakref
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from uvg_engine import ops
-from uvg_engine.model import UniViGU, blocks, univigu
+from uvg_engine.model import UniViGU, blocks, embeddings, univigu
 
 MASK = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
 CASES = {
@@ -284,3 +285,20 @@ def test_wrong_shapes_are_told():
     ):
         with pytest.raises(ValueError, match=rule):
             model(*args)
+
+
+@torch.no_grad()
+def test_angles_of_a_captured_graph_are_not_kept(monkeypatch):
+    """Its memory has no values until a replay; and a table that a graph reads lives as long as the model."""
+    rope = make_model(make_config()).rotary_emb_text
+    short = rope.table(3)
+    monkeypatch.setattr(embeddings, "capturing", lambda device: True)
+    captured = rope.table(65)
+    assert rope.table(3) is short and captured.shape[1] == 128 and rope.table(65) is not captured
+    monkeypatch.setattr(embeddings, "capturing", lambda device: False)
+    long, short_alive = rope.table(65), weakref.ref(short)
+    assert torch.equal(long, captured) and rope.table(65) is rope.table(3) is long
+    del short
+    assert short_alive() is not None
+    rope.forget_table()
+    assert short_alive() is None

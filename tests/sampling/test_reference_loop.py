@@ -13,8 +13,9 @@ from uvg_engine.model import UniViGU, UniViGUConfig, load_published
 from uvg_engine.ops import flow_source
 from uvg_engine.reference import philox
 from uvg_engine.sampling import Engine, Request, Savings
-from uvg_engine.sampling.loop import Loop, State
+from uvg_engine.sampling.loop import Loop
 from uvg_engine.sampling.prepare import prepare
+from uvg_engine.sampling.state import State
 
 GOLDEN = Path(__file__).parents[1] / "data" / "parity_small.safetensors"
 LATENT, LENGTH, VOCAB = (12, 2, 4, 4), 7, 26

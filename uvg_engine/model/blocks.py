@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from uvg_engine import ops
+from uvg_engine.backends.devices import put
 from uvg_engine.model.config import UniViGUConfig
 from uvg_engine.model.layout import Layout, Selection, tiles
 from uvg_engine.model.linear import linear
@@ -73,7 +74,7 @@ class Asking:
         query_spans = table.view(2, layout.num_samples, 2).transpose(0, 1).contiguous()
         sample = torch.arange(layout.num_samples).repeat(2).repeat_interleave(layout.row_spans_on_cpu[:, 1].long())
         device = layout.row_spans.device
-        return cls(torch.cat(rows).to(device), query_spans.to(device), table, sample.to(device))
+        return cls(put(torch.cat(rows), device), put(query_spans, device), table, put(sample, device))
 
 
 @dataclass(frozen=True)

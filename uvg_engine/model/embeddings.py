@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from uvg_engine.backends.devices import capturing
 from uvg_engine.model.config import UniViGUConfig
 from uvg_engine.model.linear import linear
 from uvg_engine.reference.qk_norm_rope import axis_of_pair
@@ -79,7 +80,7 @@ class TextRope(nn.Module):
         self.head_dim = head_dim
         self.register_buffer("inv_freq", inverse_frequencies(head_dim))
         self.inv_freq: Tensor
-        self._table: Tensor | None = None
+        self._tables: list[Tensor] = []  # each for more positions than the one before
 
     def reset_parameters(self) -> None:
         """Set the buffer to its own values (after `to_empty`)."""
@@ -88,14 +89,20 @@ class TextRope(nn.Module):
 
     def forget_table(self) -> None:
         """Make the table anew at its next use: the buffer has changed."""
-        self._table = None
+        self._tables = []
 
     def table(self, num_positions: int) -> Tensor:
-        """`rope_table` for at least this many positions, kept from call to call."""
-        if self._table is None or self._table.shape[1] < num_positions:
-            with torch.inference_mode(False):  # the table outlives this call, and a later one may train
-                self._table = rope_table(self.head_dim, 64 * -(-num_positions // 64), self.inv_freq)
-        return self._table
+        """`rope_table` for at least this many positions, kept from call to call.
+
+        Not where a CUDA graph is captured. A shorter table lives on, as a captured graph may read it.
+        """
+        if self._tables and self._tables[-1].shape[1] >= num_positions:
+            return self._tables[-1]
+        with torch.inference_mode(False):  # the table outlives this call, and a later one may train
+            table = rope_table(self.head_dim, 64 * -(-num_positions // 64), self.inv_freq)
+        if not capturing(self.inv_freq.device):
+            self._tables.append(table)
+        return table
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TextRope:
         before = self.inv_freq

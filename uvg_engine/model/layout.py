@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from uvg_engine.backends.devices import put
+
 VIDEO, TEXT = 0, 1
 Grid = tuple[int, int, int]
 
@@ -101,7 +103,7 @@ class Layout:
         keys = [k + [(0, 0)] * (most - len(k)) for k in keys]
 
         def table(rows: list, *shape: int) -> Tensor:
-            return torch.tensor(rows, dtype=torch.int32, device=device).reshape(*shape)
+            return put(torch.tensor(rows, dtype=torch.int32, device="cpu"), torch.device(device)).reshape(*shape)
 
         return cls(
             grids=tuple((f, y, x) for f, y, x in grids),
@@ -121,10 +123,12 @@ class Selection:
     """Samples of another layout, as often as they are wanted and without the modalities that nobody reads.
 
     layout: sample k is sample samples[k] of the other one; a modality that is left out has no rows, (0, 0, 0) or 0.
-    samples: int64 [B]. spans: int64 [2B], rows: int64 [T]; where each span and row of `layout` comes from.
+    kept: those, on the host; samples: int64 [B], the same. spans: int64 [2B], rows: int64 [T]; where each span and row
+    of `layout` comes from.
     """
 
     layout: Layout
+    kept: tuple[int, ...]
     samples: Tensor
     spans: Tensor
     rows: Tensor
@@ -143,7 +147,8 @@ class Selection:
         lens = layout.row_spans_on_cpu[:, 1].tolist()
         rows = torch.cat([torch.arange(runs[i][0], runs[i][0] + n) for i, n in zip(spans, lens, strict=True)])
         device = source.row_spans.device
-        return cls(layout, torch.tensor(samples, device=device), torch.tensor(spans, device=device), rows.to(device))
+        numbers = [torch.tensor(each, dtype=torch.int64) for each in (samples, spans)]
+        return cls(layout, tuple(samples), *(put(each, device) for each in (*numbers, rows)))
 
     @classmethod
     def of_read(cls, source: Layout, video: Sequence[bool], text: Sequence[bool]) -> Selection:

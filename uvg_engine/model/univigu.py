@@ -222,7 +222,7 @@ class UniViGU(nn.Module):
         if rows.layout.num_video:
             velocity = self._video_velocity(h[: rows.layout.num_video], rows, temb_v)
             if config.prediction == "sample":
-                kept = range(layout.num_samples) if branches is None else branches.samples.tolist()
+                kept = range(layout.num_samples) if branches is None else branches.kept
                 velocity = _velocity(
                     _latents_of(latents, layout, rows.layout, kept, config), velocity, rows.layout, time_v, config
                 )

@@ -7,74 +7,30 @@ the others: matrix products run sample by sample, and every draw is named by (se
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from uvg_engine.flow import Step
+from uvg_engine.backends.devices import fetch, put
 from uvg_engine.model import Layout, UniViGU
 from uvg_engine.model.blocks import Asking, BlockCondition, Reading
 from uvg_engine.model.layout import TEXT, VIDEO, Selection, tiles
 from uvg_engine.model.univigu import ConditionKV, PackedOutput, TimeTable
-from uvg_engine.ops import flow_source, flow_step, jump_coins, linear_sample
-from uvg_engine.sampling.prepare import Prepared
+from uvg_engine.ops import flow_step, linear_sample
 from uvg_engine.sampling.savings import Savings
+from uvg_engine.sampling.state import State, rows_of
 from uvg_engine.sampling.time_tables import TimeTables, joined, times_of
 
 if TYPE_CHECKING:
     from uvg_engine.sampling.engine import Engine
 
-_HISTORY = (2, 4, 5, 8)  # coefficients of flow_step that read earlier steps
-_serials = itertools.count()
 Branch = tuple[int, bool]  # serial of a state, whether this is its conditional branch
-
-
-class State:
-    """A request under way: both streams, where it is, and its condition.
-
-    latents: fp32 [N]. tokens: int64 [L]. text_mask: False where a token is a pad (None: no pads). coins: bool
-    [steps, L], on the CPU. step: steps done. estimate: the data estimate of the last step. failed: the model gave no
-    distribution for a token.
-    """
-
-    def __init__(self, prepared: Prepared, engine: Engine, savings: Savings) -> None:
-        self.prepared, self.steps = prepared, prepared.job.steps
-        self.seed = prepared.seed
-        self.serial = next(_serials)  # unlike id(), never used twice
-        self.step, self.failed = 0, False
-        self.keeps_history = any(step.coefs[k] for step in self.steps for k in _HISTORY)
-        self.last: Tensor | None = None
-        self.m1: Tensor | None = None
-        self.m2: Tensor | None = None
-        self.latents, self.tokens, self.text_mask = _start(prepared, engine, savings)
-        self.estimate = self.latents
-        self.coins = _toss(self)
-        prompt = prepared.request.prompt
-        null = prepared.job.null_condition or prompt is None
-        self.condition: Tensor | None = None if null else _rows(engine.text_encoder.encode([prompt])[0], engine)
-        self.condition_kv: ConditionKV | None = None
-        self.tables: TimeTables | None = None
-
-    @property
-    def now(self) -> Step:
-        """The step to do next."""
-        return self.steps[self.step]
-
-    @property
-    def done(self) -> bool:
-        """Nothing left to do."""
-        return self.failed or self.step == len(self.steps)
-
-    @property
-    def coins_now(self) -> Tensor:
-        """bool [L]: which tokens jump in this step."""
-        return self.coins[self.step]
 
 
 @dataclass(frozen=True)
@@ -112,7 +68,7 @@ class Loop:
     def __init__(self, engine: Engine, savings: Savings) -> None:
         self.model: UniViGU = engine.model
         self.savings = savings
-        self._null = _rows(engine.text_encoder.null(), engine)
+        self._null = rows_of(engine.text_encoder.null(), engine)
         self._null_kv: ConditionKV | None = None
         head = self.model.text_head.linear
         self._head = [p.detach().to(self.model.dtype) for p in (head.weight, head.bias)]
@@ -121,15 +77,24 @@ class Loop:
         self._replays = engine.replays
         self._tables: weakref.WeakValueDictionary[tuple, TimeTables] = weakref.WeakValueDictionary()  # by times
 
+    @property
+    def _looks_later(self) -> bool:
+        """Whether the device works while the host goes on."""
+        return self.model.device.type == "cuda"
+
     @torch.no_grad()
     def advance(self, states: Sequence[State]) -> None:
-        """One step for each. If it raises, every state is as it was."""
+        """One step for each. If it raises, every state is as it was.
+
+        The host looks at the tokens of a step while a GPU is at the next one, which it would not be if the host waited.
+        """
         skip = self.savings.skip_idle
         moving = [s for s in states if s.now.video_moves or bool(s.coins_now.any()) or not skip]
         if moving:
             self._forward(moving)
         for state in states:
             state.step += 1
+            state.look(newest=not self._looks_later)
 
     def _forward(self, states: list[State]) -> None:
         everyone = states + [s for s in states if self._is_guided(s)]
@@ -141,7 +106,7 @@ class Loop:
         tables = self._time_tables(first)
         changing = [
             torch.cat([s.latents for s in first]),
-            torch.cat([s.tokens for s in first]),
+            self._words(first),
             self._floats([s.now.video_time for s in first]),
             self._floats([s.now.text_time for s in first]),
             *itertools.chain(*tables or ()),
@@ -279,9 +244,9 @@ class Loop:
         for temperature in sorted(set(heats)):
             index = torch.nonzero(wanted & (heat == temperature)).flatten()
             if len(index):
-                names = [x[index].to(device) for x in (seeds, steps, places)]
-                ids = linear_sample(hidden[place[index].to(device)], *self._head, *names, temperature=temperature)
-                drawn[index.to(device)] = ids
+                names = [put(x[index], device) for x in (seeds, steps, places)]
+                ids = linear_sample(hidden[put(place[index], device)], *self._head, *names, temperature=temperature)
+                drawn[put(index, device)] = ids
         return drawn
 
     def _step(self, states: list[State], velocities: dict[Branch, Tensor], drawn: Tensor) -> None:
@@ -296,6 +261,10 @@ class Loop:
             known = any(getattr(s, name) is not None for s in video)
             past[name] = torch.cat([_or(getattr(s, name), s.latents) for s in video]) if known else None
         none = torch.empty(0, device=device)
+
+        def table(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
+            return put(torch.tensor(values, dtype=dtype), device)
+
         sizes = [len(s.latents) if s.now.video_moves else 0 for s in states]
         lens = [len(s.tokens) for s in states]
         x, corrected, estimate, tokens = flow_step(
@@ -307,77 +276,36 @@ class Loop:
             past["last"],
             past["m1"],
             past["m2"],
-            torch.tensor(tiles(sizes), dtype=torch.int32, device=device),
+            table(tiles(sizes), torch.int32),
             torch.cat([s.tokens for s in states]),
             drawn,
             self._floats([s.now.jump_prob for s in states]),
-            torch.tensor([s.seed for s in states], dtype=torch.int64, device=device),
-            torch.tensor([s.now.index for s in states], dtype=torch.int64, device=device),
-            torch.tensor(tiles(lens), dtype=torch.int32, device=device),
+            table([s.seed for s in states]),
+            table([s.now.index for s in states]),
+            table(tiles(lens), torch.int32),
         )
         moved = zip(*(out.split(sizes) for out in (x, corrected, estimate)), tokens.split(lens), strict=True)
-        for state, (latents, xc, m, ids) in zip(states, moved, strict=True):
+        words = fetch(tokens)
+        for state, first, (latents, xc, m, ids) in zip(states, (first for first, _ in tiles(lens)), moved, strict=True):
             if state.now.video_moves:
                 state.latents, state.estimate = latents, m
                 if state.keeps_history:
                     state.last, state.m2, state.m1 = xc, state.m1, m
             if state.now.text_moves:
                 state.tokens = ids
-                state.failed = bool((ids < 0).any())
+                state.told(functools.partial(_part, words, first, len(ids)))
 
     def _floats(self, values: Sequence[float | tuple[float, ...]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.model.device)
+        return put(torch.tensor(values, dtype=torch.float32), self.model.device)
+
+    def _words(self, states: Sequence[State]) -> Tensor:
+        """Tokens that the embedding has: those of a failed draw, -1, may not be known yet."""
+        words = torch.cat([s.tokens for s in states])
+        return words.clamp_min_(0) if self._looks_later else words
 
 
-def _start(prepared: Prepared, engine: Engine, savings: Savings) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Both streams as the job begins: noise, source, or the clean data that was given; and the mask of the text."""
-    device, kind = engine.model.device, prepared.request.kind
-    num_latents = 0 if kind == "caption" else math.prod(prepared.latent_shape)
-    num_tokens = 0 if kind == "generate" else prepared.text_len
-    latents, tokens = flow_source(
-        torch.tensor([prepared.seed], dtype=torch.int64),
-        torch.tensor([(0, num_latents)], dtype=torch.int32),
-        torch.tensor([(0, num_tokens)], dtype=torch.int32),
-        num_latents,
-        num_tokens,
-        engine.model.config.vocab,
-        engine.mask_id,
-    )
-    mask = None
-    if kind == "caption":
-        latents = engine.codec.encode(prepared.frames).float()
-        if latents.shape != prepared.latent_shape:
-            raise ValueError(f"codec must encode to {prepared.latent_shape}, got {tuple(latents.shape)}")
-        latents = latents.flatten()
-    if kind == "generate":
-        ids = list(prepared.prompt_tokens)
-        if not savings.drop_padding:
-            pads = engine.defaults.text_length - len(ids)
-            mask = torch.tensor([True] * len(ids) + [False] * pads)
-            ids += [engine.tokenizer.pad_id] * pads
-        tokens = torch.tensor(ids, dtype=torch.int64)
-    return latents.to(device), tokens.to(device), mask
-
-
-def _rows(condition: Tensor, engine: Engine) -> Tensor:
-    """What a text encoder gave, on the model's device. Checked: a misfit would fail the whole batch, later."""
-    width = engine.model.config.text_dim
-    if condition.dim() != 2 or condition.shape[1] != width:
-        raise ValueError(f"text encoder must return rows of {width}, got {tuple(condition.shape)}")
-    return condition.to(engine.model.device)
-
-
-def _toss(state: State) -> Tensor:
-    """The coins of all steps at once: they read nothing but (seed, step, token)."""
-    steps, length = state.steps, len(state.tokens)
-    flat = jump_coins(
-        torch.tensor([s.jump_prob for s in steps], dtype=torch.float32),
-        torch.full((len(steps),), state.seed, dtype=torch.int64),
-        torch.tensor([s.index for s in steps], dtype=torch.int64),
-        torch.tensor(tiles([length] * len(steps)), dtype=torch.int32),
-        len(steps) * length,
-    )
-    return flat.view(len(steps), length)
+def _part(values: Callable[[], Tensor], first: int, count: int) -> Tensor:
+    return values()[first : first + count]
 
 
 def _blocks(condition: Sequence[Tensor], asking: Asking | None) -> ConditionKV:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from uvg_engine.sampling.loop import Loop, State
+from uvg_engine.sampling.loop import Loop
 from uvg_engine.sampling.prepare import Prepared, prepare
 from uvg_engine.sampling.requests import CaptionResult, GenerateResult, JointResult, Request, Result
 from uvg_engine.sampling.savings import Savings
+from uvg_engine.sampling.state import State
 from uvg_engine.sampling.trajectory import Recorder
 
 if TYPE_CHECKING:
@@ -172,6 +173,8 @@ class Scheduler:
     def _settle(self, handle: Handle, state: State) -> None:
         """After a step: record it, and take the result where it was the last."""
         try:
+            if handle._recorder is not None or state.done:  # what the step left is read now
+                state.look()
             if state.failed:
                 raise SamplingError("the model gave no distribution for a token (NaN or infinite logits)")
             if handle._recorder is not None:

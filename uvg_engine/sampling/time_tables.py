@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from uvg_engine.backends.devices import put
 from uvg_engine.flow import Step
 from uvg_engine.model import UniViGU
 from uvg_engine.model.univigu import TimeTable
@@ -23,7 +24,7 @@ class TimeTables:
         times = zip(*times_of(steps), strict=True)
         self._places = [{time: i for i, time in enumerate(dict.fromkeys(each))} for each in times]
         self._tables = model.time_tables(
-            *(torch.tensor([*known], dtype=torch.float32, device=model.device) for known in self._places)
+            *(put(torch.tensor([*known], dtype=torch.float32), model.device) for known in self._places)
         )
 
     def row(self, modality: int, time: float) -> TimeTable:
