@@ -5,9 +5,14 @@
 # Exits non-zero where there is no GPU, where no test ran, and where anything failed.
 #   PYTHON=python3   use this interpreter, which must have torch with CUDA, pytest, pytest-timeout and hypothesis, and
 #                    where this package is not installed also setuptools, pybind11, cmake and ninja: it is then installed
-#                    in place, without fetching anything; else .venv is made
+#                    in place, without fetching anything. Unset: python3, where it has these and sees a GPU and no .venv
+#                    was made; else .venv is made
 set -euo pipefail
 cd "$(dirname "$0")/.."
+needs="import torch, pytest, pytest_timeout, hypothesis; assert torch.cuda.is_available()"
+if [ -z "${PYTHON:-}" ] && [ ! -e .venv/.uvg-dev ] && python3 -c "$needs" 2>/dev/null; then
+  PYTHON=python3
+fi
 if [ -z "${PYTHON:-}" ]; then
   make --no-print-directory .venv/.uvg-dev >&2
   PYTHON=.venv/bin/python

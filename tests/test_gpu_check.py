@@ -179,3 +179,23 @@ def test_a_sample_fits_into_the_queue_of_the_device(monkeypatch):
     assert timing.Clock("cuda")._repeats(lambda: None) * (3 + 16) < 1000
     monkeypatch.setattr(timing.Clock, "once", lambda self, call: 1e-6)
     assert timing.Clock("cpu")._repeats(lambda: None) == 1000
+
+
+@pytest.mark.parametrize("sees, made", [(True, False), (True, True), (False, False)])
+def test_the_machines_own_python_serves_where_it_sees_a_gpu(sees, made, tmp_path):
+    """The GPU machine has torch and no network, so that no .venv can be made there."""
+    script = Path(gpu_check.__file__).with_suffix(".sh")
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / script.name).write_bytes(script.read_bytes())
+    for name, code in (("bin/python3", not sees), ("bin/make", 0), (".venv/bin/python", 0)):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/bash\necho {name} "$@" >> {tmp_path}/log\nexit {int(code)}\n')
+        path.chmod(0o755)
+    if made:
+        (tmp_path / ".venv" / ".uvg-dev").touch()
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    clean["PATH"] = f"{tmp_path}/bin:{clean['PATH']}"
+    subprocess.run(["bash", f"bench/{script.name}"], cwd=tmp_path, env=clean, check=True)
+    *_, last = (tmp_path / "log").read_text().splitlines()
+    assert last.startswith(f"{'bin/python3' if sees and not made else '.venv/bin/python'} -m bench.gpu_check --spent")
