@@ -15,8 +15,7 @@ from uvg_engine import backends
 from uvg_engine.backends import native
 from uvg_engine.ops import _plans
 
-# References on a GPU sum in fp32, as on the CPU.
-torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+# References on a GPU sum in fp32, as on the CPU (and multiply so: torch's products use no TF32 unless told to).
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 os.environ["UVG_KEEP_MEMORY"] = "0"  # what `uvg` asks of its process would outlive a test that runs it in this one
