@@ -17,7 +17,7 @@ MAX_LINES = 400
 
 # An import goes to a lower rung or stays in its own part; parts on one rung do not know each other.
 RUNGS = (
-    ("files", "process"),
+    ("files", "process", "surroundings"),
     ("reference", "kernels"),
     ("backends",),
     ("ops",),

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from uvg_engine.backends import native
 from uvg_engine.ops import jump_coins
-from uvg_engine.sampling import Request, Savings
+from uvg_engine.sampling import Engine, Request, Savings
 
 NUM = len(mixed_requests())
 ROUNDED = {"drop_padding", "constant_condition", *(() if native.cpu() else ("skip_unread",))}
@@ -171,12 +171,26 @@ def test_a_caption_takes_one_forward_for_each_step_in_which_a_token_jumps():
     assert counted.attentions == forwards * engine().model.config.layers and 1 < forwards < 40
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_torchs_default_dtype_is_not_that_of_the_times(dtype):
-    """In bf16 the times of the steps had eight bits."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_torchs_default_dtype_is_that_of_nothing(dtype):
+    """In bf16 the times of the steps had eight bits; in fp64 the latents of a step were fp64."""
     before, want = torch.get_default_dtype(), bits_alone()
     torch.set_default_dtype(dtype)
     try:
         assert [bits(alone(engine(), request)) for request in mixed_requests()] == want
+        assert bits(alone(make_engine(engine().model), mixed_requests()[0])) == want[0]
     finally:
         torch.set_default_dtype(before)
+
+
+def test_torchs_default_device_is_that_of_nothing(tmp_path):
+    """As under torch.set_default_device("cuda") with a model on the CPU."""
+    want = bits_alone()
+    engine().save_pretrained(tmp_path / "saved")
+    with torch.device("meta"):
+        assert [bits(alone(engine(), request)) for request in mixed_requests()] == want
+        streamed = dict(engine().stream(mixed_requests()))
+        assert [bits(streamed[place]) for place in range(NUM)] == want
+        assert bits(alone(Engine.from_pretrained(tmp_path / "saved"), mixed_requests()[0])) == want[0]
+        assert torch.empty(0).is_meta  # the caller's own, also after an engine's work
+    assert bits(alone(engine(), mixed_requests()[0])) == want[0]

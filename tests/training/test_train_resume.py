@@ -224,3 +224,19 @@ def test_what_a_run_started_from_is_not_asked_for_again(tmp_path):
     shutil.rmtree(tmp_path / "start")
     Trainer(config, tmp_path / "run", resume=True).run()
     assert engine_parts(tmp_path / "run")["model"].config == sizes
+
+
+def test_torchs_defaults_are_those_of_nothing(tmp_path):
+    """In fp64 weights, losses and checkpoints were fp64. Before and after, torch's defaults are the caller's."""
+    want = trained(tiny(), tmp_path / "plain")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = trained(tiny(), tmp_path / "other", 3)
+            model = engine_parts(got)["model"]
+            assert torch.empty(0).is_meta and torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(before)
+    assert_same_run(got, want)
+    assert_same(model.state_dict(), want.ema.model.state_dict())

@@ -51,7 +51,7 @@ class HashTextEncoder:
 
     def null(self) -> torch.Tensor:
         """The condition that says nothing: zeros [1, text_dim]."""
-        return torch.zeros(1, self.text_dim)
+        return torch.zeros(1, self.text_dim, dtype=torch.float32, device="cpu")
 
     def to_config(self) -> dict[str, Any]:
         """Plain values for json; `from_config` gives the same encoder back."""
@@ -117,7 +117,7 @@ class UMT5TextEncoder:
 
     def null(self) -> torch.Tensor:
         """The condition that says nothing: zeros [1, text_dim] (equal rows attend as one)."""
-        return torch.zeros(1, self.text_dim)
+        return torch.zeros(1, self.text_dim, dtype=torch.float32, device="cpu")
 
     def to_config(self) -> dict[str, Any]:
         """Plain values for json. Raises ValueError for one made from objects, not a folder."""

@@ -22,6 +22,7 @@ from uvg_engine.sampling.replay import Replays
 from uvg_engine.sampling.requests import CaptionResult, GenerateResult, JointResult, Request, Result, Video, seed_list
 from uvg_engine.sampling.savings import Savings
 from uvg_engine.sampling.scheduler import Callback, Handle, Scheduler, check_max_rows
+from uvg_engine.surroundings import cpu_by_default
 
 ENGINE_FILE, TOKENIZER_FILE = "engine.json", "tokenizer.json"
 FORMAT = 1
@@ -104,15 +105,14 @@ class Engine:
         tokenizer = _read_json(folder / str(config["tokenizer"]))
         model = from_pretrained(folder, dtype=dtype, compute_dtype=compute_dtype, device=device).eval()
         model.int8 = precision == "int8"
-        return cls(
-            model,
-            codec_from_config(_located(config["codec"], folder)),
-            tokenizer_from_config(_located(tokenizer, folder)),
-            text_encoder_from_config(_located(config["text_encoder"], folder)),
-            EngineDefaults.from_dict(config["defaults"]),
-            savings=savings,
-            max_rows=max_rows,
-        )
+        with cpu_by_default():
+            parts = (
+                codec_from_config(_located(config["codec"], folder)),
+                tokenizer_from_config(_located(tokenizer, folder)),
+                text_encoder_from_config(_located(config["text_encoder"], folder)),
+            )
+        defaults = EngineDefaults.from_dict(config["defaults"])
+        return cls(model, *parts, defaults, savings=savings, max_rows=max_rows)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json, model.safetensors, tokenizer.json and engine.json, each whole or not at all."""

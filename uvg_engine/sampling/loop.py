@@ -260,7 +260,7 @@ class Loop:
         for name in ("last", "m1", "m2"):
             known = any(getattr(s, name) is not None for s in video)
             past[name] = torch.cat([_or(getattr(s, name), s.latents) for s in video]) if known else None
-        none = torch.empty(0, device=device)
+        none = torch.empty(0, dtype=torch.float32, device=device)
 
         def table(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
             return put(torch.tensor(values, dtype=dtype), device)

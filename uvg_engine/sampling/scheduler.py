@@ -14,6 +14,7 @@ from uvg_engine.sampling.requests import CaptionResult, GenerateResult, JointRes
 from uvg_engine.sampling.savings import Savings
 from uvg_engine.sampling.state import State
 from uvg_engine.sampling.trajectory import Recorder
+from uvg_engine.surroundings import cpu_by_default
 
 if TYPE_CHECKING:
     from uvg_engine.sampling.engine import Engine
@@ -79,7 +80,8 @@ class Scheduler:
         self.max_rows = engine.max_rows if max_rows is None else max_rows
         check_max_rows(self.max_rows)
         self.savings = engine.savings if savings is None else savings
-        self._loop = Loop(engine, self.savings)
+        with cpu_by_default():
+            self._loop = Loop(engine, self.savings)
         self._waiting: deque[Handle] = deque()
         self._active: list[Handle] = []
         self._finished: list[Handle] = []  # not yet returned by step()
@@ -106,7 +108,8 @@ class Scheduler:
 
     def submit(self, request: Request) -> Handle:
         """Check a request and queue it. Raises ValueError on one that cannot be run, and warns, as `prepare` tells."""
-        handle = Handle(prepare(request, self.engine))
+        with cpu_by_default():
+            handle = Handle(prepare(request, self.engine))
         self._waiting.append(handle)
         return handle
 
@@ -126,11 +129,12 @@ class Scheduler:
         A request that cannot be started or finished is done as well: its `result` raises. An error that concerns the
         whole batch (no memory, say) or comes from the callback is raised here; no request is lost by it.
         """
-        self._admit()
-        running = list(self._active)
-        self._loop.advance([self._state(handle) for handle in running])
-        for handle in running:
-            self._settle(handle, self._state(handle))
+        with cpu_by_default():
+            self._admit()
+            running = list(self._active)
+            self._loop.advance([self._state(handle) for handle in running])
+            for handle in running:
+                self._settle(handle, self._state(handle))
         self._active = [handle for handle in running if not handle.done]
         if self.callback is not None:
             for handle in running:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from uvg_engine.model.univigu import UniViGU
+from uvg_engine.surroundings import fresh_defaults
 from uvg_engine.training.config import TrainConfig
 from uvg_engine.training.data.digits import DigitsDataset
 from uvg_engine.training.data.folder import DEFAULT_CLIP_SHAPE, checked_clip_shape
@@ -29,6 +30,7 @@ def find_checkpoint(run: str | Path) -> Path:
     return found[-1]
 
 
+@fresh_defaults()
 def engine_parts(source: Trainer | str | Path, *, ema: bool = True) -> dict[str, Any]:
     """What `uvg_engine.Engine(**parts)` takes: model, codec, tokenizer, text_encoder, defaults (a mapping).
 
