@@ -126,3 +126,12 @@ def test_a_full_disk_is_told_in_a_line():
     with open("/dev/full", "w") as full:
         ran = subprocess.run([*UVG, "--version"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (ran.returncode, ran.stderr) == (2, "error: stdout: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_not_missed(tmp_path, closed):
+    command = f"{sys.executable} -m uvg_engine.cli data export -o {tmp_path / 'clips'} --count 1 {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "clips" / "metadata.jsonl").is_file()
+    wrong = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr

@@ -60,6 +60,7 @@ def _root(
 def main(args: Sequence[str] | None = None) -> int:
     """Run `uvg` with these arguments (None: the program's own). Returns the exit code."""
     args = list(sys.argv[1:] if args is None else args)
+    _open_closed_streams()
     keep_freed_memory()
     wait_briefly()
     try:
@@ -75,6 +76,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return _flushed(130)
     except Exception as error:
         return _flushed(_failed(error, "--traceback" in args))
+
+
+def _open_closed_streams() -> None:
+    """What is written to a stdout or stderr that the caller closed goes nowhere; no file of ours takes its number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 def _failed(error: Exception, trace: bool) -> int:
