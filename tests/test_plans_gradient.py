@@ -116,6 +116,16 @@ def test_gelu_and_its_backward_are_by_plans(long_ways):
     assert not long_ways
 
 
+def test_the_backward_of_a_sum_is_by_a_plan(long_ways):
+    """Its gradient is one number, expanded."""
+    x, weight = leaf(0), leaf(1, 7, 8)
+    for _ in range(4):
+        del long_ways[:]
+        dx = torch.autograd.grad(ops.linear(x, weight).sum(), x)[0]
+    torch.testing.assert_close(dx, torch.ones(5, 7) @ weight.detach())
+    assert not long_ways
+
+
 def test_a_call_of_two_ops_has_no_plan(no_rules, monkeypatch, caplog):
     monkeypatch.setattr(_plans, "_told", set())
     caplog.set_level("DEBUG", logger="uvg_engine.ops._plans")

@@ -161,6 +161,7 @@ void PlanTable::add(const std::vector<int64_t>& key, uint64_t hash, std::shared_
   Entry& entry = entries_[hash];
   if (entry.plans.empty()) entry.key = key;
   if (entry.key != key) return;  // another key of this hash
+  if (!entry.plans.empty()) recent_.get(hash).pace.after_plan(entry.plans.back().found > 0, kFullWait);
   entry.last = entry.plans.size();
   entry.plans.push_back({std::move(plan), calls_, 0});
   ++size_;

@@ -116,7 +116,7 @@ class PlanTable {
   static constexpr size_t kMostAlike = 128;   // of them for one key: other numbers, other weights, other answers
   static constexpr uint64_t kIdle = 1024;     // calls without a plan before another may have its place
   static constexpr uint32_t kPaid = 16;       // calls by a plan that pay for making it
-  static constexpr uint32_t kFullWait = 128;  // misses of a full table before it makes room again
+  static constexpr uint32_t kFullWait = 128;  // misses at most: of a full table, of a key whose plans nobody used
 
   // A plan that fits and is none of those tried.
   [[nodiscard]] std::shared_ptr<const Plan> find(const Key& key, uint64_t hash, const std::byte* const* arguments,

@@ -10,6 +10,14 @@ namespace {
 
 using Params = GatedResidualParams;
 
+// A chunk's rows, or all of its values as one row where no gate tells columns apart.
+struct Runs {
+  int64_t end, values;
+  Runs(const Params& p, const RowChunk& chunk)
+      : end(chunk.first + (p.gate == nullptr ? 1 : chunk.rows)),
+        values(p.gate == nullptr ? chunk.rows * p.width : p.width) {}
+};
+
 template <typename H, typename Y>
 void forward(const Params& p) {
   const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
@@ -17,10 +25,11 @@ void forward(const Params& p) {
 #pragma omp parallel for num_threads(threads_for_rows(p.threads, p.rows, p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {
     const Gate gate(p.gate, chunks[c].span, p.width);
-    for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
+    const Runs runs(p, chunks[c]);
+    for (int64_t r = chunks[c].first; r < runs.end; ++r) {
       const H* h = static_cast<const H*>(p.h) + r * p.width;
       const Y* y = static_cast<const Y*>(p.y) + r * p.width;
-      columns(p.width,
+      columns(runs.values,
               [&](int64_t i, int64_t n) { out.put(r, i, load(h + i, n) + gate.at(i, n) * load(y + i, n), n); });
     }
     out.finish();
@@ -36,10 +45,11 @@ void backward(const Params& p) {
   for (int64_t c = 0; c < chunks.size(); ++c) {
     float* own = p.gate == nullptr ? nullptr : sums.start(c, 0);
     const Gate gate(p.gate, chunks[c].span, p.width);
-    for (int64_t r = chunks[c].first; r < chunks[c].first + chunks[c].rows; ++r) {
+    const Runs runs(p, chunks[c]);
+    for (int64_t r = chunks[c].first; r < runs.end; ++r) {
       const H* dout = static_cast<const H*>(p.dout) + r * p.width;
       if (own == nullptr) {
-        columns(p.width, [&](int64_t i, int64_t n) { dy.put(r, i, gate.at(i, n) * load(dout + i, n), n); });
+        columns(runs.values, [&](int64_t i, int64_t n) { dy.put(r, i, gate.at(i, n) * load(dout + i, n), n); });
         continue;
       }
       const Y* y = static_cast<const Y*>(p.y) + r * p.width;

@@ -159,6 +159,26 @@ void plans_that_do_not_pay_become_rare() {
   CHECK(made_of(3000, PlanTable::kPaid) > 900);
 }
 
+struct Never : Plan {  // reads a number that no call has
+  Never() { values.push_back({0, {1}}); }
+};
+
+void numbers_that_never_come_back_get_few_plans() {
+  PlanTable table;
+  const Key key = key_of(1, "a");
+  const std::byte other{0};
+  const std::byte* arguments[] = {&other};
+  int made = 0;
+  const auto call = [&](std::shared_ptr<const Plan> plan) {
+    if (table.find(key, 1, arguments, {}) || !table.wanted(1)) return;
+    table.add(words(key), 1, std::move(plan)), ++made;
+  };
+  for (int i = 0; i < 1000; ++i) call(std::make_shared<Never>());
+  CHECK(made > 4 && made < 20);
+  for (int i = 0; i < 400; ++i) call(std::make_shared<Plan>());
+  CHECK(table.find(key, 1, arguments, {}));  // a number that stays has one
+}
+
 // So many plans of one key, or of a key each, all in use: used, one after the other, in each round.
 void the_oldest_idle_plan_makes_room(bool alike) {
   PlanTable table;
@@ -190,6 +210,7 @@ int main() {
   the_second_call_is_planned();
   a_plan_that_was_tried_is_not_found();
   plans_that_do_not_pay_become_rare();
+  numbers_that_never_come_back_get_few_plans();
   the_oldest_idle_plan_makes_room(true);
   the_oldest_idle_plan_makes_room(false);
   return uvg::test::finish("plans");

@@ -93,6 +93,16 @@ def test_the_stream_gets_its_gradient_as_it_is(backend):
     assert torch.equal(torch.autograd.grad(gated_residual(**made), made["h"], dout)[0], dout)
 
 
+def test_a_plain_sum_keeps_nothing_for_its_backward():
+    h, y = torch.ones(3, 5, requires_grad=True), torch.ones(3, 5, dtype=BF16, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        out = gated_residual(h, y)
+    dout = torch.rand(3, 5)
+    dh, dy = torch.autograd.grad(out, (h, y), dout)
+    assert not kept and torch.equal(dh, dout) and torch.equal(dy, dout.to(BF16))
+
+
 def test_a_closed_gate_keeps_the_stream(backend):
     case = TestGatedResidual.cases[0]
     made = case.inputs(BF16)

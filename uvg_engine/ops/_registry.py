@@ -184,6 +184,7 @@ def autograd(op: str, backward: Callable[..., Any], setup_context: Callable[...,
     def run(ctx: Any, *grads: Any) -> Any:
         if grads[0] is None:
             return nothing
+        grads = tuple([None if x is None else x.contiguous() for x in grads])  # here, as plans know packed ones alone
         if ctx.forced is None or backends.forced() is not None:
             return backward(ctx, *grads)
         with backends.force(ctx.forced):

@@ -66,11 +66,15 @@ _bwd = define_backward("gated_residual", f"(Tensor dout, {_ARGS}) -> (Tensor, Te
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.dtype_of_y = inputs[1].dtype
+    ctx.save_for_backward(*(inputs if inputs[2] is not None else ()))
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    h, y, gate, spans = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: checkpointing recomputes them at the first look
+    if not saved:  # a plain sum
+        return dout, dout.to(ctx.dtype_of_y), None, None
+    h, y, gate, spans = saved
     dy, dgate = _bwd(dout, h, y, gate, spans)
     return dout, dy, None if gate is None else dgate, None
 
