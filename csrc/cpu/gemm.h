@@ -41,6 +41,7 @@ struct Product {
   int64_t slope_row = 0;
   const float* before = nullptr;  // [rows, width]: added to the results
   float* so_far = nullptr;        // [rows, width]: takes the results in place of out
+  int64_t across_row = 0;         // not 0: `packed` is [depth, width] as it lies, in fp32, rows so many values apart
 };
 
 // Words of a packed row with its tail, and of a packed weight.
@@ -164,10 +165,12 @@ void gemm_task(const Product<F>& p, const Tasks& tasks, int64_t task, const Gemm
       }
     }
     for (int64_t panel = first_panel; panel < end; ++panel) {
+      const int64_t right_row = p.across_row == 0 ? kPanel : p.across_row;
       const int64_t column = panel * kPanel, vecs = (p.width - column + kLanes - 1) / kLanes;
       float* carried = room.sums + (kStaged<F> ? (panel - first_panel) * tasks.row_block * kPanel : 0);
       for (int64_t b = first_block; b < end_block; ++b) {
-        const uint32_t* right = p.packed + column * tailed_words<F>(p.depth) + start(b) * kPanel;
+        const uint32_t* right =
+            p.packed + column * (p.across_row == 0 ? tailed_words<F>(p.depth) : 1) + start(b) * right_row;
         for (int64_t r = 0, count; r < rows; r += count) {
           const int64_t rest = rows - r;
           count = rest >= kTileRows ? kTileRows : (rest >= 3 ? 3 : 1);
@@ -175,7 +178,7 @@ void gemm_task(const Product<F>& p, const Tasks& tasks, int64_t task, const Gemm
                                 : count == 3 ? tile_of<F, 3>(vecs)
                                              : tile_of<F, kTileRows>(vecs);
           float* sums = depth_blocks > 1 ? carried + r * kPanel : room.sums;
-          multiply(sums, kPanel, left + r * left_row + start(b) - start(first_block), left_row, 1, right, kPanel,
+          multiply(sums, kPanel, left + r * left_row + start(b) - start(first_block), left_row, 1, right, right_row,
                    start(b + 1) - start(b), b == 0);
           if (b + 1 == depth_blocks) finish(p, sums, count, first_row + r, column);
         }

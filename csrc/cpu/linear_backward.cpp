@@ -23,6 +23,7 @@ constexpr int64_t kBlock = 2 * kLeft, kDepthAtOnce = 96;
 constexpr int64_t kPackedWords = int64_t{4} << 20;  // of one operand at a time, where kBlock columns need no more
 constexpr int64_t kWeightWords = int64_t{1} << 20;  // of a weight packed at a time, where kFewestPanels need no more
 constexpr int64_t kFewestPanels = 256 / kPanel;     // untuned; that a thread takes at once (gemm.h)
+constexpr int64_t kFewRows = 16;                    // for which an fp32 weight is read as it lies
 constexpr int64_t kSummed = 64;                     // rows whose sum for the bias starts anew: fewer lost bits
 
 // Columns of a matrix, whose rows lie row_step values apart, across its rows.
@@ -144,20 +145,22 @@ struct WeightGradient {
   }
 };
 
-// The weight is packed by groups of panels, each read while it still lies in the last cache.
+// The weight is packed by groups of panels, each read while it still lies in the last cache. For few rows that would
+// cost more than the product: an fp32 weight lies ready where vectors do not leave its rows.
 template <typename F>
 void x_gradient(const Params& p) {
   using T = typename F::Value;
+  const bool as_it_lies = std::is_same_v<F, Singles<float>> && p.rows <= kFewRows && p.depth % kLanes == 0;
   const Across<F> weight{static_cast<const T*>(p.weight), p.weight_row, p.width, p.depth, false};
   const int64_t panel = weight_words<F>(kPanel, p.width), panels = round_up(p.depth, kPanel) / kPanel;
   const int64_t fit = kWeightWords / (panel + 1), most = fit < kFewestPanels ? kFewestPanels : fit;
   const int64_t groups = panels > most ? (panels + most - 1) / most : 1, at_once = (panels + groups - 1) / groups;
   Scratch scratch;
-  uint32_t* packed = scratch.words(at_once * panel);
+  uint32_t* packed = as_it_lies ? nullptr : scratch.words(at_once * panel);
   for (int64_t first = 0; first < p.depth; first += at_once * kPanel) {
     const int64_t left = p.depth - first, width = left < at_once * kPanel ? left : at_once * kPanel;
-#pragma omp parallel for num_threads(p.threads) schedule(dynamic, 1)
-    for (int64_t c = 0; c < width; c += kPanel)
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic, 1) if (!as_it_lies)
+    for (int64_t c = 0; c < (as_it_lies ? 0 : width); c += kPanel)
       weight.template pack<kPanel>(first + c, kPanel, panel / kPanel, packed + c / kPanel * panel, nullptr);
     Product<F> product{static_cast<const T*>(p.dz),
                        packed,
@@ -174,6 +177,10 @@ void x_gradient(const Params& p) {
     if (p.dx_so_far == nullptr) product.out = static_cast<T*>(p.dx) + first;
     if (p.dx_before != nullptr) product.before = p.dx_before + first;
     if (p.gelu) product.slope_at = static_cast<const T*>(p.x) + first, product.slope_row = p.x_row;
+    if (as_it_lies) {
+      product.packed = static_cast<const uint32_t*>(p.weight) + first;
+      product.across_row = p.weight_row;
+    }
     gemm<F>(product, p.threads);
   }
 }

@@ -198,3 +198,15 @@ def test_nothing_is_kept_where_a_gradient_is_wanted(on_cpu):
     before = packed_weights.kept_bytes()
     linear(made["x"].float(), made["weight"].float().requires_grad_()).sum().backward()
     assert packed_weights.kept_bytes() == before
+
+
+def test_a_gradients_rows_are_the_same_among_few_and_many():
+    """Up to 16 rows of fp32, the cpu backend reads the weight as it lies; it packs it for more."""
+    g = torch.Generator().manual_seed(0)
+    for width in (48, 50):
+        weight, dy = normal(g, 530, width).float(), normal(g, 17, 530).float()
+        x = normal(g, 17, width).float().requires_grad_()
+        whole = torch.autograd.grad(linear(x, weight), x, dy)[0]
+        for rows in (1, 5, 16):
+            few = x[:rows].detach().requires_grad_()
+            assert torch.equal(torch.autograd.grad(linear(few, weight), few, dy[:rows])[0], whole[:rows])
