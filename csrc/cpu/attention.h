@@ -2,7 +2,7 @@
 //
 // S has: Format, in which probabilities meet the values; query_words, panel_words, work_words: of a packed query, of
 // kPanel packed keys and of room to pack them in, all of rows of `width` values; pack_queries, pack_keys; multiply, a
-// tile of products; scale_of, what a query's products are multiplied with to be scores.
+// tile of products; scale_of, what a query's products are multiplied with to be scores; kScaled, whether that is not 1.
 //
 // The scores of a tile never reach memory: scaled, exponentiated and rounded in registers, they are stored as the left
 // operand of the product with the values. The exponent's reference is 0 until a score asks for another one, so that
@@ -24,6 +24,7 @@ constexpr int64_t kQueries = 192;  // rows of a block; a multiple of kTileRows
 #else
 constexpr int64_t kQueries = 96;
 #endif
+constexpr int64_t kFew = 24;            // rows of a task at the least
 constexpr float kHigh = 2.3538527e17f;  // e^40: where sums leave [1 / kHigh, kHigh], a row takes another reference
 constexpr float kNever = -__builtin_inff();
 
@@ -119,10 +120,11 @@ UVG_NOINLINE void score(const uint32_t* queries, const uint32_t* panel, int64_t 
   for (int64_t r = 0; r < kTileRows; ++r) {
     const int64_t row = first + r;
     const Vec reference = splat(rows.reference[row]);
+    const bool moved = kWhat == kShifted && (!S::kScaled || rows.reference[row] != 0.0f);  // bits are the row's own
     const float by = S::scale_of(queries + r * S::query_words(width), width), whole = by * scale;
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) {
-      x[r][j] = kWhat == kShifted ? (x[r][j] * by - reference) * scale : x[r][j] * whole;
+      x[r][j] = moved ? (x[r][j] * by - reference) * scale : x[r][j] * whole;
       if (kTail) x[r][j] = select(first_lanes(valid - j * kLanes), x[r][j], splat(kNever));
     }
     if (kWhat == kPeak) {
@@ -250,13 +252,15 @@ void without_keys(const Params& p, int64_t list) {
 }
 
 // Sample, head and part of the queries of a task: whole samples where there are enough of them for the threads, each
-// with its keys packed on the way. Else samples are cut, and their keys are packed before. Cutting changes no bit.
+// with its keys packed on the way. Else samples are cut, where there are few rows into tasks of less than a block, and
+// their keys are packed before. Cutting changes no bit.
 template <typename S>
 void attention(const Params& p) {
   using T = typename S::Format::Value;
   const int64_t samples = p.queries->samples(), pairs = samples * p.heads;
   const int64_t parts = p.threads > 1 && pairs < 4 * p.threads && pairs > 0 ? (4 * p.threads + pairs - 1) / pairs : 1;
-  const int64_t part = round_up((p.queries->longest() + parts - 1) / parts, kQueries);
+  const int64_t share = (p.queries->longest() + parts - 1) / parts;
+  const int64_t part = share < kQueries ? round_up(share > kFew ? share : kFew, kTileRows) : round_up(share, kQueries);
   without_keys<T>(p, samples);
   for (int64_t s = 0; s < samples; ++s)
     if (p.keys->size(s) == 0) without_keys<T>(p, s);

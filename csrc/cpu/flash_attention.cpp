@@ -10,6 +10,7 @@ namespace {
 template <typename F>
 struct Plain {
   using Format = F;
+  static constexpr bool kScaled = false;
 
   static int64_t query_words(int64_t width) { return row_words<F>(width); }
   static int64_t panel_words(int64_t width) { return kPanel * row_words<F>(width); }

@@ -11,6 +11,7 @@ namespace {
 struct Shape {
   int64_t heads, width, rows_q, rows_k;
   std::vector<int32_t> queries, keys;
+  bool far = false;  // scores of query 5 ask for a reference of their own
 };
 
 std::vector<double> forward(const Shape& s, const RowLists& queries, const RowLists& keys, const Array& q,
@@ -47,8 +48,10 @@ void check(const Shape& s) {
   const int64_t size_q = s.rows_q * s.heads * s.width, size_k = s.rows_k * s.heads * s.width;
   const float scale = 2.0f / std::sqrt(static_cast<float>(s.width));
   const auto inputs = [&](Dtype dtype) {
-    return Arrays{Array::random(dtype, size_q, 1), Array::random(dtype, size_k, 2), Array::random(dtype, size_k, 3),
-                  Array::random(dtype, size_q, 4)};
+    Arrays in = {Array::random(dtype, size_q, 1), Array::random(dtype, size_k, 2), Array::random(dtype, size_k, 3),
+                 Array::random(dtype, size_q, 4)};
+    for (int64_t i = 0; s.far && i < size_q; ++i) in[0].set(i, in[0][i] * (i / (s.heads * s.width) == 5 ? 64 : 1));
+    return in;
   };
   const auto run = [&](Dtype dtype, int threads) {
     Arrays in = inputs(dtype);
@@ -79,6 +82,7 @@ int main() {
   check({1, 128, 210, 210, self, self});
   check({3, 20, 40, 5, {0, 20, 0, 0, 20, 20, 0, 0}, {0, 5, 0, 0, 0, 5, 0, 0}});     // both look at the same keys
   check({1, 64, 3, 700, {0, 2, 0, 0, 2, 1, 0, 0}, {0, 650, 690, 10, 0, 0, 0, 0}});  // the second has no key
+  check({1, 40, 210, 210, self, self, true});
   for (int32_t n : {16, 17, 33, 49, 92}) check({1, 24, n, n, {0, n, 0, 0}, {0, n, 0, 0}});  // parts of a panel
   return finish("flash_attention");
 }

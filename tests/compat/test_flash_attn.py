@@ -61,6 +61,20 @@ def test_dense_with_gradients(scale, key_heads):
     assert torch.equal(ours.flash_attn_func(q, k, v, softmax_scale=scale), out)
 
 
+def test_packed_samples_share_key_heads_and_stay_apart():
+    """A sample of grouped heads has the bits that it has alone, and those of attention written out."""
+    q, k, v = normal(8, 4, 8), normal(9, 2, 8, seed=1), normal(9, 2, 8, seed=2)
+    bounds_q, bounds_k = torch.tensor([0, 3, 3, 8]).int(), torch.tensor([0, 4, 9, 9]).int()
+    out, lse, _ = ours.flash_attn_varlen_func(q, k, v, bounds_q, bounds_k, 5, 5, return_attn_probs=True)
+    alone = ours.flash_attn_func(q[None, :3], k[None, :4], v[None, :4])
+    assert out.shape == q.shape and out.is_contiguous() and torch.equal(out[None, :3], alone)
+    assert not out[3:].any() and lse.shape == (4, 8) and torch.isneginf(lse[:, 3:]).all()  # the third has no keys
+    want, want_lse = written_out(
+        *(x[None] for x in (q[:3], k[:4].repeat_interleave(2, 1), v[:4].repeat_interleave(2, 1)))
+    )
+    torch.testing.assert_close((out[None, :3], lse[None, :, :3]), (want, want_lse))
+
+
 def test_it_stands_in_for_the_package(monkeypatch):
     """As the quickstart tells."""
     for name in ("flash_attn", "flash_attn.flash_attn_interface"):

@@ -45,15 +45,20 @@ def flash_attn_func(
     return_attn_probs also lse (fp32 [B, N, L]) and None, as flash-attn does without dropout. Raises ValueError on
     dropout, causal, window, softcap, alibi_slopes, and on shapes that do not fit.
     """
-    _refuse(dropout_p=dropout_p, causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _require(x.ndim == 4, f"{name} must be (B, L, N, H)", tuple(x.shape))
-        _require(x.shape[0] == q.shape[0], f"{name} must have q's B = {q.shape[0]}", tuple(x.shape))
-    _require(v.shape == k.shape, f"v must have k's shape {tuple(k.shape)}", tuple(v.shape))
-    samples, queries, heads = q.shape[:3]
-    q_spans, k_spans = _even_spans(samples, queries, q), _even_spans(samples, k.shape[1], q)
-    out, lse = _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), q_spans, k_spans, softmax_scale)
-    out = out.unflatten(0, (samples, queries))
+    _refuse(dropout_p, causal, window_size, softcap, alibi_slopes)
+    shape_q, shape_k = q.shape, k.shape
+    if not len(shape_q) == len(shape_k) == 4 or shape_k[0] != shape_q[0] or v.shape != shape_k:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            _require(x.ndim == 4, f"{name} must be (B, L, N, H)", tuple(x.shape))
+            _require(x.shape[0] == q.shape[0], f"{name} must have q's B = {q.shape[0]}", tuple(x.shape))
+        _require(v.shape == k.shape, f"v must have k's shape {tuple(k.shape)}", tuple(v.shape))
+    samples, queries, heads, _ = shape_q
+    group = _group(q, heads, shape_k[2])
+    q_spans = _even_spans(samples, queries * group, q)
+    k_spans = q_spans if shape_k[1] == queries * group else _even_spans(samples, shape_k[1], q)
+    q, k, v = (x[0] if samples == 1 else x.flatten(0, 1) for x in (q, k, v))
+    out, lse = _attend(q, k, v, q_spans, k_spans, softmax_scale, group)
+    out = out.view(shape_q)
     if return_attn_probs:
         return out, lse.view(heads, samples, queries).transpose(0, 1).contiguous(), None
     return out
@@ -85,7 +90,7 @@ def flash_attn_varlen_func(
     `flash_attn_func`, on block_table, and, of tensors on the CPU, on bounds that do not begin with 0,
     that fall, or that end beyond the rows.
     """
-    _refuse(dropout_p=dropout_p, causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes)
+    _refuse(dropout_p, causal, window_size, softcap, alibi_slopes)
     _require(block_table is None, "block_table must be None: paged keys are not served", block_table)
     for name, x in (("q", q), ("k", k), ("v", v)):
         _require(x.ndim == 3, f"{name} must be (T, N, H)", tuple(x.shape))
@@ -97,7 +102,9 @@ def flash_attn_varlen_func(
             bounds = x.tolist()
             rising = bounds[0] == 0 and all(a <= b for a, b in itertools.pairwise((*bounds, rows)))
             _require(rising, f"{name} must begin with 0, not fall, and end within the {rows} rows", bounds)
-    out, lse = _attend(q, k, v, _spans(cu_seqlens_q), _spans(cu_seqlens_k), softmax_scale)
+    group, q_spans = _group(q, q.shape[1], k.shape[1]), _spans(cu_seqlens_q)
+    k_spans = q_spans if cu_seqlens_k is cu_seqlens_q else _spans(cu_seqlens_k)
+    out, lse = _attend(q, k, v, q_spans * group if group > 1 else q_spans, k_spans, softmax_scale, group)
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -120,14 +127,28 @@ def flash_attn_qkvpacked_func(
     )
 
 
+def _group(q: Tensor, heads: int, key_heads: int) -> int:
+    """How many heads of q become rows of one, as they share keys. On a GPU 1: their spans would be new ones in every
+    call, and those of `_spans` are kept."""
+    if heads == key_heads:
+        return 1
+    _require(key_heads > 0 and heads % key_heads == 0, f"heads of q must be a multiple of k's {key_heads}", heads)
+    return heads // key_heads if q.is_cpu else 1
+
+
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float | None, group: int
 ) -> tuple[Tensor, Tensor]:
-    heads, groups = q.shape[1], k.shape[1]
-    if groups != heads:
-        _require(groups > 0 and heads % groups == 0, f"heads of q must be a multiple of k's {groups}", heads)
-        k, v = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
-    return flash_attention(q, k, v, q_spans, k_spans, scale=scale)
+    """Attention of packed rows, `group` rows of q_spans for each of q."""
+    if group == 1:
+        if q.shape[1] != k.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        return flash_attention(q, k, v, q_spans, k_spans, scale=scale)
+    rows, heads, width = q.shape
+    grouped = q.reshape(rows, heads // group, group, width).transpose(1, 2).reshape(rows * group, heads // group, width)
+    out, lse = flash_attention(grouped, k, v, q_spans, k_spans, scale=scale)
+    out = out.view(rows, group, heads // group, width).transpose(1, 2).reshape(rows, heads, width)
+    return out, lse.view(heads // group, rows, group).transpose(1, 2).reshape(heads, rows)
 
 
 def _even_spans(samples: int, length: int, like: Tensor) -> Tensor:
@@ -170,13 +191,14 @@ def _new_spans(bounds: Tensor) -> Tensor:
     return torch.stack([bounds[:-1], bounds.diff()], 1)[:, None]
 
 
-def _refuse(**given: Any) -> None:
-    served = {"dropout_p": 0.0, "causal": False, "window_size": (-1, -1), "softcap": 0.0, "alibi_slopes": None}
-    for name, value in given.items():
-        want, value = served[name], tuple(value) if isinstance(value, list) else value
-        _require(
-            value is None if want is None else value == want, f"{name} must be {want}: others are not served", value
-        )
+def _refuse(dropout_p: float, causal: bool, window_size: Any, softcap: float, alibi_slopes: Tensor | None) -> None:
+    window = tuple(window_size) if isinstance(window_size, list) else window_size
+    given, served = (dropout_p, causal, window, softcap), (0.0, False, (-1, -1), 0.0)
+    if given == served and alibi_slopes is None:
+        return
+    for name, value, want in zip(("dropout_p", "causal", "window_size", "softcap"), given, served, strict=True):
+        _require(value == want, f"{name} must be {want}: others are not served", value)
+    _require(False, "alibi_slopes must be None: others are not served", alibi_slopes)
 
 
 def _require(condition: bool, rule: str, value: Any) -> None:
