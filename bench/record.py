@@ -97,9 +97,12 @@ def _file(device: str, page: str) -> Path:
 
 
 def _begun(path: Path, about: LINE) -> set[str | None]:
-    """Names of the runs that a file of results has; the file must be of this machine and of these versions."""
+    """Names of the runs that a file of results has, of this machine and these versions. The commit may differ: the page
+    names all."""
     lines = [json.loads(text) for text in path.read_text().splitlines()]
     for line in lines:
+        if "run" not in line:
+            raise SystemExit(f"--resume: lines must name their run, got {path.name} of an older bench")
         for name in about.keys() - {"date", "commit"}:
             if (there := line.get(name)) != about[name]:
                 raise SystemExit(f"--resume: {name} must be {there} as in {path.name}, got {about[name]}")

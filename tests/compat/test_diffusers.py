@@ -167,9 +167,19 @@ def fused(made):
     made.blocks[0].attn1.fuse_projections()
 
 
+def hooked(made):
+    made.blocks[1].attn2.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def hooked_ffn(made):
+    made.blocks[0].ffn.forward = lambda x: x
+
+
 @pytest.mark.parametrize(
     "change, told",
     [
+        (hooked, "attention must have no hooks and its own forward, got WanAttention"),
+        (hooked_ffn, "ffn must have no hooks and its own forward, got FeedForward"),
         (with_processor, "an attention must have diffusers' processor, without a backend of its own, got Own"),
         (with_backend, "an attention must have diffusers' processor, without a backend of its own"),
         (fused, "projections must not be fused, got True"),

@@ -2,7 +2,6 @@
 
 import inspect
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,32 +202,3 @@ def test_spans_of_a_captured_call_are_not_kept(capturing, monkeypatch):
         x = torch.empty(2, device="cuda")
     ours._even_spans(2, 3, x)
     assert asked == ["_new_even_spans" if capturing else "_kept_even_spans"]
-
-
-def test_spans_of_bounds_are_kept_until_these_are_written_to(monkeypatch):
-    """On a GPU the host would wait in every call; flash-attn's users give the same bounds to every layer."""
-    stream = "one"
-    monkeypatch.setattr(ours, "_may_keep", lambda bounds: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    x, bounds = torch.randn(9, 2, 8), torch.tensor([0, 3, 9]).int()
-    first = ours._spans(bounds)
-    assert ours._spans(bounds) is first and ours._spans(bounds.clone()) is not first
-    bounds[1] = 4
-    assert ours._spans(bounds).tolist() == [[[0, 4]], [[4, 5]]]
-    want = ours.flash_attn_varlen_func(x, x, x, bounds.clone(), bounds.clone(), 5, 5)
-    assert torch.equal(ours.flash_attn_varlen_func(x, x, x, bounds, bounds, 5, 5), want)
-    second, stream = ours._spans(bounds), "other"
-    assert ours._spans(bounds) is not second, "another stream may be ahead of the one that makes them"
-
-
-@pytest.mark.parametrize("capturing", [False, True])
-def test_of_what_bounds_spans_are_kept(capturing, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    assert not ours._may_keep(torch.tensor([0, 3]).int())
-    with FakeTensorMode():
-        assert not ours._may_keep(torch.empty(2, device="cuda"))
-    plain = SimpleNamespace(is_cuda=True, is_inference=lambda: False, device=torch.device("cuda"))
-    monkeypatch.setattr(ours, "Tensor", SimpleNamespace)
-    assert ours._may_keep(plain) is not capturing
-    plain.is_inference = lambda: True
-    assert not ours._may_keep(plain)

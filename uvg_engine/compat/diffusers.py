@@ -44,8 +44,9 @@ def accelerate(transformer: Model) -> Model:
 
     Weights, names, configuration and what `save_pretrained` writes stay as they are, and so does the result within
     rounding. A projection that is not a plain nn.Linear (LoRA, quantised, hooked) is called as it is. Raises ValueError
-    on another model, on dropout, and, when it is called, on attention processors, attention backends or fused
-    projections that were set: those would be ignored. Not for offloading leaf by leaf, which hooks every layer.
+    on another model, on dropout, and, when it is called, on attention processors, attention backends, fused
+    projections, and hooks on attentions, norms or ffn: those would be ignored. Not for offloading leaf by leaf, which
+    hooks every layer.
     """
     model: Any = transformer
     _require(type(model) is WanTransformer3DModel, "transformer must be a WanTransformer3DModel", _name(model))
@@ -105,6 +106,9 @@ class _Block(WanTransformerBlock):
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
         """hidden_states [B, L, D], encoder_hidden_states [B, C, D], temb [B, 6, D] or, for every row, [B, L, 6, D]."""
         rows: _Rows = rotary_emb
+        for name in ("norm1", "norm2", "norm3", "ffn"):
+            module = getattr(self, name)
+            _require(not _hooked(module), f"{name} must have no hooks and its own forward", _name(module))
         samples, length = hidden_states.shape[:2]
         h, spans = hidden_states.flatten(0, 1), rows.spans
         modulation = self.scale_shift_table + temb.float()
@@ -173,8 +177,12 @@ def _normed(x: Tensor, norm: Any) -> Tensor:
 
 def _plain(layer: nn.Module) -> bool:
     """Whether a call of the layer is its product and nothing else."""
-    hooks = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooks
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not _hooked(layer)
+
+
+def _hooked(module: nn.Module) -> bool:
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in module.__dict__ or any(own)
 
 
 def _require_as_made(attn: Any) -> None:
@@ -182,6 +190,8 @@ def _require_as_made(attn: Any) -> None:
     own = type(processor) is WanAttnProcessor
     own = own and processor._attention_backend is None and processor._parallel_config is None
     _require(own, "an attention must have diffusers' processor, without a backend of its own", _name(processor))
+    for name, module in (("attention", attn), ("norm_q", attn.norm_q), ("norm_k", attn.norm_k)):
+        _require(not _hooked(module), f"{name} must have no hooks and its own forward", _name(module))
     fused = getattr(attn, "fused_projections", False)
     _require(not fused, "projections must not be fused", fused)
 

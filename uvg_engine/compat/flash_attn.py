@@ -21,8 +21,6 @@ from uvg_engine.ops._alone import alone, has_values
 
 __all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func"]
 
-_KEPT = "_uvg_spans"  # attribute of bounds
-
 Result = Tensor | tuple[Tensor, Tensor, None]
 
 
@@ -169,25 +167,6 @@ def _kept_even_spans(samples: int, length: int, device: torch.device) -> Tensor:
 
 
 def _spans(bounds: Tensor) -> Tensor:
-    """int32 [B, 1, 2]. On a GPU they are kept with the bounds, until these are written to: a library wants the spans'
-    numbers on the host, and what it was told is kept with the spans (backends.samples)."""
-    if not _may_keep(bounds):
-        return _new_spans(bounds)
-    # on another stream they may not be there yet
-    key, kept = (bounds._version, torch.cuda.current_stream(bounds.device)), getattr(bounds, _KEPT, None)
-    if kept is None or kept[0] != key:
-        with torch.inference_mode(False):  # may be saved for a backward
-            kept = key, _new_spans(bounds)
-        setattr(bounds, _KEPT, kept)
-    return kept[1]
-
-
-def _may_keep(bounds: Tensor) -> bool:
-    plain = bounds.is_cuda and type(bounds) is Tensor and not bounds.is_inference()  # these have no version
-    return plain and alone(()) and not capturing(bounds.device)
-
-
-def _new_spans(bounds: Tensor) -> Tensor:
     return torch.stack([bounds[:-1], bounds.diff()], 1)[:, None]
 
 

@@ -84,7 +84,7 @@ class Loop:
 
     @torch.no_grad()
     def advance(self, states: Sequence[State]) -> None:
-        """One step for each. If it raises, every state is as it was.
+        """One step for each. If it raises, every state is as it was, but where the device failed in earlier work.
 
         The host looks at the tokens of a step while a GPU is at the next one, which it would not be if the host waited.
         """
@@ -94,6 +94,7 @@ class Loop:
             self._forward(moving)
         for state in states:
             state.step += 1
+        for state in states:
             state.look(newest=not self._looks_later)
 
     def _forward(self, states: list[State]) -> None:

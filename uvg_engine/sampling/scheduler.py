@@ -176,9 +176,9 @@ class Scheduler:
 
     def _settle(self, handle: Handle, state: State) -> None:
         """After a step: record it, and take the result where it was the last."""
+        if handle._recorder is not None or state.done:  # what the step left is read now
+            state.look()  # a device that failed concerns all requests: raised by `step`
         try:
-            if handle._recorder is not None or state.done:  # what the step left is read now
-                state.look()
             if state.failed:
                 raise SamplingError("the model gave no distribution for a token (NaN or infinite logits)")
             if handle._recorder is not None:

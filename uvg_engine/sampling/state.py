@@ -72,8 +72,10 @@ class State:
         """See whether a draw failed, that of the last step too or those before it: there the state has ended. Waits for
         the device to be done with those steps."""
         while self._drawn and (newest or self._drawn[0][0] < self.step):
-            step, tokens = self._drawn.popleft()
-            if bool((tokens() < 0).any()):
+            step, tokens = self._drawn[0]
+            failed = bool((tokens() < 0).any())  # raises where the device failed: then it was not looked at
+            self._drawn.popleft()
+            if failed:
                 self.failed, self.step = True, step
                 self._drawn.clear()
 
