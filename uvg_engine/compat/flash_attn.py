@@ -126,8 +126,7 @@ def flash_attn_qkvpacked_func(
 
 
 def _group(q: Tensor, heads: int, key_heads: int) -> int:
-    """How many heads of q become rows of one, as they share keys. On a GPU 1: their spans would be new ones in every
-    call, and those of `_spans` are kept."""
+    """How many heads of q become rows of one, as they share keys. On a GPU 1: not timed there."""
     if heads == key_heads:
         return 1
     _require(key_heads > 0 and heads % key_heads == 0, f"heads of q must be a multiple of k's {key_heads}", heads)
