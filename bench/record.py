@@ -65,7 +65,7 @@ def record(
         if name not in done:
             found = [json.dumps(rounded({"run": name} | line | about)) + "\n" for line in lines]
             with path.open("a") as file:
-                file.writelines(found)  # a run is in the file whole
+                file.write("".join(found))  # a run is in the file whole
     report.write(path, page)
     return path
 

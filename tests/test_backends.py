@@ -257,11 +257,8 @@ def test_a_forward_without_force_is_followed_by_its_own_backward(add_backend):
     add_backend("spare", {"gated_residual": spare.kernel})
     add_backend("mine", {"gated_residual": mine.kernel})
     h, y, gate, spans = residual_inputs()
-    many, one = (
-        ops.gated_residual(h, y, gate, spans),
-        ops.gated_residual(h[:1], y[:1], gate[:1], spans[:1].clamp(max=1)),
-    )
-    backward_of(many + one)
+    one = ops.gated_residual(h[:1], y[:1], gate[:1], spans[:1].clamp(max=1))
+    backward_of(ops.gated_residual(h, y, gate, spans) + one)
     assert mine.calls == ["forward", "backward"] and spare.calls == ["forward", "backward"]
 
 

@@ -142,6 +142,8 @@ def test_shapes_that_do_not_fit_are_told():
         ours.flash_attn_func(x, x[:1], x[:1])
     with pytest.raises(ValueError, match="heads of q must be a multiple of k's 3, got 4"):
         ours.flash_attn_func(x, x[:, :, :3], x[:, :, :3])
+    with pytest.raises(ValueError, match="heads of q must be a multiple of k's 4, got 0"):
+        ours.flash_attn_func(x[:, :, :0], x, x)
     with pytest.raises(ValueError, match=r"v must have k's shape \(2, 3, 4, 8\), got \(2, 3, 2, 8\)"):
         ours.flash_attn_func(x, x, x[:, :, :2])
     with pytest.raises(ValueError, match=r"v must have k's shape \(3, 2, 8\), got \(3, 4, 8\)"):

@@ -109,18 +109,18 @@ def test_a_step_waits_for_no_gpu(gpu):
 
 
 @pytest.mark.parametrize(
-    "wait",
+    "wait, error, told",
     [
-        lambda x: bool((x < 0).any()),
-        lambda x: x.tolist(),
-        lambda x: x.cpu(),
-        lambda x: torch.tensor([1], device=x.device),
-        lambda x: torch.ones(2).to(x.device),
-        lambda x: x.copy_(torch.ones(2)),
+        (lambda x: bool((x < 0).any()), RuntimeError, "cannot be called on meta tensors"),
+        (lambda x: x.tolist(), NotImplementedError, "Cannot copy out of meta tensor"),
+        (lambda x: x.cpu(), NotImplementedError, "Cannot copy out of meta tensor"),
+        (lambda x: torch.tensor([1], device=x.device), AssertionError, "the host waits for the GPU"),
+        (lambda x: torch.ones(2).to(x.device), AssertionError, "the host waits for the GPU"),
+        (lambda x: x.copy_(torch.ones(2)), AssertionError, "the host waits for the GPU"),
     ],
 )
-def test_the_stand_in_tells_of_waits(gpu, wait):
-    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
+def test_the_stand_in_tells_of_waits(gpu, wait, error, told):
+    with pytest.raises(error, match=told):
         wait(torch.zeros(2, device=GPU))
 
 

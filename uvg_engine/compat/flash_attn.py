@@ -129,7 +129,11 @@ def _group(q: Tensor, heads: int, key_heads: int) -> int:
     """How many heads of q become rows of one, as they share keys. On a GPU 1: not timed there."""
     if heads == key_heads:
         return 1
-    _require(key_heads > 0 and heads % key_heads == 0, f"heads of q must be a multiple of k's {key_heads}", heads)
+    _require(
+        0 not in (heads, key_heads) and heads % key_heads == 0,
+        f"heads of q must be a multiple of k's {key_heads}",
+        heads,
+    )
     return heads // key_heads if q.is_cpu else 1
 
 
