@@ -1,3 +1,5 @@
+#include <sched.h>
+
 #include "cpu/per_thread.h"
 #include "cpu/tile.h"
 #include "uvg/flash_attention.h"
@@ -17,31 +19,47 @@ constexpr int64_t kKeys = 192;
 constexpr int64_t kKeys = 96;
 #endif
 
+constexpr int64_t kWholeRounds = 8;  // of samples' heads by all threads, from which on none is cut; untuned
+
+// What all blocks of keys of a sample's head read and add to.
 template <typename F>
-struct Workspace {
-  uint32_t *queries_t, *douts_t, *queries, *douts, *keys;    // of a whole sample, one head
-  uint32_t *key_rows, *value_rows;                           // of a block of keys
-  uint32_t *probabilities, *scores, *scores_by_keys, *work;  // of a block; scores: their gradient
-  float *lse, *delta;                                        // [queries]
-  float *dq, *dk, *dv;                                       // dq of the sample; dk, dv of the block
-  float* sums;                                               // [2, rows_k, columns] where samples share keys
+struct Sample {
+  uint32_t *queries_t, *douts_t, *queries, *douts, *keys;
+  float *lse, *delta;  // [queries]
+  float* dq;
+  int64_t* added;  // of each block of queries: blocks of keys whose part dq has
   int64_t columns;
 
-  static constexpr int64_t kRow = kQueries / F::kPer + kLanes;  // dwords; rows off one another's sets
-  static constexpr int64_t kKeyRow = kQueries + kLanes;         // of scores_by_keys: pairs along the keys
-
-  Workspace(Scratch& scratch, const Params& p) : columns(round_up(p.width, kLanes)) {
+  Sample(Scratch& scratch, const Params& p) : columns(round_up(p.width, kLanes)) {
     const int64_t words = row_words<F>(p.width);
     const int64_t most_q = round_up(p.queries->longest(), kPanel), most_k = round_up(p.keys->longest(), kKeys);
     for (uint32_t** x : {&queries_t, &douts_t}) *x = scratch.words(most_q * words);
     for (uint32_t** x : {&queries, &douts}) *x = scratch.words(most_q / F::kPer * columns);
     keys = scratch.words(most_k / F::kPer * columns);
+    lse = scratch.floats(most_q), delta = scratch.floats(most_q);
+    dq = scratch.floats((most_q + kTileRows) * columns);
+    added = reinterpret_cast<int64_t*>(scratch.words(2 * (most_q / kQueries + 1)));
+  }
+};
+
+// What a thread works in at a block of keys.
+template <typename F>
+struct Workspace {
+  Sample<F> sample;                                          // its own
+  uint32_t *key_rows, *value_rows;                           // of a block of keys
+  uint32_t *probabilities, *scores, *scores_by_keys, *work;  // of a block; scores: their gradient
+  float *dk, *dv;
+  float* sums;  // [2, rows_k, columns] where samples share keys
+
+  static constexpr int64_t kRow = kQueries / F::kPer + kLanes;  // dwords; rows off one another's sets
+  static constexpr int64_t kKeyRow = kQueries + kLanes;         // of scores_by_keys: pairs along the keys
+
+  Workspace(Scratch& scratch, const Params& p) : sample(scratch, p) {
+    const int64_t words = row_words<F>(p.width), columns = sample.columns;
     for (uint32_t** x : {&key_rows, &value_rows}) *x = scratch.words(kKeys * words);
     for (uint32_t** x : {&probabilities, &scores}) *x = scratch.words(kKeys * kRow);
     scores_by_keys = F::kPer == 1 ? scores : scratch.words(kKeys / 2 * kKeyRow);
     work = scratch.words(kLanes * words);
-    lse = scratch.floats(most_q), delta = scratch.floats(most_q);
-    dq = scratch.floats((most_q + kTileRows) * columns);
     dk = scratch.floats(kKeys * columns), dv = scratch.floats(kKeys * columns);
     sums = p.keys->shared() ? scratch.floats(2 * p.rows_k * columns) : nullptr;
   }
@@ -84,56 +102,6 @@ UVG_NOINLINE void score_gradient(const uint32_t* values, const uint32_t* panel, 
   }
 }
 
-// Of one sample and head: what every block of keys needs of the queries.
-template <typename F>
-void prepare(const Params& p, const Rows<typename F::Value>& q, const Rows<typename F::Value>& dout,
-             const Rows<typename F::Value>& out, int64_t head, const Workspace<F>& w) {
-  const int64_t padded = round_up(q.count, kPanel);
-  pack_transposed<F>(q, p.width, w.queries_t, w.work);
-  pack_transposed<F>(dout, p.width, w.douts_t, w.work);
-  pack_columns<F>(q, p.width, padded, w.queries);
-  pack_columns<F>(dout, p.width, padded, w.douts);
-  for (int64_t i = 0; i < padded; ++i) {
-    w.lse[i] = __builtin_inff(), w.delta[i] = 0.0f;  // no query: probability 0
-    if (i >= q.count) continue;
-    Vec dot = {};
-    columns(p.width, [&](int64_t c, int64_t n) { dot += load(out.at(i) + c, n) * load(dout.at(i) + c, n); });
-    w.delta[i] = sum(dot);
-    w.lse[i] = p.lse[head * p.rows_q + q.index[i]] / F::kUnit;
-  }
-}
-
-// Gradients of a block of keys and values, and their part of dq.
-template <typename F>
-void block(const Params& p, const Rows<typename F::Value>& k, const Rows<typename F::Value>& v, int64_t first_key,
-           int64_t num_queries, int64_t num_keys, const Workspace<F>& w) {
-  const int64_t words = row_words<F>(p.width), padded = round_up(k.count, kTileRows);
-  const int64_t total_q = round_up(num_queries, kPanel) / F::kPer, total_k = round_up(num_keys, kKeys) / F::kPer;
-  constexpr int64_t row = Workspace<F>::kRow;
-  pack_rows<F>(k, p.width, padded, w.key_rows);
-  pack_rows<F>(v, p.width, padded, w.value_rows);
-  for (int64_t q = 0; q < num_queries; q += kQueries) {
-    const int64_t left = round_up(num_queries - q, F::kPutVecs * kLanes), here = left < kQueries ? left : kQueries;
-    for (int64_t c = 0; c < here; c += kPanel) {
-      with_vecs<F>(here - c, [&](auto vecs) {
-        for (int64_t r = 0; r < padded; r += kTileRows)
-          probability<F, decltype(vecs)::value>(w.key_rows + r * words, w.queries_t + (q + c) * words, p.width,
-                                                p.scale / F::kUnit, w.lse + q + c, w.probabilities + r * row, c);
-        for (int64_t r = 0; r < padded; r += kTileRows)
-          score_gradient<F, decltype(vecs)::value>(
-              w.value_rows + r * words, w.douts_t + (q + c) * words, p.width, k.count - r, w.delta + q + c,
-              w.probabilities + r * row, w.scores + r * row, w.scores_by_keys + r / 2 * Workspace<F>::kKeyRow, c);
-      });
-    }
-    const int64_t depth = here / F::kPer, skip = q / F::kPer;
-    multiply_all<F>(w.dv, padded, p.width, w.probabilities, row, 1, w.douts, total_q, skip, depth, q == 0);
-    multiply_all<F>(w.dk, padded, p.width, w.scores, row, 1, w.queries, total_q, skip, depth, q == 0);
-    const int64_t step = F::kPer == 1 ? row : Workspace<F>::kKeyRow;
-    multiply_all<F>(w.dq + q * w.columns, round_up(here, kTileRows), p.width, w.scores_by_keys, 1, step, w.keys,
-                    total_k, first_key / F::kPer, round_up(k.count, F::kPer) / F::kPer, first_key == 0);
-  }
-}
-
 template <typename T>
 void write(const float* x, float scale, int64_t width, T* out) {
   columns(width, [&](int64_t i, int64_t n) { store(out + i, load(x + i, n) * scale, n); });
@@ -145,46 +113,134 @@ void zero(const RowLists& lists, int64_t list, int64_t size, T* out) {
     std::memset(out + lists.rows(list)[i] * size, 0, static_cast<size_t>(size) * sizeof(T));
 }
 
+inline void wait_for(const int64_t& count, int64_t value) {
+  for (int64_t looks = 0; __atomic_load_n(&count, __ATOMIC_ACQUIRE) != value; ++looks)
+    if (looks > 1000) sched_yield();
+}
+
+// One sample's head, in any of the threads.
 template <typename F>
 struct Task {
   using T = typename F::Value;
   const Params& p;
-  const Workspace<F>& w;
+  const Sample<F>& all;
   int64_t head;
+  Rows<T> q, k, v, dout, out;
 
-  Rows<T> rows(const void* x, const RowLists& lists, int64_t s) const {
-    return {static_cast<const T*>(x) + head * p.width, p.heads * p.width, lists.rows(s), lists.size(s)};
+  Task(const Params& p, const Sample<F>& all, int64_t s, int64_t head) : p(p), all(all), head(head) {
+    const auto rows = [&](const void* x, const RowLists& lists) {
+      return Rows<T>{static_cast<const T*>(x) + head * p.width, p.heads * p.width, lists.rows(s), lists.size(s)};
+    };
+    q = rows(p.q, *p.queries), dout = rows(p.dout, *p.queries), out = rows(p.out, *p.queries);
+    k = rows(p.k, *p.keys), v = rows(p.v, *p.keys);
   }
 
   T* at(void* x, int64_t row) const { return static_cast<T*>(x) + (row * p.heads + head) * p.width; }
 
-  // One sample. sum_k, sum_v: fp32 [rows_k, columns] that other samples add to as well, or null.
-  void run(int64_t s, float* sum_k, float* sum_v) const {
-    const Rows<T> q = rows(p.q, *p.queries, s), k = rows(p.k, *p.keys, s), v = rows(p.v, *p.keys, s);
-    if (q.count == 0 || k.count == 0) return;
-    prepare<F>(p, q, rows(p.dout, *p.queries, s), rows(p.out, *p.queries, s), head, w);
-    pack_columns<F>(k, p.width, round_up(k.count, kKeys), w.keys);
-    for (int64_t first = 0; first < k.count; first += kKeys) {
-      const int64_t count = k.count - first < kKeys ? k.count - first : kKeys;
-      block<F>(p, k.from(first, count), v.from(first, count), first, q.count, k.count, w);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = k.index[first + i];
-        if (sum_k == nullptr) {
-          write(w.dk + i * w.columns, p.scale, p.width, at(p.dk, row));
-          write(w.dv + i * w.columns, 1.0f, p.width, at(p.dv, row));
-          continue;
-        }
-        columns(w.columns, [&](int64_t c, int64_t n) {
-          add_to(sum_k + row * w.columns + c, load(w.dk + i * w.columns + c), n);
-          add_to(sum_v + row * w.columns + c, load(w.dv + i * w.columns + c), n);
+  // What every block of keys needs, in kParts that may run at once.
+  static constexpr int64_t kParts = 3;
+
+  void prepare(int64_t part, uint32_t* work) const {
+    const int64_t padded = round_up(q.count, kPanel);
+    if (part < 2) {
+      pack_transposed<F>(part == 0 ? q : dout, p.width, part == 0 ? all.queries_t : all.douts_t, work);
+      pack_columns<F>(part == 0 ? q : dout, p.width, padded, part == 0 ? all.queries : all.douts);
+      return;
+    }
+    pack_columns<F>(k, p.width, round_up(k.count, kKeys), all.keys);
+    for (int64_t i = 0; i < padded; i += kQueries) all.added[i / kQueries] = 0;
+    for (int64_t i = 0; i < padded; ++i) {
+      all.lse[i] = __builtin_inff(), all.delta[i] = 0.0f;  // no query: probability 0
+      if (i >= q.count) continue;
+      Vec dot = {};
+      columns(p.width, [&](int64_t c, int64_t n) { dot += load(out.at(i) + c, n) * load(dout.at(i) + c, n); });
+      all.delta[i] = sum(dot);
+      all.lse[i] = p.lse[head * p.rows_q + q.index[i]] / F::kUnit;
+    }
+  }
+
+  // Gradients of a block of keys and values, into w, and their part of dq: after the block before, so that no bit
+  // depends on who is first. The last block writes dq.
+  void block(int64_t first_key, const Workspace<F>& w) const {
+    const Rows<T> keys = k.from(first_key, here(first_key)), values = v.from(first_key, here(first_key));
+    const int64_t words = row_words<F>(p.width), padded = round_up(keys.count, kTileRows);
+    const int64_t total_q = round_up(q.count, kPanel) / F::kPer, total_k = round_up(k.count, kKeys) / F::kPer;
+    constexpr int64_t row = Workspace<F>::kRow;
+    pack_rows<F>(keys, p.width, padded, w.key_rows);
+    pack_rows<F>(values, p.width, padded, w.value_rows);
+    for (int64_t i = 0; i < q.count; i += kQueries) {
+      const int64_t left = round_up(q.count - i, F::kPutVecs * kLanes), count = left < kQueries ? left : kQueries;
+      for (int64_t c = 0; c < count; c += kPanel) {
+        with_vecs<F>(count - c, [&](auto vecs) {
+          for (int64_t r = 0; r < padded; r += kTileRows)
+            probability<F, decltype(vecs)::value>(w.key_rows + r * words, all.queries_t + (i + c) * words, p.width,
+                                                  p.scale / F::kUnit, all.lse + i + c, w.probabilities + r * row, c);
+          for (int64_t r = 0; r < padded; r += kTileRows)
+            score_gradient<F, decltype(vecs)::value>(
+                w.value_rows + r * words, all.douts_t + (i + c) * words, p.width, keys.count - r, all.delta + i + c,
+                w.probabilities + r * row, w.scores + r * row, w.scores_by_keys + r / 2 * Workspace<F>::kKeyRow, c);
         });
       }
+      const int64_t depth = count / F::kPer, skip = i / F::kPer;
+      multiply_all<F>(w.dv, padded, p.width, w.probabilities, row, 1, all.douts, total_q, skip, depth, i == 0);
+      multiply_all<F>(w.dk, padded, p.width, w.scores, row, 1, all.queries, total_q, skip, depth, i == 0);
+      const int64_t step = F::kPer == 1 ? row : Workspace<F>::kKeyRow;
+      int64_t& added = all.added[i / kQueries];
+      wait_for(added, first_key / kKeys);
+      multiply_all<F>(all.dq + i * all.columns, round_up(count, kTileRows), p.width, w.scores_by_keys, 1, step,
+                      all.keys, total_k, first_key / F::kPer, round_up(keys.count, F::kPer) / F::kPer, first_key == 0);
+      __atomic_store_n(&added, first_key / kKeys + 1, __ATOMIC_RELEASE);
+      if (first_key + keys.count < k.count) continue;
+      for (int64_t j = i; j < i + kQueries && j < q.count; ++j)
+        write(all.dq + j * all.columns, p.scale, p.width, at(p.dq, q.index[j]));
     }
-    for (int64_t i = 0; i < q.count; ++i) write(w.dq + i * w.columns, p.scale, p.width, at(p.dq, q.index[i]));
+  }
+
+  int64_t here(int64_t first_key) const { return k.count - first_key < kKeys ? k.count - first_key : kKeys; }
+
+  void write_block(int64_t first_key, const Workspace<F>& w) const {
+    for (int64_t i = 0; i < here(first_key); ++i) {
+      write(w.dk + i * all.columns, p.scale, p.width, at(p.dk, k.index[first_key + i]));
+      write(w.dv + i * all.columns, 1.0f, p.width, at(p.dv, k.index[first_key + i]));
+    }
+  }
+
+  // To sums that other samples' keys go to as well.
+  void add_block(int64_t first_key, const Workspace<F>& w) const {
+    for (int64_t i = 0; i < here(first_key); ++i) {
+      float* sum = w.sums + k.index[first_key + i] * all.columns;
+      columns(all.columns, [&](int64_t c, int64_t n) {
+        add_to(sum + c, load(w.dk + i * all.columns + c), n);
+        add_to(sum + p.rows_k * all.columns + c, load(w.dv + i * all.columns + c), n);
+      });
+    }
+  }
+
+  void run(const Workspace<F>& w) const {
+    if (q.count == 0 || k.count == 0) return;
+    for (int64_t part = 0; part < kParts; ++part) prepare(part, w.work);
+    for (int64_t first = 0; first < k.count; first += kKeys) {
+      block(first, w);
+      w.sums == nullptr ? write_block(first, w) : add_block(first, w);
+    }
   }
 };
 
-// A task is one head of one sample; where samples share keys, one head of all samples, in their order.
+// Where samples share keys: one head of all samples, in their order.
+template <typename F>
+void run_shared(const Params& p, int64_t head, const Workspace<F>& w) {
+  const int64_t columns = w.sample.columns;
+  std::memset(w.sums, 0, static_cast<size_t>(2 * p.rows_k * columns) * sizeof(float));
+  for (int64_t s = 0; s < p.queries->samples(); ++s) Task<F>(p, w.sample, s, head).run(w);
+  const Task<F> task(p, w.sample, 0, head);
+  for (int64_t row = 0; row < p.rows_k; ++row) {
+    write(w.sums + row * columns, p.scale, p.width, task.at(p.dk, row));
+    write(w.sums + (p.rows_k + row) * columns, 1.0f, p.width, task.at(p.dv, row));
+  }
+}
+
+// A task is one head of one sample. The last of them, fewer than threads, are cut into their blocks of keys, which are
+// taken in order: who waits for a block before waits for one that is being worked on.
 template <typename F>
 void backward(const Params& p) {
   using T = typename F::Value;
@@ -198,24 +254,29 @@ void backward(const Params& p) {
   }
   for (int64_t s = 0; s < samples; ++s)
     if (p.keys->size(s) == 0) zero(*p.queries, s, size, static_cast<T*>(p.dq));
+  const int64_t pairs = shared ? p.heads : samples * p.heads, longest = p.keys->longest();
+  const int64_t cut = shared || longest <= kKeys || pairs > kWholeRounds * p.threads ? 0 : pairs % p.threads;
+  int64_t next = 0;
   Scratch scratch;
   const PerThread<Workspace<F>> workspaces(scratch, p.threads, p);
 #pragma omp parallel num_threads(p.threads)
   {
     const Workspace<F>& w = workspaces.own();
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < (shared ? 1 : samples) * p.heads; ++i) {
-      const Task<F> task{p, w, i % p.heads};
-      if (!shared) {
-        task.run(i / p.heads, nullptr, nullptr);
-        continue;
-      }
-      float *sum_k = w.sums, *sum_v = sum_k + p.rows_k * w.columns;
-      std::memset(sum_k, 0, static_cast<size_t>(2 * p.rows_k * w.columns) * sizeof(float));
-      for (int64_t s = 0; s < samples; ++s) task.run(s, sum_k, sum_v);
-      for (int64_t row = 0; row < p.rows_k; ++row) {
-        write(sum_k + row * w.columns, p.scale, p.width, task.at(p.dk, row));
-        write(sum_v + row * w.columns, 1.0f, p.width, task.at(p.dv, row));
+    for (int64_t i = 0; i < pairs - cut; ++i)
+      shared ? run_shared<F>(p, i, w) : Task<F>(p, w.sample, i / p.heads, i % p.heads).run(w);
+    if (cut > 0) {
+      const auto task = [&](int64_t i) {
+        const int64_t pair = pairs - cut + i;
+        return Task<F>(p, workspaces.of(i).sample, pair / p.heads, pair % p.heads);
+      };
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < cut * Task<F>::kParts; ++i) task(i % cut).prepare(i / cut, w.work);
+      const int64_t blocks = (longest + kKeys - 1) / kKeys;
+      for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < cut * blocks;) {
+        const Task<F> one = task(i % cut);
+        const int64_t first = i / cut * kKeys;
+        if (one.q.count > 0 && first < one.k.count) one.block(first, w), one.write_block(first, w);
       }
     }
   }

@@ -32,8 +32,10 @@ class PerThread {
 #else
     const int number = 0;
 #endif
-    return *reinterpret_cast<Room*>(rooms_ + number * kStride);
+    return of(number);
   }
+
+  Room& of(int64_t number) const { return *reinterpret_cast<Room*>(rooms_ + number * kStride); }
 
  private:
   static constexpr int64_t kStride = (int64_t{sizeof(Room)} + 63) / 64 * 64;  // no two on one cache line

@@ -84,5 +84,7 @@ int main() {
   check({1, 64, 3, 700, {0, 2, 0, 0, 2, 1, 0, 0}, {0, 650, 690, 10, 0, 0, 0, 0}});  // the second has no key
   check({1, 40, 210, 210, self, self, true});
   for (int32_t n : {16, 17, 33, 49, 92}) check({1, 24, n, n, {0, n, 0, 0}, {0, n, 0, 0}});  // parts of a panel
+  check({1, 24, 600, 500, {0, 600, 0, 0}, {0, 500, 0, 0}});  // a head that all threads share in its backward
+  check({5, 24, 300, 300, {0, 200, 0, 0, 200, 100, 0, 0}, {0, 200, 0, 0, 200, 100, 0, 0}});  // whole ones, then that
   return finish("flash_attention");
 }
