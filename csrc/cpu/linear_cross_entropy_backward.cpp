@@ -3,7 +3,7 @@
 
 // The vocabulary is walked in steps of a few groups of columns. Of a step the gradient of the logits is computed, panel
 // by panel, and stored twice as it is read: by rows for dx, by columns for dweight. Every sum runs in the order of the
-// steps and rows, whatever the number of threads.
+// groups and rows, so that neither threads nor the groups of a step change a bit.
 namespace uvg {
 namespace UVG_ISA {
 namespace {
@@ -11,8 +11,10 @@ namespace {
 using Params = LinearCrossEntropyParams;
 
 constexpr int64_t kGroup = 192;          // columns; a multiple of kTileRows and of kPanel
-constexpr int64_t kMostGroups = 8;       // of a step; untuned
-constexpr int64_t kStepBytes = 8 << 20;  // of a step's gradients at most, where a group alone is not more
+constexpr int64_t kMostGroups = 8;       // of a step, where they are enough for the threads; untuned
+constexpr int64_t kStepBytes = 8 << 20;  // of a step's gradients at most, where two groups are not more
+constexpr int64_t kOwnBytes = 2 << 20;   // of them for each thread, where that is more; untuned
+constexpr int64_t kFewestRows = 48;      // of a part of dx: each part packs the weight anew; untuned
 constexpr int64_t kDepth = 256;          // dwords along the rows that dweight sums at once; untuned
 
 template <typename F>
@@ -54,9 +56,10 @@ struct Backward {
   }
 
   int64_t groups_of_a_step() const {
-    const int64_t all = (p.vocab + kGroup - 1) / kGroup, most = all < kMostGroups ? all : kMostGroups;
-    const int64_t fit = kStepBytes / (padded * kGroup * 4);
-    return fit < 1 ? 1 : (fit < most ? fit : most);
+    const int64_t all = (p.vocab + kGroup - 1) / kGroup, busy = (2 * p.threads * kPanel + kGroup - 1) / kGroup;
+    const int64_t most = busy < kMostGroups ? kMostGroups : busy, own = p.threads * kOwnBytes;
+    const int64_t fit = (own < kStepBytes ? kStepBytes : own) / (padded * kGroup * 4), least = fit < 2 ? 2 : fit;
+    return least < most ? (least < all ? least : all) : (most < all ? most : all);
   }
 
   // With a = target, b = current: dlogits = (a + b) * p - a * 1_target - b * 1_current.
@@ -116,13 +119,17 @@ struct Backward {
       write(out + r * round_up(here, kLanes), here, static_cast<T*>(p.dweight) + (begin + at + r) * p.width + c);
   }
 
-  // A step's part of dx: columns `c`.. of the width. packed: room for a panel of a step's rows of the weight.
-  void x_gradient(int64_t begin, int64_t c, uint32_t* packed) const {
-    const int64_t left = p.vocab - begin, count = left < groups * kGroup ? left : groups * kGroup;
-    const int64_t here = p.width - c < kPanel ? p.width - c : kPanel, columns = round_up(count, kPanel);
-    pack_columns<F>({head.weight + begin * p.width + c, p.width, nullptr, count}, here, columns, packed);
-    multiply_all<F>(dx + c * padded, padded, here, scores, row, 1, packed, columns / F::kPer, 0, columns / F::kPer,
-                    begin == 0);
+  // A step's part of dx: columns `c`.. of the width, `count` rows from `first` on. packed: room for a panel of a
+  // group's rows of the weight.
+  void x_gradient(int64_t begin, int64_t c, int64_t first, int64_t count, uint32_t* packed) const {
+    const int64_t here = p.width - c < kPanel ? p.width - c : kPanel, end = begin + groups * kGroup;
+    float* out = dx + c * padded + first * round_up(here, kLanes);
+    for (int64_t v = begin; v < end && v < p.vocab; v += kGroup) {
+      const int64_t left = p.vocab - v, words = left < kGroup ? left : kGroup, depth = round_up(words, kPanel);
+      pack_columns<F>({head.weight + v * p.width + c, p.width, nullptr, words}, here, depth, packed);
+      multiply_all<F>(out, count, here, scores + first * row + (v - begin) / F::kPer, row, 1, packed, depth / F::kPer,
+                      0, depth / F::kPer, v == 0);
+    }
   }
 
   static void write(const float* from, int64_t width, T* to) {
@@ -134,15 +141,20 @@ struct Backward {
     float* out;
     uint32_t* packed;
 
-    Room(Scratch& scratch, const Head<F>& head, int64_t step)
-        : panel(scratch, head), out(scratch.floats(kGroup * kPanel)), packed(scratch.words(step / F::kPer * kPanel)) {}
+    Room(Scratch& scratch, const Head<F>& head)
+        : panel(scratch, head),
+          out(scratch.floats(kGroup * kPanel)),
+          packed(scratch.words(kGroup / F::kPer * kPanel)) {}
   };
 
   void run() const {
     const int64_t step = groups * kGroup, panels = (p.width + kPanel - 1) / kPanel;
     const int threads = threads_for(3 * head.multiplications(), p.threads);
     Scratch scratch;
-    const PerThread<Room> rooms(scratch, threads, head, step);
+    const PerThread<Room> rooms(scratch, threads, head);
+    const int64_t wanted = (2 * threads + panels - 1) / panels,
+                  even = round_up((padded + wanted - 1) / wanted, kTileRows);
+    const int64_t part = even < kFewestRows ? kFewestRows : even, parts = (padded + part - 1) / part;
 #pragma omp parallel num_threads(threads)
     {
       const auto& [panel, out, packed] = rooms.own();
@@ -154,9 +166,10 @@ struct Backward {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t at = 0; at < count; at += kPanel) gradients(begin, at, panel);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < (here + 1) * panels; ++task) {
-          const int64_t c = task % panels * kPanel;
-          task < panels ? x_gradient(begin, c, packed) : weight_gradient(begin, task / panels - 1, c, out);
+        for (int64_t task = 0; task < (parts + here) * panels; ++task) {
+          const int64_t c = task % panels * kPanel, at = task / panels, first = at * part;
+          at < parts ? x_gradient(begin, c, first, padded - first < part ? padded - first : part, packed)
+                     : weight_gradient(begin, at - parts, c, out);
         }
       }
 #pragma omp for schedule(static)
