@@ -146,7 +146,7 @@ struct TileTasks {
   TileTasks(int64_t num_rows, int64_t vocab, int threads)
       : tiles((vocab + kVocabTile - 1) / kVocabTile), rows(num_rows) {
     constexpr int64_t kMost = 384;  // rows of a part, so that their masses stay in the cache; untuned
-    const int64_t wanted = tiles >= 2 * threads || threads == 1 ? 1 : 2 * threads;
+    const int64_t wanted = threads == 1 ? 1 : (2 * threads + tiles - 1) / tiles;  // each packs its tile's weight anew
     const int64_t even = round_up((rows + wanted - 1) / wanted, kTileRows);
     part = even < kMost ? even : kMost;
     parts = (rows + part - 1) / part;

@@ -34,9 +34,10 @@ struct Across {
   int64_t row_step, rows, width;
   bool activate;  // GELU of the values
 
-  // Columns from `first` on: [depth][wide] dwords. total: their sums over the rows, in T, or null.
+  // `wide` columns from `first` on, to rows that lie `row` dwords apart: [depth][row]. total: the columns' sums over
+  // the rows, in T, or null.
   template <int64_t kWide>
-  void pack(int64_t first, int64_t wide, int64_t depth, uint32_t* out, T* total) const {
+  void pack(int64_t first, int64_t wide, int64_t row, int64_t depth, uint32_t* out, T* total) const {
     constexpr int64_t kVecs = kWide / kLanes;
     const int64_t left = width - first, count = left < wide ? left : wide;
     T work[F::kPer][kWide];
@@ -57,18 +58,38 @@ struct Across {
         }
       }
       for (int64_t i = 0; i < wide; i += kLanes)
-        store_bits(out + k * wide + i, i < count ? F::across(at, i, count - i) : VecBits{});
+        store_bits(out + k * row + i, i < count ? F::across(at, i, count - i) : VecBits{});
       if (k % (kSummed / F::kPer) == 0 || k + 1 == depth)
         for (int64_t j = 0; j < kVecs; ++j) sum[j] += part[j], part[j] = Vec{};
     }
     if (total == nullptr) return;
     columns(count, [&](int64_t i, int64_t n) { store(total + first + i, sum[i / kLanes], n); });
   }
+
+  // A piece of the panels of kWide columns that begin with `first` and are [depth][kWide] each, but for the last one,
+  // which ends with column `end`: a whole panel, or a vector of it, from column `at` on.
+  template <int64_t kWide>
+  void pack_piece(int64_t first, int64_t at, int64_t piece, int64_t end, int64_t depth, uint32_t* out, T* total) const {
+    const int64_t panel = at / kWide * kWide, row = end - panel < kWide ? end - panel : kWide;
+    uint32_t* to = out + panel * depth + (at - panel);
+    piece == kWide ? pack<kWide>(first + at, row, row, depth, to, total)
+                   : pack<kLanes>(first + at, kLanes, row, depth, to, total);
+  }
 };
 
-// So many columns at a time that one operand stays within kPackedWords, in parts of like size.
-int64_t columns_at_once(int64_t columns, int64_t depth) {
-  const int64_t fit = kPackedWords / (depth * kBlock + 1) * kBlock, most = fit < kBlock ? kBlock : fit;
+// Columns that a thread packs at once: panels, but where there are fewer of them than threads a vector's.
+template <int64_t kWide>
+int64_t piece_of(int64_t columns, int threads) {
+  return columns < kWide * threads ? kLanes : kWide;
+}
+
+// Of kPackedWords and kWeightWords: what two threads have at once would leave many without a task.
+constexpr int64_t shares(int threads) { return (threads + 3) / 4; }
+
+// So many columns at a time that one operand stays within kPackedWords a share, in parts of like size.
+int64_t columns_at_once(int64_t columns, int64_t depth, int threads) {
+  const int64_t fit = shares(threads) * kPackedWords / (depth * kBlock + 1) * kBlock,
+                most = fit < kBlock ? kBlock : fit;
   const int64_t parts = columns > most ? (columns + most - 1) / most : 1;
   return round_up(columns > 0 ? (columns + parts - 1) / parts : 1, kBlock);
 }
@@ -92,10 +113,10 @@ struct WeightGradient {
         x{static_cast<const T*>(p.x), p.x_row, p.rows, p.depth, p.gelu},
         depth(depth_of<F>(p.rows)) {}
 
-  // dweight of kBlock columns of dz from `row` on and a panel of x from `column` on. out: [kBlock, kPanel] to work in.
-  void tile(const uint32_t* left, int64_t row, const uint32_t* right, int64_t column, float* out) const {
+  // dweight of `block` columns of dz from `row` on and a panel of x from `column` on. out: [block, kPanel] to work in.
+  void tile(int64_t block, const uint32_t* left, int64_t row, const uint32_t* right, int64_t column, float* out) const {
     const int64_t rest = p.depth - column, width = rest < kPanel ? rest : kPanel, out_row = round_up(width, kLanes);
-    const int64_t rows = p.width - row < kBlock ? p.width - row : kBlock;
+    const int64_t rows = p.width - row < block ? p.width - row : block;
     const int64_t parts = depth > kDepthAtOnce ? (depth + kDepthAtOnce - 1) / kDepthAtOnce : 1;
     for (int64_t b = 0; b < parts; ++b) {
       const int64_t from = depth * b / parts, to = depth * (b + 1) / parts;
@@ -110,7 +131,8 @@ struct WeightGradient {
   }
 
   void run() const {
-    const int64_t left_columns = columns_at_once(p.width, depth), right_columns = columns_at_once(p.depth, depth);
+    const int64_t left_columns = columns_at_once(p.width, depth, p.threads);
+    const int64_t right_columns = columns_at_once(p.depth, depth, p.threads);
     Scratch scratch;
     uint32_t *left = scratch.words(left_columns * depth), *right = scratch.words(right_columns * depth);
     const PerThread<Sums> sums(scratch, p.threads);
@@ -119,25 +141,26 @@ struct WeightGradient {
       float* out = sums.own().data;
       for (int64_t column = 0; column == 0 || column < p.depth; column += right_columns) {  // once for the bias
         const int64_t right_end = p.depth - column < right_columns ? p.depth - column : right_columns;
-        const int64_t panels = round_up(right_end, kPanel) / kPanel;
+        const int64_t panels = round_up(right_end, kPanel) / kPanel, x_piece = piece_of<kPanel>(right_end, p.threads);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t c = 0; c < right_end; c += kPanel) {
-          const int64_t rest = round_up(right_end - c, kLanes);
-          x.template pack<kPanel>(column + c, rest < kPanel ? rest : kPanel, depth, right + c * depth, nullptr);
-        }
+        for (int64_t c = 0; c < right_end; c += x_piece)
+          x.template pack_piece<kPanel>(column, c, x_piece, round_up(right_end, kLanes), depth, right, nullptr);
         for (int64_t row = 0; row < p.width; row += left_columns) {
           const int64_t left_end = p.width - row < left_columns ? p.width - row : left_columns;
+          const int64_t all = round_up(left_end, kLeft), dz_piece = piece_of<kLeft>(left_end, p.threads);
           if (column == 0 || p.width > left_columns) {
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t r = 0; r < left_end; r += kLeft)
-              dz.template pack<kLeft>(row + r, kLeft, depth, left + r * depth,
-                                      column == 0 ? static_cast<T*>(p.dbias) : nullptr);
+            for (int64_t r = 0; r < all; r += dz_piece)
+              dz.template pack_piece<kLeft>(row, r, dz_piece, all, depth, left,
+                                            column == 0 ? static_cast<T*>(p.dbias) : nullptr);
           }
-          const int64_t blocks = (left_end + kBlock - 1) / kBlock;
+          int64_t block = kBlock;
+          while (block > kLeft && (left_end + block - 1) / block * panels < 3 * p.threads) block /= 2;
+          const int64_t blocks = (left_end + block - 1) / block;
 #pragma omp for schedule(dynamic, 1)
           for (int64_t task = 0; task < blocks * panels; ++task) {
-            const int64_t r = task / panels * kBlock, c = task % panels * kPanel;
-            tile(left + r * depth, row + r, right + c * depth, column + c, out);
+            const int64_t r = task / panels * block, c = task % panels * kPanel;
+            tile(block, left + r * depth, row + r, right + c * depth, column + c, out);
           }
         }
       }
@@ -153,15 +176,16 @@ void x_gradient(const Params& p) {
   const bool as_it_lies = std::is_same_v<F, Singles<float>> && p.rows <= kFewRows && p.depth % kLanes == 0;
   const Across<F> weight{static_cast<const T*>(p.weight), p.weight_row, p.width, p.depth, false};
   const int64_t panel = weight_words<F>(kPanel, p.width), panels = round_up(p.depth, kPanel) / kPanel;
-  const int64_t fit = kWeightWords / (panel + 1), most = fit < kFewestPanels ? kFewestPanels : fit;
+  const int64_t fit = shares(p.threads) * kWeightWords / (panel + 1), most = fit < kFewestPanels ? kFewestPanels : fit;
   const int64_t groups = panels > most ? (panels + most - 1) / most : 1, at_once = (panels + groups - 1) / groups;
   Scratch scratch;
   uint32_t* packed = as_it_lies ? nullptr : scratch.words(at_once * panel);
   for (int64_t first = 0; first < p.depth; first += at_once * kPanel) {
     const int64_t left = p.depth - first, width = left < at_once * kPanel ? left : at_once * kPanel;
+    const int64_t piece = piece_of<kPanel>(width, p.threads);
 #pragma omp parallel for num_threads(p.threads) schedule(dynamic, 1) if (!as_it_lies)
-    for (int64_t c = 0; c < (as_it_lies ? 0 : width); c += kPanel)
-      weight.template pack<kPanel>(first + c, kPanel, panel / kPanel, packed + c / kPanel * panel, nullptr);
+    for (int64_t c = 0; c < (as_it_lies ? 0 : width); c += piece)
+      weight.template pack_piece<kPanel>(first, c, piece, round_up(width, kPanel), panel / kPanel, packed, nullptr);
     Product<F> product{static_cast<const T*>(p.dz),
                        packed,
                        nullptr,
@@ -186,7 +210,9 @@ void x_gradient(const Params& p) {
 }
 
 template <typename F>
-void backward(const Params& p) {
+void backward(const Params& given) {
+  Params p = given;
+  p.threads = threads_for_products(given.threads, 2 * p.rows * p.depth * p.width);
   x_gradient<F>(p);
   WeightGradient<F>(p).run();
 }
