@@ -20,7 +20,7 @@ struct Runs {
 
 template <typename H, typename Y>
 void forward(const Params& p) {
-  const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
+  const RowChunks chunks(p.spans, p.num_spans, 2, p.rows, rows_at_once(p));
   const Target<H> out(p.out, p.rows, p.width);
 #pragma omp parallel for num_threads(threads_for_rows(p.threads, p.rows, p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {
@@ -39,7 +39,7 @@ void forward(const Params& p) {
 template <typename H, typename Y>
 void backward(const Params& p) {
   const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
-  PartialSums sums(chunks, p.gate == nullptr ? 0 : 1, p.width);
+  PartialSums sums(chunks, p.gate == nullptr ? 0 : 1, p.width, p.threads);
   const Target<Y> dy(p.dy, p.rows, p.width);
 #pragma omp parallel for num_threads(threads_for_rows(p.threads, p.rows, p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {

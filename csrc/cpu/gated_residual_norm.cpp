@@ -47,7 +47,7 @@ struct Forward {
   };
 
   void operator()(const Params& p) const {
-    const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
+    const RowChunks chunks(p.spans, p.num_spans, 2, p.rows, rows_at_once(p));
     const Target<H> out(p.out, p.rows, p.width);
     const Target<N> normed(p.normed, p.rows, p.width);
     const int threads = threads_for_rows(p.threads, p.rows, p.width);
@@ -97,7 +97,7 @@ template <typename H, typename Y, typename N>
 struct Backward {
   void operator()(const Params& p) const {
     const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
-    PartialSums sums(chunks, kParts, p.width);
+    PartialSums sums(chunks, kParts, p.width, p.threads);
     const Target<H> dh(p.dh, p.rows, p.width);
     const Target<Y> dy(p.dy, p.rows, p.width);
 #pragma omp parallel for num_threads(threads_for_rows(p.threads, p.rows, p.width)) schedule(static)

@@ -26,7 +26,7 @@ UVG_NOINLINE void forward_rows(const Params& p, int64_t r, const NormFactors& fa
 
 template <typename T>
 void forward(const Params& p) {
-  const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
+  const RowChunks chunks(p.spans, p.num_spans, 2, p.rows, rows_at_once(p));
   const Target<T> y(p.y, p.rows, p.width);
 #pragma omp parallel for num_threads(threads_for_rows(p.threads, p.rows, p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {
@@ -51,7 +51,7 @@ UVG_NOINLINE void backward_rows(const Params& p, int64_t r, const NormFactors& f
 template <typename T>
 void backward(const Params& p) {
   const RowChunks chunks(p.spans, p.num_spans, 2, p.rows);
-  PartialSums sums(chunks, kNormParts, p.width);
+  PartialSums sums(chunks, kNormParts, p.width, p.threads);
   const Target<T> dx(p.dx, p.rows, p.width);
 #pragma omp parallel for num_threads(threads_for_rows(p.threads, p.rows, p.width)) schedule(static)
   for (int64_t c = 0; c < chunks.size(); ++c) {

@@ -104,26 +104,29 @@ UVG_INLINE void norm_rows_backward(const X* x, const Y* dy, int64_t width, const
 // dshift, dscale, dweight and dbias, where the parameters are given, out of the sums of the chunks.
 template <typename Params>
 void finish_norm(const Params& p, const RowChunks& chunks, const PartialSums& sums) {
-  const auto clear = [&](const float* parameter, float* gradient, int64_t rows) {
-    if (parameter != nullptr) std::memset(gradient, 0, static_cast<size_t>(rows * p.width) * sizeof(float));
-  };
-  clear(p.shift, p.dshift, p.num_spans), clear(p.scale, p.dscale, p.num_spans);
-  clear(p.weight, p.dweight, 1), clear(p.bias, p.dbias, 1);
-  for (int64_t c = 0; c < chunks.size(); ++c) {
-    const float *plain = sums.at(c, kPlain), *projected = sums.at(c, kProjected);
-    const NormFactors factors = NormFactors::of(p, chunks[c].span);
-    const int64_t span = chunks[c].span * p.width;
-    columns(p.width, [&](int64_t i, int64_t n) UVG_INLINED {
-      Vec g = load(plain + i, n), g_xhat = load(projected + i, n);
-      if (factors.scale != nullptr) {
-        add_to(p.dshift + span + i, g, n);
-        add_to(p.dscale + span + i, factors.weights(i, n) * g_xhat + factors.biases(i, n) * g, n);
-      }
-      const Vec one = factors.one_and_scale(i, n);
-      if (p.bias != nullptr) add_to(p.dbias + i, g * one, n);
-      if (p.weight != nullptr) add_to(p.dweight + i, g_xhat * one, n);
-    });
-  }
+  sums.by_columns([&](int64_t first, int64_t count) {
+    const auto clear = [&](const float* parameter, float* gradient, int64_t rows) {
+      if (parameter != nullptr) sums.clear(gradient, rows, first, count);
+    };
+    clear(p.shift, p.dshift, p.num_spans), clear(p.scale, p.dscale, p.num_spans);
+    clear(p.weight, p.dweight, 1), clear(p.bias, p.dbias, 1);
+    for (int64_t c = 0; c < chunks.size(); ++c) {
+      const float *plain = sums.at(c, kPlain), *projected = sums.at(c, kProjected);
+      const NormFactors factors = NormFactors::of(p, chunks[c].span);
+      const int64_t span = chunks[c].span * p.width;
+      columns(count, [&](int64_t at, int64_t n) UVG_INLINED {
+        const int64_t i = first + at;
+        Vec g = load(plain + i, n), g_xhat = load(projected + i, n);
+        if (factors.scale != nullptr) {
+          add_to(p.dshift + span + i, g, n);
+          add_to(p.dscale + span + i, factors.weights(i, n) * g_xhat + factors.biases(i, n) * g, n);
+        }
+        const Vec one = factors.one_and_scale(i, n);
+        if (p.bias != nullptr) add_to(p.dbias + i, g * one, n);
+        if (p.weight != nullptr) add_to(p.dweight + i, g_xhat * one, n);
+      });
+    }
+  });
 }
 
 }  // namespace UVG_ISA

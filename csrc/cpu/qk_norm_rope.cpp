@@ -58,7 +58,7 @@ UVG_NOINLINE void backward_row(const Params& p, int which, int64_t r, const Rope
 template <typename T>
 void forward(const Params& p) {
   check_rope_spans(p.spans, p.num_spans, p.positions);
-  const RowChunks chunks(p.spans, p.num_spans, 6, p.rows);
+  const RowChunks chunks(p.spans, p.num_spans, 6, p.rows, rows_at_once(p));
   const int threads = threads_for_rows(p.threads, p.rows, p.width);
   Scratch scratch;
   const PerThread<Rope> ropes(scratch, threads, p);
@@ -88,7 +88,7 @@ template <typename T>
 void backward(const Params& p) {
   check_rope_spans(p.spans, p.num_spans, p.positions);
   const RowChunks chunks(p.spans, p.num_spans, 6, p.rows);
-  PartialSums sums(chunks, tensors(p), p.width);
+  PartialSums sums(chunks, tensors(p), p.width, p.threads);
   const int threads = threads_for_rows(p.threads, p.rows, p.width);
   Scratch scratch;
   const PerThread<BackwardRoom> rooms(scratch, threads, p);

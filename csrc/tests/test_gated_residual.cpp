@@ -53,9 +53,12 @@ void check(int64_t width, bool gated) {
 int main() {
   constexpr int64_t kThreaded = 259;
   static_assert(kRows * kThreaded > kAloneRowValues);
+  constexpr int64_t kPutTogether = 6577;  // wide enough that several threads put the sums of five chunks together
+  static_assert(5 * kPutTogether > kAloneRowValues);
   for (int64_t width : {int64_t{1}, int64_t{17}, int64_t{96}, kThreaded}) {
     check(width, true);
     check(width, false);
   }
+  check(kPutTogether, true);
   return finish("gated_residual");
 }

@@ -66,6 +66,9 @@ void check(int64_t width) {
 int main() {
   constexpr int64_t kThreaded = 259;
   static_assert(kRows * kThreaded > kAloneRowValues);
+  constexpr int64_t kPutTogether = 6577;  // wide enough that several threads put the sums of five chunks together
+  static_assert(5 * kPutTogether > kAloneRowValues);
   for (int64_t width : {int64_t{3}, int64_t{17}, int64_t{96}, kThreaded}) check(width);
+  check(kPutTogether);
   return finish("gated_residual_norm");
 }

@@ -71,10 +71,13 @@ void check(int64_t width, bool modulated, bool affine) {
 int main() {
   constexpr int64_t kThreaded = 259;
   static_assert(kRows * kThreaded > kAloneRowValues);
+  constexpr int64_t kPutTogether = 6577;  // wide enough that several threads put the sums of five chunks together
+  static_assert(5 * kPutTogether > kAloneRowValues);
   for (int64_t width : {int64_t{2}, int64_t{17}, int64_t{96}, kThreaded}) {
     check(width, true, false);
     check(width, false, true);
     check(width, true, true);
   }
+  check(kPutTogether, true, true);
   return finish("modulated_layer_norm");
 }
