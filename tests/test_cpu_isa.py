@@ -106,7 +106,8 @@ def sizes_of_one_thread():
 def test_all_kernels_take_more_than_one_thread_in_the_test_of_threads():
     limits = sizes_of_one_thread()
     del limits["HeadProducts"]  # test_cpu_heads.py
-    sizes = dict.fromkeys(limits, ROWS * WIDE) | {"MoeRows": ROWS}
+    products = 120 * WIDE * 40 // 3  # the first expert's, for each of three threads
+    sizes = dict.fromkeys(limits, ROWS * WIDE) | {"MoeRows": ROWS, "Products": products}
     assert limits and all(sizes[name] > limit for name, limit in limits.items())
 
 

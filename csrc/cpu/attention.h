@@ -257,8 +257,9 @@ void without_keys(const Params& p, int64_t list) {
 template <typename S>
 void attention(const Params& p) {
   using T = typename S::Format::Value;
-  const int64_t samples = p.queries->samples(), pairs = samples * p.heads;
-  const int64_t parts = p.threads > 1 && pairs < 4 * p.threads && pairs > 0 ? (4 * p.threads + pairs - 1) / pairs : 1;
+  const int64_t samples = p.queries->samples(), pairs = samples * p.heads, size = p.heads * p.width;
+  const int threads = threads_for_products(p.threads, 2 * p.rows_q * p.keys->longest() * size);
+  const int64_t parts = threads > 1 && pairs < 4 * threads && pairs > 0 ? (4 * threads + pairs - 1) / pairs : 1;
   const int64_t share = (p.queries->longest() + parts - 1) / parts;
   const int64_t part = share < kQueries ? round_up(share > kFew ? share : kFew, kTileRows) : round_up(share, kQueries);
   without_keys<T>(p, samples);
@@ -266,8 +267,8 @@ void attention(const Params& p) {
     if (p.keys->size(s) == 0) without_keys<T>(p, s);
   Scratch scratch;
   const Packed<S> shared(scratch, p, parts > 1 ? pairs : 0);
-  const PerThread<Workspace<S>> workspaces(scratch, p.threads, p, parts > 1 ? 0 : 1);
-#pragma omp parallel num_threads(p.threads)
+  const PerThread<Workspace<S>> workspaces(scratch, threads, p, parts > 1 ? 0 : 1);
+#pragma omp parallel num_threads(threads)
   {
     const Workspace<S>& w = workspaces.own();
     if (parts > 1) {

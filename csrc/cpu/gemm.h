@@ -188,7 +188,8 @@ void gemm_task(const Product<F>& p, const Tasks& tasks, int64_t task, const Gemm
 }
 
 template <typename F>
-void gemm(const Product<F>& p, int threads) {
+void gemm(const Product<F>& p, int most_threads) {
+  const int threads = threads_for_products(most_threads, p.rows * p.depth * p.width);
   const Tasks tasks(p.rows, p.width, threads, kStaged<F>);
   Scratch scratch;
   const PerThread<GemmRoom<F>> rooms(scratch, threads, p, tasks);

@@ -19,7 +19,8 @@ void forward(const Params& p) {
 
 template <typename F>
 void pack(const Params& p) {
-  pack_weight<F>(static_cast<const typename F::Value*>(p.weight), p.width, p.depth, p.pack_into, p.threads);
+  pack_weight<F>(static_cast<const typename F::Value*>(p.weight), p.width, p.depth, p.pack_into,
+                 threads_for_rows(p.threads, p.width, p.depth));
 }
 
 constexpr int64_t kAtOnce = 4096;  // values; untuned

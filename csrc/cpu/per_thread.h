@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/row_lists.h"
+#include "common/threads.h"
 #include "cpu/vec.h"
 
 #if defined(_OPENMP)
@@ -10,6 +11,11 @@
 
 namespace uvg {
 namespace UVG_ISA {
+
+// Threads worth starting for so many multiplications: waking many takes longer than waking one.
+inline int threads_for_products(int threads, int64_t products) {
+  return products <= kAloneProducts * threads ? 1 : threads;
+}
 
 // Room(scratch, arguments...) takes its memory of the scratch. It is first touched by the thread that works in it.
 template <typename Room>

@@ -223,6 +223,8 @@ int main() {
   check_backward(29, 70, 33, 5, true);
   check_backward(1, 300, 6700, 0, false);  // a weight of more than one group
   check_backward(64, 200, 193, 1, false);
+  static_assert(2 * 150 * 130 * 193 > 40 * kAloneProducts);
+  check_backward(150, 130, 193, 0, false);
   check_backward(1601, 17, 7, 0, true);
   for (int64_t size : {0, 1, 15, 4095, 4097}) check_slopes(size);
   check_slopes(kAloneRowValues + 4096 + 17);

@@ -1,6 +1,7 @@
 """Every op on every backend with shapes, spans and strides that nobody chose: values by the 2x rule on poisoned memory,
-beside neighbours the bits of alone, and where the kernel is ours the same bits with one thread and with two (MKL's fp32
-products, on which the reference runs, may change with the threads). The examples are the same in every run."""
+beside neighbours the bits of alone (of the core's kernels the gradients of rows too), and where the kernel is ours the
+same bits with one thread and with two (MKL's fp32 products, on which the reference runs, may change with the threads).
+The examples are the same in every run."""
 
 from __future__ import annotations
 
@@ -199,6 +200,7 @@ REPEATED = {
     "qk_norm_rope": (("q", "k"), {"rope_spans": "q"}),
     "window_attention": (("q", "k", "v"), {"video_spans": "q", "text_spans": "q"}),
 }
+REPEATED_ON_CPU = REPEATED | {"linear_cross_entropy": (("x", "target", "current", "rate"), {})}
 RUNS = [gpu_device.marked(op, name) for op in sorted(OPS) for name in backends_of(op) + gpu_device.names(op)]
 
 
@@ -209,7 +211,7 @@ def suite_of(op):
 
 def twice(op, inputs):
     """The batch, and the same batch behind it."""
-    names, spans = REPEATED[op]
+    names, spans = REPEATED_ON_CPU[op]
     both = {n: torch.cat([inputs[n]] * 2) for n in names if inputs.get(n) is not None}
     tables: dict[int, Tensor] = {}  # one table that serves twice stays one
     for name, rows in spans.items():
@@ -221,6 +223,18 @@ def twice(op, inputs):
         if table is not None:
             both[name] = tables[id(table)]
     return inputs | both
+
+
+def packed_of(inputs):
+    return {name: v.contiguous() if isinstance(v, Tensor) else v for name, v in inputs.items()}
+
+
+def check_gradients_beside_neighbours(suite, case, inputs, douts):
+    """The gradient of whatever has an entry per row or sample is that of the batch alone, twice."""
+    _, alone, _ = run(suite.function, case, inputs, douts)
+    _, both, _ = run(suite.function, case, twice(suite.op, inputs), [torch.cat([d, d]) for d in douts])
+    for name in alone.keys() & set(REPEATED_ON_CPU[suite.op][0]):
+        assert_same_bits(both[name].chunk(2) if len(both[name]) else (both[name],) * 2, (alone[name],) * 2)
 
 
 def assert_same_bits(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
@@ -244,11 +258,13 @@ def check(op: str, backend: str, make: Callable[..., Any], dtype: torch.dtype, s
                 torch.set_num_threads(threads)
             assert_same_bits((*more, *more_grads.values()), (*outputs, *grads.values()))
         if op in REPEATED:
-            packed = {n: v.contiguous() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+            packed = packed_of(inputs)
             both, alone = (as_tuple(suite.function(**given)) for given in (twice(op, packed), packed))
             for one, two in zip(alone, both, strict=True):
                 if len(two) == 2 * len(one):
                     assert_same_bits((two[: len(one)], two[len(one) :]), (one, one))
+        if op in REPEATED_ON_CPU and backend == "cpu" and grads:
+            check_gradients_beside_neighbours(suite, case, packed_of(inputs), douts)
 
 
 @pytest.mark.parametrize(("op", "on"), RUNS)
