@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import math
 import re
 import subprocess
 import sys
@@ -61,17 +62,12 @@ class Compiled:
     bytes_moved: int  # every tensor of the launch once
     flops: float
     expects: tuple[str, ...]
+    tiles: int  # of the launch: its programs, but of a persistent kernel what they walk over
+    held: int = 0  # programs that a persistent kernel starts for each multiprocessor
 
     @property
     def warps(self) -> int:
         return self.options["num_warps"]
-
-    @property
-    def programs(self) -> int:
-        count = 1
-        for size in self.grid:
-            count *= size
-        return count
 
     @property
     def where(self) -> str:
@@ -175,12 +171,15 @@ def compile_op(op: str, capability: tuple[int, int], every: bool = True) -> list
                 continue
             registers, stack = _resources(binary.asm["cubin"])
             tensors = {id(x): x for x in _launch.tensors_of(launch.args)}.values()
+            persistent, given = launch.name in case.tiles, _launch.programs(torch.device("meta"), 1)
             found[binary.hash] = Compiled(
                 *(op, case.name, launch.name, capability, launch.grid, {"num_warps": 4, **launch.options}),
                 *(registers, stack, binary.metadata.shared, binary.asm["ptx"], binary.asm["cubin"]),
                 sum(x.numel() * x.element_size() for x in tensors),
                 case.flops.get(launch.name, 0.0),
                 tuple(case.expects[launch.name]),
+                case.tiles[launch.name](launch) if persistent else math.prod(launch.grid),
+                launch.grid[0] // given if persistent else 0,
             )
     return list(found.values())
 

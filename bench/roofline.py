@@ -79,7 +79,7 @@ def table(compiled: Sequence[Compiled]) -> Iterator[str]:
     """Lines of a Markdown table, one for each kernel, case and architecture."""
     yield (
         "| kernel | case | sm | registers | spills | shared | warps | blocks an SM | warps of 64 | instructions | "
-        "bytes a program | FLOP a program | predicted |"
+        "bytes a tile | FLOP a tile | predicted |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a disassembler
@@ -95,5 +95,5 @@ def table(compiled: Sequence[Compiled]) -> Iterator[str]:
         yield (
             f"| `{one.kernel}` | {one.case} | {one.capability[0]}{one.capability[1]} | {one.registers} | {spills} | "
             f"{one.shared} | {one.warps} | {held} | {held * one.warps} | {sum(mix.values())}: {told} | "
-            f"{one.bytes_moved // one.programs:,} | {one.flops / one.programs:,.0f} | {times} |"
+            f"{one.bytes_moved // one.tiles:,} | {one.flops / one.tiles:,.0f} | {times} |"
         )

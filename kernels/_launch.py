@@ -61,6 +61,7 @@ class AotCase:
     "wide" (128-bit global accesses move three quarters of the bytes at least), "vector" (the same of the stores alone,
     and no single 16-bit access).
     flops: kernel name to floating-point operations of one launch, where the arithmetic counts for the time.
+    tiles: name of a persistent kernel to what tells how many tiles (at most) the programs of a launch walk over.
     No spills, and shared memory within the chip's limit, are asked of every kernel. tested: the tests compile it too,
     not `python -m bench.aot` alone; the tested cases together reach every entry of the tables.
     """
@@ -69,6 +70,7 @@ class AotCase:
     call: Callable[[], object]
     expects: Mapping[str, tuple[str, ...]]
     flops: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    tiles: Mapping[str, Callable[[Launch], int]] = field(default_factory=lambda: MappingProxyType({}))
     capabilities: tuple[Capability, ...] = ALL
     tested: bool = True
 
@@ -112,9 +114,14 @@ def _capability_of(device: torch.device) -> Capability:
     return found if found < NO_LARGE_TILES else SM80
 
 
+def programs(device: torch.device, held: int) -> int:
+    """Programs of a persistent kernel of which a multiprocessor holds so many at once."""
+    return held * _multiprocessors(device)
+
+
 @functools.cache
-def programs(device: torch.device) -> int:
-    """Programs of a persistent kernel: one a multiprocessor; three in the interpreter and on meta tensors."""
+def _multiprocessors(device: torch.device) -> int:
+    """Three for the interpreter and meta tensors."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 

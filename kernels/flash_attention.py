@@ -100,11 +100,14 @@ def _rows(x: Tensor, block: int, tma: bool) -> Tensor | TensorDescriptor:
     return TensorDescriptor.from_tensor(x.flatten(1), [block, x.shape[2]]) if tma else x
 
 
-def launch_options(config: AttentionConfig, x: Tensor) -> dict[str, Any]:
-    """Options of a launch for heads as those of x [rows, N, H], all but TMA."""
+def head_options(x: Tensor) -> dict[str, Any]:
+    """Options of a launch for heads as those of x [rows, N, H], whatever the configuration."""
+    return {"H": x.shape[2], "PRECISION": "ieee"}
+
+
+def _options(config: AttentionConfig, x: Tensor) -> dict[str, Any]:
     chosen = options(config)
-    del chosen["tma"]
-    return chosen | {"H": x.shape[2], "PRECISION": "ieee"}
+    return chosen | {"TMA": chosen.pop("tma")} | head_options(x)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -117,8 +120,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, s
         *(flash_attention_fwd_kernel, (num_tiles(rows, spans, config.BLOCK_M), heads)),
         *(q, *(_rows(x, config.BLOCK_N, config.tma) for x in (k, v)), out, lse, q_spans, k_spans),
         *(rows, heads, spans, q_spans.shape[1], k_spans.shape[1], scale),
-        TMA=config.tma,
-        **launch_options(config, q),
+        **_options(config, q),
     )
     return out, lse
 
@@ -142,8 +144,7 @@ def query_pass(
         *(flash_attention_bwd_query_kernel, (num_tiles(rows, spans, config.BLOCK_M), heads)),
         *(dout, out, lse, q, *(_rows(x, config.BLOCK_N, config.tma) for x in (k, v)), dq, delta, q_spans, k_spans),
         *(rows, heads, spans, q_spans.shape[1], k_spans.shape[1], scale),
-        TMA=config.tma,
-        **launch_options(config, q),
+        **_options(config, q),
     )
     return dq, delta
 
@@ -166,8 +167,7 @@ def key_pass(
         *(flash_attention_bwd_key_kernel, (blocks(len(k), config.BLOCK_N), k.shape[1])),
         *(*(_rows(x, config.BLOCK_M, config.tma) for x in (q, dout)), lse, delta, k, v, dk, dv, q_spans, k_spans),
         *(len(q), *k.shape[:2], len(q_spans), q_spans.shape[1], k_spans.shape[1], scale),
-        TMA=config.tma,
-        **launch_options(config, q),
+        **_options(config, q),
     )
     return dk, dv
 

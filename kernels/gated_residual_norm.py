@@ -44,12 +44,17 @@ class PartConfig:
 
 
 FORWARD = Table("gated_residual_norm.FORWARD", FORWARD_ROWS)
-BACKWARD = Table(  # (oldest capability, most rows); 8 elements a thread: 16 spilled on sm_100
+# (oldest capability, whether rows are whole pieces of 16 numbers, most rows). 8 elements a thread: 16 spilled on
+# sm_100; where every number has an address of its own, 8 spilled up to 160 bytes.
+BACKWARD = Table(
     "gated_residual_norm.BACKWARD",
     {
-        (SM80, 2047): PartConfig(4, 1024, 16, maxnreg=128),
-        (SM80, 16383): PartConfig(16, 256, 16, maxnreg=128),
-        (SM80, ANY): PartConfig(32, 128, 16, maxnreg=128),
+        (SM80, True, 2047): PartConfig(4, 1024, 16, maxnreg=128),
+        (SM80, True, 16383): PartConfig(16, 256, 16, maxnreg=128),
+        (SM80, True, ANY): PartConfig(32, 128, 16, maxnreg=128),
+        (SM80, False, 2047): PartConfig(4, 512, 16, maxnreg=128),
+        (SM80, False, 16383): PartConfig(16, 128, 16, maxnreg=128),
+        (SM80, False, ANY): PartConfig(32, 64, 16, maxnreg=128),
     },
 )
 
@@ -231,7 +236,8 @@ def backward(
     """Arguments and results as in reference.gated_residual_norm.backward."""
     tensors = (dout, dnormed, mean, rstd, out, y, gate, scale, spans, weight, bias)
     dout, dnormed, mean, rstd, out, y, gate, scale, spans, weight, bias = (packed(value) for value in tensors)
-    config, num_spans = BACKWARD.on(out.device, len(out)), 0 if spans is None else len(spans)
+    config = BACKWARD.on(out.device, out.shape[1] % 16 == 0, len(out))
+    num_spans = 0 if spans is None else len(spans)
     dh, dy, walked = torch.empty_like(out), torch.empty_like(y), config.BLOCK_T
     grads = [mean.new_empty(0) if p is None else torch.empty_like(p) for p in (gate, shift, scale, weight, bias)]
     affine = [grad for grad, p in zip(grads[3:], (weight, bias), strict=True) if p is not None]
@@ -253,35 +259,37 @@ def backward(
     return dh, dy, *grads
 
 
-def _aot_call(rows: int, width: int, stream: torch.dtype, dtype: torch.dtype, num_spans: int, affine: bool) -> None:
+def _aot_call(
+    rows: int, width: int, stream: torch.dtype, dtype: torch.dtype, num_spans: int, parts: tuple[str, ...]
+) -> None:
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    h, y = new(rows, width, dtype=stream), new(rows, width, dtype=dtype)
-    gate, shift, scale = (new(num_spans, width) for _ in range(3))
-    weight, bias, spans = new(width), new(width), new(num_spans, 2, dtype=torch.int32)
-    parts = (gate, None, None, spans, weight, bias) if affine else (gate, shift, scale, spans, None, None)
-    given = (y, *parts, 1e-6, dtype)
+    h, y, gate = new(rows, width, dtype=stream), new(rows, width, dtype=dtype), new(num_spans, width)
+    shift, scale = (new(num_spans, width) if "modulated" in parts else None for _ in range(2))
+    weight, bias = (new(width) if "affine" in parts else None for _ in range(2))
+    given = (y, gate, shift, scale, new(num_spans, 2, dtype=torch.int32), weight, bias, 1e-6, dtype)
     out, normed, mean, rstd = forward(h, *given)
     backward(out, normed, mean, rstd, out, *given)
 
 
 _KERNELS = ("gated_residual_norm_fwd_kernel", "gated_residual_norm_bwd_kernel", "sum_partials_kernel")
-_EXPECTS = dict.fromkeys(_KERNELS, ("wide",))
+_EITHER, _BOTH = (("modulated",), ("affine",)), ("modulated", "affine")
 AOT_CASES = tuple(
     AotCase(
-        f"T={rows} D={width} {str(dtype)[6:]} {str(stream)[6:]} stream {'affine' if affine else 'modulated'}",
-        lambda a=(rows, width, stream, dtype, 4, affine): _aot_call(*a),
-        _EXPECTS,
+        f"T={rows} D={width} {str(dtype)[6:]} {str(stream)[6:]} stream {', '.join(parts)}",
+        lambda a=(rows, width, stream, dtype, 4, parts): _aot_call(*a),
+        dict.fromkeys(_KERNELS, ("wide",) if width % 16 == 0 else ()),
     )
-    for rows, width, stream, dtype, affine in (
-        (32768, 1536, torch.float32, torch.bfloat16, False),
-        (32768, 1536, torch.float32, torch.bfloat16, True),
-        (32768, 1536, torch.float16, torch.float16, False),
-        (32768, 1536, torch.float32, torch.float32, False),
-        (32768, 5120, torch.bfloat16, torch.bfloat16, False),
-        (2944, 512, torch.bfloat16, torch.bfloat16, False),
-        (1024, 1536, torch.float32, torch.bfloat16, False),
-        (2944, 128, torch.float32, torch.bfloat16, False),
+    for rows, width, stream, dtype, parts in (
+        *((32768, 1536, torch.float32, torch.bfloat16, parts) for parts in _EITHER),
+        (32768, 1536, torch.float16, torch.float16, ("modulated",)),
+        (32768, 1536, torch.float32, torch.float32, ("modulated",)),
+        (32768, 5120, torch.bfloat16, torch.bfloat16, ("modulated",)),
+        (2944, 512, torch.bfloat16, torch.bfloat16, ("modulated",)),
+        (1024, 1536, torch.float32, torch.bfloat16, ("modulated",)),
+        (2944, 128, torch.float32, torch.bfloat16, ("modulated",)),
+        *((rows, 1025, torch.float32, torch.bfloat16, _BOTH) for rows in (1024, 2944, 32768)),
+        (2944, 1025, torch.float32, torch.float32, _BOTH),
     )
 )

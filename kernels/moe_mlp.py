@@ -10,7 +10,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from uvg_engine.kernels._configs import ANY, Table, options
-from uvg_engine.kernels._launch import SM80, SM90, SM100, AotCase, blocks, launch, packed, power_of_two, programs
+from uvg_engine.kernels._launch import (
+    SM80,
+    SM90,
+    SM100,
+    AotCase,
+    Launch,
+    blocks,
+    launch,
+    packed,
+    power_of_two,
+    programs,
+)
 from uvg_engine.kernels._spans import num_tiles
 from uvg_engine.kernels.moe_mlp_gemm import (
     moe_mlp_bias_kernel,
@@ -24,7 +35,8 @@ BIAS, GELU, GELU_BACKWARD = 0, 1, 2  # what `moe_mlp_rows_kernel` does to a prod
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """A program's tile of BLOCK_M rows by BLOCK_N columns, BLOCK_K summed at a time; tma: by descriptors."""
+    """A tile of BLOCK_M rows by BLOCK_N columns, BLOCK_K summed at a time; tma: by descriptors. held: programs that a
+    multiprocessor has at once (the most of any kernel and chip: of more than that, some wait for their turn)."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -33,6 +45,7 @@ class GemmConfig:
     num_stages: int
     tma: bool = False
     maxnreg: int | None = None
+    held: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,8 +63,8 @@ PRODUCT = Table(
     "moe_mlp.PRODUCT",
     {
         (SM80, 4, False): GemmConfig(64, 64, 16, 8, 1, maxnreg=255),
-        (SM80, 4, True): GemmConfig(64, 64, 16, 8, 2, maxnreg=168),
-        (SM80, 2, False): GemmConfig(64, 64, 32, 8, 2),
+        (SM80, 4, True): GemmConfig(64, 64, 16, 8, 2, maxnreg=168, held=2),
+        (SM80, 2, False): GemmConfig(64, 64, 32, 8, 2, held=2),
         (SM100, 2, False): GemmConfig(64, 64, 32, 8, 1, maxnreg=255),
         (SM80, 2, True): GemmConfig(128, 128, 64, 8, 3),
         (SM90, 2, True): GemmConfig(128, 256, 64, 8, 3, tma=True),
@@ -60,8 +73,8 @@ PRODUCT = Table(
 SUMS = Table("moe_mlp.SUMS", {(SM80, ANY): SumsConfig(64, 4)})
 
 
-def _grid(x: Tensor, tiles: int) -> tuple[int]:
-    return (min(programs(x.device), tiles),)
+def _grid(x: Tensor, config: GemmConfig, tiles: int) -> tuple[int]:
+    return (min(programs(x.device, config.held), tiles),)
 
 
 def _matrix(x: Tensor, config: GemmConfig, rows: int, columns: int) -> Tensor | TensorDescriptor:
@@ -83,6 +96,7 @@ def _config(k: int, *tensors: Tensor) -> GemmConfig:
 
 def _options(config: GemmConfig) -> dict[str, Any]:
     chosen = options(config)
+    del chosen["held"]
     return chosen | {"TMA": chosen.pop("tma"), "PRECISION": "ieee"}
 
 
@@ -106,7 +120,7 @@ def _rows_product(
     sums = a.new_empty(tiles, num_n, dtype=torch.float32) if epilogue == GELU_BACKWARD else None
     b_block = (config.BLOCK_N, config.BLOCK_K) if transposed else (config.BLOCK_K, config.BLOCK_N)
     launch(
-        *(moe_mlp_rows_kernel, _grid(a, tiles * blocks(num_n, config.BLOCK_N))),
+        *(moe_mlp_rows_kernel, _grid(a, config, tiles * blocks(num_n, config.BLOCK_N))),
         *(_matrix(a, config, config.BLOCK_M, config.BLOCK_K), _matrix(b, config, *b_block)),
         *(bias, pre, out, hidden, sums, offsets, len(b), num_n, num_k),
         EPILOGUE=epilogue,
@@ -123,8 +137,9 @@ def _weights_product(a: Tensor, b: Tensor, like: Tensor, offsets: Tensor) -> Ten
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     experts, num_m, num_n = like.shape
     config = _config(0, a, b)
+    tiles = experts * blocks(num_m, config.BLOCK_M) * blocks(num_n, config.BLOCK_N)
     launch(
-        *(moe_mlp_weights_kernel, _grid(a, experts * blocks(num_m, config.BLOCK_M) * blocks(num_n, config.BLOCK_N))),
+        *(moe_mlp_weights_kernel, _grid(a, config, tiles)),
         *(_matrix(x, config, config.BLOCK_K, n) for x, n in ((a, config.BLOCK_M), (b, config.BLOCK_N))),
         *(out, offsets, experts, num_m, num_n),
         **_options(config),
@@ -204,13 +219,25 @@ def _aot_call(rows: int, width: int, hidden: int, dtype: torch.dtype) -> None:
     backward(y, pre, x, w1, b1, w2, b2, offsets)
 
 
+def _tiles(launch: Launch) -> int:
+    """Of the launches of `_rows_product` and `_weights_product`."""
+    block_m, block_n = launch.options["BLOCK_M"], launch.options["BLOCK_N"]
+    if launch.kernel is moe_mlp_weights_kernel:
+        experts, num_m, num_n = launch.args[4:]
+        return experts * blocks(num_m, block_m) * blocks(num_n, block_n)
+    hidden_or_out = launch.args[5] if launch.args[4] is None else launch.args[4]
+    experts, num_n = launch.args[8:10]
+    return num_tiles(len(hidden_or_out), experts, block_m) * blocks(num_n, block_n)
+
+
 def _aot_case(name: str, shape: tuple[int, int, int], dtype: torch.dtype, **changes: Any) -> AotCase:
     product = 2.0 * shape[0] * shape[1] * shape[2]
     shows = () if dtype == torch.float32 else ("dot", "tma") if name == "1.3B" else ("dot",)
     products = ("moe_mlp_rows_kernel", "moe_mlp_weights_kernel")
     expects = {**dict.fromkeys(products, shows), "moe_mlp_tile_sums_kernel": (), "moe_mlp_bias_kernel": ()}
     label = f"{name} T={shape[0]} D={shape[1]} F={shape[2]} {str(dtype)[6:]}"
-    return AotCase(label, lambda: _aot_call(*shape, dtype), expects, dict.fromkeys(products, product), **changes)
+    flops, tiles = dict.fromkeys(products, product), dict.fromkeys(products, _tiles)
+    return AotCase(label, lambda: _aot_call(*shape, dtype), expects, flops, tiles, **changes)
 
 
 AOT_CASES = (

@@ -7,16 +7,15 @@ flash_attention, which leave the video rows zero. Kernels of this op then write 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from uvg_engine.kernels import flash_attention
-from uvg_engine.kernels._configs import Table
-from uvg_engine.kernels._launch import SM80, SM90, SM100, AotCase, Capability, launch, programs
-from uvg_engine.kernels.flash_attention import AttentionConfig
+from uvg_engine.kernels._configs import Table, options
+from uvg_engine.kernels._launch import SM80, SM90, SM100, AotCase, Capability, Launch, blocks, launch, programs
 from uvg_engine.kernels.window_attention_video import (
     window_attention_bwd_key_kernel,
     window_attention_bwd_query_kernel,
@@ -24,46 +23,62 @@ from uvg_engine.kernels.window_attention_video import (
     window_attention_spans_kernel,
 )
 
-# As the tables of flash_attention, without descriptors: rows of a 3-D block do not lie side by side.
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """BLOCK_M queries by BLOCK_N keys. No descriptors: rows of a 3-D block do not lie side by side. held: as in
+    moe_mlp.GemmConfig."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+    held: int = 1
+
+
+# As the tables of flash_attention.
 FORWARD = Table(
     "window_attention.FORWARD",
     {
-        (SM80, 2, 32): AttentionConfig(64, 64, 8, 3),
-        (SM80, 2, 63): AttentionConfig(64, 32, 8, 2),  # padded to 64, addresses that no access of 16 bytes may have
-        (SM80, 2, 64): AttentionConfig(64, 64, 8, 3),
-        (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
-        (SM80, 2, "odd", 127): AttentionConfig(32, 32, 8, 1),
-        (SM90, 2, "odd", 127): AttentionConfig(64, 32, 8, 1),  # 32 rows are too few for wgmma and tcgen05
-        (SM80, 4, 32): AttentionConfig(32, 32, 8, 1, maxnreg=128),
-        (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
-        (SM80, 4, 128): AttentionConfig(32, 32, 8, 1),
+        (SM80, 2, 32): WindowConfig(64, 64, 8, 3, held=2),
+        (SM80, 2, 63): WindowConfig(
+            64, 32, 8, 2, held=2
+        ),  # padded to 64, addresses that no access of 16 bytes may have
+        (SM80, 2, 64): WindowConfig(64, 64, 8, 3),
+        (SM80, 2, 128): WindowConfig(64, 64, 8, 2),
+        (SM80, 2, "odd", 127): WindowConfig(32, 32, 8, 1),
+        (SM90, 2, "odd", 127): WindowConfig(64, 32, 8, 1),  # 32 rows are too few for wgmma and tcgen05
+        (SM80, 4, 32): WindowConfig(32, 32, 8, 1, maxnreg=128, held=2),
+        (SM80, 4, 64): WindowConfig(32, 32, 8, 1, held=3),
+        (SM80, 4, 128): WindowConfig(32, 32, 8, 1, held=2),
     },
 )
 QUERY = Table(
     "window_attention.QUERY",
     {
-        (SM80, 2, 32): AttentionConfig(64, 64, 8, 2, maxnreg=255),
-        (SM80, 2, 63): AttentionConfig(32, 32, 4, 2, maxnreg=255),
-        (SM80, 2, 64): AttentionConfig(64, 64, 8, 2, maxnreg=255),
-        (SM80, 2, 128): AttentionConfig(64, 64, 8, 2),
-        (SM80, 2, "odd", 127): AttentionConfig(32, 32, 8, 1, maxnreg=255),
-        (SM90, 2, "odd", 127): AttentionConfig(64, 32, 8, 1, maxnreg=255),
-        (SM100, 2, "odd", 127): AttentionConfig(32, 32, 8, 1, maxnreg=255),  # by tcgen05 it spilled 64 bytes at least
-        (SM80, 4, 31): AttentionConfig(32, 16, 4, 1, maxnreg=168),
-        (SM80, 4, 32): AttentionConfig(32, 16, 4, 1),
-        (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
-        (SM80, 4, 128): AttentionConfig(16, 16, 8, 1, maxnreg=255),
-        (SM90, 2, 63): AttentionConfig(64, 64, 8, 2, maxnreg=255),  # as above
+        (SM80, 2, 32): WindowConfig(64, 64, 8, 2, maxnreg=255, held=2),
+        (SM80, 2, 63): WindowConfig(32, 32, 4, 2, maxnreg=255, held=3),
+        (SM80, 2, 64): WindowConfig(64, 64, 8, 2, maxnreg=255),
+        (SM80, 2, 128): WindowConfig(64, 64, 8, 2),
+        (SM80, 2, "odd", 127): WindowConfig(32, 32, 8, 1, maxnreg=255),
+        (SM90, 2, "odd", 127): WindowConfig(64, 32, 8, 1, maxnreg=255),
+        (SM100, 2, "odd", 127): WindowConfig(32, 32, 8, 1, maxnreg=255),  # by tcgen05 it spilled 64 bytes at least
+        (SM80, 4, 31): WindowConfig(32, 16, 4, 1, maxnreg=168, held=3),
+        (SM80, 4, 32): WindowConfig(32, 16, 4, 1, held=3),
+        (SM80, 4, 64): WindowConfig(32, 32, 8, 1),
+        (SM80, 4, 128): WindowConfig(16, 16, 8, 1, maxnreg=255),
+        (SM90, 2, 63): WindowConfig(64, 64, 8, 2, maxnreg=255),  # as above
     },
 )
 KEY = Table(
     "window_attention.KEY",
     {
-        (SM80, 2, 128): AttentionConfig(32, 64, 8, 2),
-        (SM80, 2, "odd", 127): AttentionConfig(16, 64, 8, 1, maxnreg=255),
-        (SM80, 4, 32): AttentionConfig(32, 32, 8, 1, maxnreg=168),
-        (SM80, 4, 64): AttentionConfig(32, 32, 8, 1, maxnreg=168),
-        (SM80, 4, 128): AttentionConfig(16, 16, 8, 1, maxnreg=255),
+        (SM80, 2, 128): WindowConfig(32, 64, 8, 2, held=2),
+        (SM80, 2, "odd", 127): WindowConfig(16, 64, 8, 1, maxnreg=255),
+        (SM80, 4, 32): WindowConfig(32, 32, 8, 1, maxnreg=168, held=2),
+        (SM80, 4, 64): WindowConfig(32, 32, 8, 1, maxnreg=168, held=2),
+        (SM80, 4, 128): WindowConfig(16, 16, 8, 1, maxnreg=255, held=2),
     },
 )
 
@@ -76,7 +91,7 @@ def _spans(video_spans: Tensor, text_spans: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _launch(
-    table: Table[AttentionConfig],
+    table: Table[WindowConfig],
     kernel: Any,
     q: Tensor,
     *tensors: Tensor,
@@ -85,10 +100,14 @@ def _launch(
     scale: float,
 ) -> None:
     """Start a kernel of this op. tensors: its pointers in order, the two span tables last."""
+    config = table.on(q.device, *flash_attention.shape_class(q))
+    chosen = options(config)
+    del chosen["held"]
     launch(
-        *(kernel, (programs(q.device),), *tensors, *q.shape[:2], len(tensors[-1]), scale),
+        *(kernel, (programs(q.device, config.held),), *tensors, *q.shape[:2], len(tensors[-1]), scale),
         **dict(zip(("TF", "TY", "TX", "RF", "RY", "RX"), (*tile, *radius), strict=True)),
-        **flash_attention.launch_options(table.on(q.device, *flash_attention.shape_class(q)), q),
+        **flash_attention.head_options(q),
+        **chosen,
     )
 
 
@@ -138,8 +157,11 @@ def backward(
     return dq, dk, dv
 
 
+_ROWS, _HEADS, _BLOCK, _NEAR = 32768, 12, 4 * 4 * 8, 27  # of the cases: rows of a 3-D block, blocks of a window
+
+
 def _aot_call(dtype: torch.dtype, width: int) -> None:
-    q, k, v = (torch.empty(32768, 12, width, dtype=dtype, device="meta") for _ in range(3))
+    q, k, v = (torch.empty(_ROWS, _HEADS, width, dtype=dtype, device="meta") for _ in range(3))
     video, text = (torch.empty(1, n, dtype=torch.int32, device="meta") for n in (4, 2))
     numbers = (4, 4, 8), (1, 1, 1), 0.125
     out, lse = forward(q, k, v, video, text, *numbers)
@@ -150,12 +172,21 @@ _OWN = ("window_attention_fwd_kernel", "window_attention_bwd_query_kernel", "win
 _SHARED = ("flash_attention_fwd_kernel", "flash_attention_bwd_query_kernel", "flash_attention_bwd_key_kernel")
 
 
+def _tiles(launch: Launch) -> int:
+    """Of rows without text, in whole blocks."""
+    part = "BLOCK_N" if launch.kernel is window_attention_bwd_key_kernel else "BLOCK_M"
+    return _HEADS * _ROWS // _BLOCK * blocks(_BLOCK, launch.options[part])
+
+
 def _aot_case(dtype: torch.dtype, width: int, own: tuple[str, ...], shared: tuple[str, ...], **changes: Any) -> AotCase:
     """own, shared: what this op's kernels and those of flash_attention must show."""
+    product = 2.0 * _ROWS * _NEAR * _BLOCK * _HEADS * width  # of rows whose window is nowhere cut off
     return AotCase(
-        f"T=32768 N=12 H={width} tile 4x4x8 {str(dtype)[6:]}",
+        f"T={_ROWS} N={_HEADS} H={width} tile 4x4x8 {str(dtype)[6:]}",
         lambda: _aot_call(dtype, width),
         {"window_attention_spans_kernel": (), **dict.fromkeys(_OWN, own), **dict.fromkeys(_SHARED, shared)},
+        dict(zip(_OWN, (2 * product, 3 * product, 4 * product), strict=True)),
+        dict.fromkeys(_OWN, _tiles),
         **changes,
     )
 

@@ -45,6 +45,37 @@ def test_kernels_compile_well(pool, op):
     named = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")}
     for capability in CAPABILITIES:
         assert named <= {one.kernel for one in compiled if one.capability == capability}, "AOT_CASES leave kernels out"
+    if occupancy.missing() is None:
+        assert_multiprocessors_are_full(compiled)
+
+
+def assert_multiprocessors_are_full(compiled):
+    """No chip holds more programs of a persistent kernel than are started for it; and one holds so many."""
+    most = {}
+    for one in (one for one in compiled if one.held):
+        chip = next(chip for chip in roofline.CHIPS if chip.capability == one.capability)
+        held = roofline.blocks_per_sm(one, chip)
+        assert held <= one.held, f"{one.where}: {held} are held"
+        most[one.kernel, one.held] = max(held, most.get((one.kernel, one.held), 0))
+    assert most == {key: key[1] for key in most}
+
+
+@pytest.mark.skipif(occupancy.missing() is not None, reason=str(occupancy.missing()))
+@pytest.mark.parametrize("held, match", [(1, "2 are held"), (3, "")])
+def test_a_multiprocessor_that_is_not_full_is_found(held, match):
+    with pytest.raises(AssertionError, match=match):
+        assert_multiprocessors_are_full([made(registers=128, held=held)])
+    assert_multiprocessors_are_full([made(registers=128, held=2), made(registers=255, held=2), made(registers=16)])
+
+
+@pytest.mark.parametrize("op", ["moe_mlp", "window_attention"])
+def test_persistent_kernels_tell_their_tiles(op):
+    """What the page divides by: programs are as many as the chip holds, here three multiprocessors."""
+    for case in aot.cases(op):
+        with _launch.recording(_launch.SM90) as launches:
+            case.call()
+        found = [case.tiles[launch.name](launch) // launch.grid[0] for launch in launches if launch.name in case.tiles]
+        assert found and min(found) > 4
 
 
 def test_every_op_that_the_backend_serves_has_cases():
@@ -136,6 +167,7 @@ def made(**changes):
     given = {
         **dict(op="op", case="case", kernel="some_kernel", capability=(8, 0), grid=(4, 2), options={"num_warps": 8}),
         **dict(registers=64, stack=0, shared=1000, ptx="", cubin=b"", bytes_moved=1, flops=0.0, expects=()),
+        "tiles": 8,
     }
     return aot.Compiled(**(given | changes))
 
