@@ -34,6 +34,7 @@ RESULTS = ROOT / "bench" / "results"
 TESTS_LAST, OP_LASTS = 260, 60  # seconds at most, of the tests and of an op's timings
 TESTS_SHARE = 0.55  # of the time that is left, at most
 LEAST_OP = 8  # seconds below which no op is begun
+GRACE = 5  # seconds in which tests whose time is over tell what they found
 PEER_LASTS, COLD_PEER_LASTS = 10, 60  # that a peer may take to be compiled; where no cache has it
 ALL_LASTS, LEAST = 470, 120  # seconds of build, tests and timings; of the last two, however long the build took
 CASES, FUZZ = "tests/ops/test_on_gpu.py", "tests/ops/test_fuzz.py"
@@ -53,23 +54,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench/gpu_check.sh", description=__doc__)
     parser.add_argument("--no-bench", action="store_true", help="tests only")
     parser.add_argument("--spent", type=int, default=0, metavar="SECONDS", help="that building took: they count")
+    parser.add_argument("--served", action="store_true", help="which backend serves what, as JSON, and no more")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         found = f"torch {torch.__version__} for CUDA {torch.version.cuda}"
         print(json.dumps({"ok": False, "reason": f"{found} sees no CUDA device here"}))
         return 1
+    if args.served:
+        print(json.dumps(served()))
+        return 0
     left = max(LEAST, ALL_LASTS - args.spent)
     end = time.monotonic() + left
+    tests_end = time.monotonic() + min(TESTS_LAST, TESTS_SHARE * left)
     about = machine("cuda") | {"cuda": torch.version.cuda, "limits": limits()}
     found: dict[str, Any] = {"machine": about, "peers": peers()}
-    with ThreadPoolExecutor(1) as beside:  # who serves is asked by calls, whose kernels are compiled
-        answer = beside.submit(served)
-        found["tests"] = run_tests(time.monotonic() + min(TESTS_LAST, TESTS_SHARE * left), warm=not args.no_bench)
-        found["backends"] = answer.result()
+    with ThreadPoolExecutor(1) as beside:
+        answer = beside.submit(ask_served, tests_end)
+        found["tests"] = run_tests(tests_end, warm=not args.no_bench)
+        found["backends"], found["not asked"] = answer.result()
     found["bench"], found["not timed"] = ([], {}) if args.no_bench else run_bench(end)
     wrong = [line for line in found["bench"] if "wrong" in line]
     tests = found["tests"]
-    found["ok"] = bool(tests["passed"]) and not (tests["failures"] or tests["not done"] or found["not timed"] or wrong)
+    lacks = (tests["failures"], tests["not done"], found["not timed"], found["not asked"], wrong)
+    found["ok"] = bool(tests["passed"]) and not any(lacks)
     name = f"gpu_{torch.cuda.get_device_name()}_{about.get('commit', 'unknown')}".replace(" ", "_").replace("/", "_")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.md"
@@ -100,6 +107,15 @@ def served() -> dict[str, str]:
         reasons = "; ".join(dict.fromkeys(reason for reason in no.values() if reason is not None))
         lines[name] = able + f"{'; ' * bool(able)}not available: {reasons}" * bool(reasons)
     return lines
+
+
+def ask_served(end: float) -> tuple[dict[str, str], str]:
+    """(`served`, or nothing and why): asked by calls, whose kernels are compiled, in a process that may hang."""
+    code, told = _python(max(1, int(end - time.monotonic())), "-m", "bench.gpu_check", "--served", environment=ONE_CORE)
+    lines = [text for text in told.splitlines() if text.startswith("{")]
+    if code == 0 and lines:
+        return json.loads(lines[-1]), ""
+    return {}, f"exit {code}: {told.strip().splitlines()[-1:]}"
 
 
 def shards() -> dict[str, list[str]]:
@@ -136,16 +152,18 @@ def run_tests(end: float, warm: bool = False) -> dict[str, Any]:
 def shard(name: str, what: Sequence[str], folder: Path, end: float) -> dict[str, Any]:
     """What `counted` tells of a shard's tests, or why they were not done."""
     path = folder / f"{name.replace(', ', '-').replace(' ', '-')}.xml"
-    left = int(end - time.monotonic())
+    left = int(end - time.monotonic()) - GRACE
     none: dict[str, Any] = {"passed": 0, "skipped": 0, "failures": [], "not done": []}
     if left < 1:
         return none | {"not done": [f"{name}: not begun, the time for tests was over"]}
-    code, told = _python(left, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={path}", *what, environment=ONE_CORE)
-    if path.exists():
-        return none | counted(path.read_text())
+    command = ("-m", "pytest", "-q", "-m", "gpu", f"--junitxml={path}", *what)
+    code, told = _ended(_begun(*command, environment=ONE_CORE), left, grace=GRACE)
+    found = none
+    with contextlib.suppress(FileNotFoundError, ElementTree.ParseError):  # of a process that was killed
+        found = none | counted(path.read_text())
     if code == 124:
-        return none | {"not done": [f"{name}: not ended after {left} s"]}
-    return none | {"failures": [f"{name}: pytest wrote no report: {told[-500:]}"]}
+        return found | {"not done": [f"{name}: not ended after {left} s"]}
+    return found if found is not none else none | {"failures": [f"{name}: pytest wrote no report: {told[-500:]}"]}
 
 
 def _warm(op: str, end: float) -> None:
@@ -157,7 +175,9 @@ def _warm(op: str, end: float) -> None:
 
 def counted(report: str) -> dict[str, Any]:
     """Passed, skipped and the failures' names and first lines, from pytest's JUnit report."""
-    cases = list(ElementTree.fromstring(report).iter("testcase"))
+    root = ElementTree.fromstring(report)
+    cases = list(root.iter("testcase"))
+    done = sum(int(suite.attrib["tests"]) for suite in root.iter("testsuite"))  # one that was interrupted is a case too
     failures = [
         f"{case.get('classname')}::{case.get('name')}: {(bad.get('message') or '').splitlines()[:1]}"
         for case in cases
@@ -165,7 +185,7 @@ def counted(report: str) -> dict[str, Any]:
         if bad.tag in ("failure", "error")
     ]
     skipped = sum(any(part.tag == "skipped" for part in case) for case in cases)
-    return {"passed": len(cases) - skipped - len(failures), "skipped": skipped, "failures": failures}
+    return {"passed": done - skipped - len(failures), "skipped": skipped, "failures": failures}
 
 
 def timed() -> list[str]:
@@ -212,7 +232,9 @@ def report(found: dict[str, Any]) -> str:
     lines = [
         *("# The kernels on a GPU", "", f"All well: {'yes' if found['ok'] else 'no'}.", ""),
         *("## Machine", "", *(f"- {name}: {value}" for name, value in found["machine"].items()), ""),
-        *("## Backends", "", *(f"- `{name}`: {ops}" for name, ops in found["backends"].items()), ""),
+        *("## Backends", "", *(f"- `{name}`: {ops}" for name, ops in found["backends"].items())),
+        *(f"- not asked: {reason}" for reason in [found["not asked"]] if reason),
+        "",
         *("## Peers", "", *(_peer(name, reason) for name, reason in found["peers"].items()), ""),
         *(
             "## Tests",
@@ -262,13 +284,18 @@ def _begun(*arguments: str, environment: Mapping[str, str] = MappingProxyType({}
     )
 
 
-def _ended(process: subprocess.Popen[str], seconds: int, word: str | None = None) -> tuple[int, str]:
-    """(exit code, output) of a process that is told a word; 124 where it took too long."""
+def _ended(process: subprocess.Popen[str], seconds: int, word: str | None = None, grace: int = 0) -> tuple[int, str]:
+    """(exit code, output) of a process that is told a word; 124 where it took too long. grace: seconds that it has left
+    when it is interrupted."""
     try:
         output, _ = process.communicate(word, timeout=seconds)
         code = process.returncode
     except subprocess.TimeoutExpired:
         code = 124
+        if grace:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=grace)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

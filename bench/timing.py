@@ -7,6 +7,7 @@ import datetime
 import functools
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -214,6 +215,8 @@ def _cpu() -> str:
 
 def _commit() -> str:
     root = Path(__file__).resolve().parents[1]
+    if shutil.which("git") is None:
+        return "unknown"
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
     )

@@ -22,7 +22,7 @@ def test_gpu_check_fails_without_a_gpu(capsys):
 
 
 def test_gpu_check_counts_what_pytest_reports():
-    report = """<testsuites><testsuite>
+    report = """<testsuites><testsuite tests="4">
       <testcase classname="a" name="good"/><testcase classname="a" name="left"><skipped message="no"/></testcase>
       <testcase classname="a" name="bad"><failure message="error 3&#10;more">trace</failure></testcase>
       <testcase classname="a" name="worse"><error message="at setup">trace</error></testcase>
@@ -38,14 +38,19 @@ def test_gpu_report_tells_what_is_missing_and_what_failed():
     timed = {"op": "moe_mlp", "shape": "T=1", "pass": "forward", "backend": "triton", "ms": 1.5, "of_roof": 0.5}
     lost = {"op": "moe_mlp", "shape": "T=1", "pass": "forward", "backend": "liger", "missing": "not installed"}
     found = {
-        **{"ok": False, "machine": {"device": "H100"}, "backends": {"triton": "moe_mlp"}},
+        **{"ok": False, "machine": {"device": "H100"}, "backends": {"triton": "moe_mlp"}, "not asked": "exit 124: []"},
         **{"peers": {"liger": "not installed", "torch": "available"}, "not timed": {"block": "exit 1: ['boom']"}},
         **{"tests": {"passed": 3, "skipped": 1, "failures": ["a::b: ['error']"], "not done": ["c: not begun"]}},
         "bench": [timed | {"times_faster": {"torch": 2.0}}, lost],
     }
     lines = gpu_check.report(found).splitlines()
     for line in (
-        *("All well: no.", "- `liger`: not available: not installed", "- `torch`: available"),
+        *(
+            "All well: no.",
+            "- not asked: exit 124: []",
+            "- `liger`: not available: not installed",
+            "- `torch`: available",
+        ),
         *(
             "3 passed, 1 skipped, 1 failed.",
             "- a::b: ['error']",
@@ -89,6 +94,34 @@ def test_gpu_check_ends_in_time():
     assert time.monotonic() - begun < 20
 
 
+def test_gpu_check_counts_what_a_late_shard_found(tmp_path):
+    """Here the last of its tests hangs."""
+    tests = tmp_path / "test_late.py"
+    tests.write_text(
+        "import pytest, time\npytestmark = pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): assert False\n"
+        f"def test_c():\n    open({str(tmp_path / 'reached')!r}, 'w').close()\n    time.sleep(600)\n"
+    )
+    found = gpu_check.shard("late", [str(tests)], tmp_path, time.monotonic() + 20)
+    assert (tmp_path / "reached").exists()
+    assert found["passed"] == 1 and [name.split(": ")[0] for name in found["failures"]] == ["test_late::test_b"]
+    assert found["not done"] == ["late: not ended after 14 s"]
+
+
+def test_gpu_check_asks_who_serves_in_a_process_that_may_break(monkeypatch):
+    def answers(code, told):
+        monkeypatch.setattr(gpu_check, "_python", lambda seconds, *command, environment: (code, told))
+        return gpu_check.ask_served(time.monotonic() + 9)
+
+    assert answers(0, 'a warning\n{"triton": "linear"}\n') == ({"triton": "linear"}, "")
+    assert answers(124, "begun\n") == ({}, "exit 124: ['begun']")
+    assert answers(1, "") == ({}, "exit 1: []")
+
+
+def test_a_commit_is_unknown_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert timing._commit() == "unknown"
+
+
 def test_gpu_check_gives_a_timing_its_turn():
     process = gpu_check._begun("-c", "print(input(), flush=True); raise SystemExit(3)")
     assert gpu_check._ended(process, 60, "go\n") == (3, "go\n")
@@ -106,9 +139,11 @@ def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys, spent, mos
 
     warmed, threads = set(), []
 
-    def ended(process, seconds, word=None):
+    def ended(process, seconds, word=None, grace=0):
         arguments, environment = process
         assert 0 < seconds <= most
+        if arguments[1] == "bench.gpu_check":
+            return 0, json.dumps(gpu_check.served())
         if arguments[1] == "bench" and word is None:
             warmed.add(arguments[2])
             return 1, "a peer ran out of memory"
@@ -121,7 +156,7 @@ def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys, spent, mos
         if "[linear-" in arguments:
             return 124, ""
         Path(given.removeprefix("--junitxml=")).write_text(
-            '<testsuites><testcase classname="t" name="x"/></testsuites>'
+            '<testsuite tests="1"><testcase classname="t" name="x"/></testsuite>'
         )
         return 0, ""
 
