@@ -1,5 +1,6 @@
 """Text encoders: the hash encoder's bits are fixed; the UMT5 wrapper equals transformers on a tiny random model."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,7 +48,9 @@ def test_caching_changes_nothing_and_inputs_are_checked():
     first = encoder.encode(["red"])[0].clone()
     encoder.encode(["red"])[0].add_(1)
     assert torch.equal(encoder.encode(["red"])[0], first)
-    for bad in ("red", [3], [None]):
+    both = encoder.encode(np.array(["red", "a blue one"]))  # as a column of a table comes
+    assert all(map(torch.equal, both, encoder.encode(["red", "a blue one"])))
+    for bad in ("red", [3], [None], 3, None, np.array("red"), np.array([b"red"]), np.array([["red"]])):
         with pytest.raises(ValueError, match="list of strings"):
             encoder.encode(bad)
     for bad in ({"text_dim": 7}, {"text_dim": 0}, {"max_len": 0}):

@@ -3,6 +3,7 @@
 import json
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,20 @@ def test_special_ids(tokenizer):
     assert tokenizer.decode([3, 1, 3], stop_at_eos=False) == "<mask> <mask>"
     assert tokenizer.decode(torch.tensor(tokenizer.encode(SENTENCE, 12))) == SENTENCE
     assert max(tokenizer.encode(" ".join(tokenizer.words))) == tokenizer.vocab_size - 1
+
+
+def test_texts_are_strings(tokenizer):
+    texts = np.array(["a red seven", "it bounces"])  # as a column of a table comes
+    assert tokenizer.encode(texts[0]) == tokenizer.encode("a red seven")
+    assert WordTokenizer.from_texts(texts).words == ("a", "bounces", "it", "red", "seven")
+    hf = HFTokenizer(tokenizer=StubTokenizer())
+    for bad in (texts, 3, None, ["red"], b"red"):
+        for call in (tokenizer.encode, tokenizer.unknown_words, hf.encode, hf.unknown_words):
+            with pytest.raises(ValueError, match=f"text must be a string, got {type(bad).__name__}"):
+                call(bad)
+    for bad in ("red", [3], 3):
+        with pytest.raises(ValueError, match="texts must be a list of strings, got"):
+            WordTokenizer.from_texts(bad)
 
 
 def test_length(tokenizer):

@@ -12,7 +12,7 @@ from dense_model import make_config, make_model
 from safetensors.torch import save_file
 from weight_files import assert_same, in_form, write_sharded
 
-from uvg_engine.model import CheckpointError, UniViGU, load_published, published_config
+from uvg_engine.model import CheckpointError, UniViGU, load_pretrained, load_published, published_config
 
 CONFIG = make_config(layers=3)
 
@@ -163,6 +163,8 @@ def header(size, text=b"{}"):
 STRANGE_FILES = {
     "garbage.pth": lambda p: p.write_bytes(b"garbage" * 99),
     "text.pt": lambda p: p.write_text("weights"),
+    "words.pth": lambda p: p.write_text("hi there"),
+    "nothing.pth": lambda p: p.write_bytes(b""),
     "empty.zip.bin": lambda p: zipfile.ZipFile(p, "w").close(),
     "number.pth": lambda p: torch.save(3, p),
     "list.pth": lambda p: torch.save([torch.zeros(3)], p),
@@ -198,6 +200,16 @@ def test_a_file_that_is_none_is_told(name, tmp_path):
     with pytest.raises(CheckpointError, match=r"must .*got") as error:
         load_published(UniViGU(CONFIG), path)
     assert str(path) in str(error.value) and len(str(error.value)) < 400
+    assert "KeyError: 1" not in str(error.value)  # of torch's reader, where a letter counts as a place
+
+
+@pytest.mark.parametrize("call", [load_published, load_pretrained])
+@pytest.mark.parametrize("source", [5, None, b"model.pth", torch.zeros(2), ["model.pth"]])
+def test_a_source_that_is_no_path_is_told(call, source):
+    with pytest.raises(CheckpointError, match=rf"must be .*a path, got {type(source).__name__}"):
+        call(UniViGU(CONFIG), source)
+    with pytest.raises(CheckpointError, match=rf"must be .*a path, got {type(source).__name__}"):
+        published_config(source)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from tiny import SHAPE, TEXT_LENGTH, alone, bits, make_engine, make_model, make_video, mixed_requests
@@ -48,6 +49,16 @@ def test_generate(engine):
     two = engine.generate(["a red seven", "the green one"], num_steps=2, seeds=1)
     assert [result.prompt for result in two] == ["a red seven", "the green one"] and bits(two[0]) == bits(one)
     assert engine.generate([]) == []
+
+
+def test_prompts_in_an_array(engine):
+    """As a column of a table comes: of str, of objects, one alone."""
+    want = engine.generate(["one two", "three"], seeds=[1, 2])
+    for prompts in (np.array(["one two", "three"]), np.array(["one two", "three"], dtype=object)):
+        for result, other in zip(engine.generate(prompts, seeds=[1, 2]), want, strict=True):
+            assert type(result.prompt) is str and result.prompt == other.prompt
+            assert bits(result) == bits(other)
+    assert bits(engine.generate(np.array("one two"), seeds=1)[0]) == bits(want[0])
 
 
 def test_every_setting_of_generate_has_its_effect(engine):

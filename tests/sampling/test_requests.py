@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from tiny import DEFAULTS, TEXT_LENGTH, alone, bits, make_engine, make_model, make_video
@@ -125,6 +126,10 @@ CALLS = [
     (r"seed must be an integer in .*, got 9223372036854775808", lambda e: e.joint(["a"] * 2, seeds=LAST)),
     ("prompts must be a string or a list of strings, got int", lambda e: e.generate(7)),
     ("prompts must be a string or a list of strings, got NoneType", lambda e: e.joint(None)),
+    ("prompt must be a string, got list", lambda e: e.generate(np.array([["one", "two"]]))),
+    ("prompt must be a string, got bytes", lambda e: e.joint(np.array([b"one"]))),
+    ("prompt must be a string, got float", lambda e: e.joint(np.array([1.5]))),
+    ("prompts must be a string or a list of strings, got float", lambda e: e.generate(np.array(1.5))),
     ("prompt must be a string, got Tensor", lambda e: e.generate([torch.ones(2)])),
     ("videos must be a uint8 tensor, a path or a list of them, got int", lambda e: e.caption(7)),
     ("video must be a uint8 tensor or a path, got int", lambda e: e.caption([7])),

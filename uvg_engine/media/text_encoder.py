@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from uvg_engine.media.tokenizer import load_hf_tokenizer, split_words
+from uvg_engine.media.tokenizer import load_hf_tokenizer, split_words, string_list
 
 
 def text_encoder_from_config(config: Mapping[str, Any]) -> HashTextEncoder | UMT5TextEncoder:
@@ -46,8 +46,7 @@ class HashTextEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """fp32 [num_words, text_dim] per text, no padding; a text without words gives `null()`."""
-        _check_texts(texts)
-        return [self._encode_one(text) for text in texts]
+        return [self._encode_one(text) for text in string_list(texts)]
 
     def null(self) -> torch.Tensor:
         """The condition that says nothing: zeros [1, text_dim]."""
@@ -112,8 +111,7 @@ class UMT5TextEncoder:
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """fp32 [max_len, text_dim] per text, on the encoder's device; one text at a time, so no neighbour matters."""
-        _check_texts(texts)
-        return [self._encode_one(text) for text in texts]
+        return [self._encode_one(text) for text in string_list(texts)]
 
     def null(self) -> torch.Tensor:
         """The condition that says nothing: zeros [1, text_dim] (equal rows attend as one)."""
@@ -185,11 +183,6 @@ def _positions(length: int, text_dim: int) -> torch.Tensor:
     angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(half) / half)[None]
     table = 0.5 * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
     return torch.from_numpy((np.round(table * 65536) / 65536).astype(np.float32))
-
-
-def _check_texts(texts: Sequence[str]) -> None:
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"texts must be a list of strings, got {texts!r:.80}")
 
 
 def _arguments(config: Mapping[str, Any], kind: str, names: set[str]) -> dict[str, Any]:

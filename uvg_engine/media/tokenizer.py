@@ -35,6 +35,23 @@ def normalise(text: str) -> str:
     return join_words(split_words(text))
 
 
+def string_list(texts: Iterable[str]) -> list[str]:
+    """The texts of a list, a generator, an array as of a table's column. ValueError where they are no strings."""
+    try:
+        listed: list[str] | None = None if isinstance(texts, str) else list(iter(texts))
+    except TypeError:  # of no iterable, or of an array without dimensions
+        listed = None
+    if listed is None or not all(isinstance(text, str) for text in listed):
+        raise ValueError(f"texts must be a list of strings, got {texts!r:.80}")
+    return listed
+
+
+def _string(text: Any) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"text must be a string, got {type(text).__name__}")
+    return text
+
+
 def tokenizer_from_config(config: Mapping[str, Any]) -> WordTokenizer | HFTokenizer:
     """The tokenizer that `config["type"]` names: "word" or "hf". Raises ValueError for any other."""
     kinds: dict[Any, type[WordTokenizer] | type[HFTokenizer]] = {"word": WordTokenizer, "hf": HFTokenizer}
@@ -66,7 +83,7 @@ class WordTokenizer:
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> WordTokenizer:
         """A tokenizer that knows every word of the texts, sorted."""
-        return cls(sorted({word for text in texts for word in split_words(text)}))
+        return cls(sorted({word for text in string_list(texts) for word in split_words(text)}))
 
     @property
     def vocab_size(self) -> int:
@@ -78,7 +95,7 @@ class WordTokenizer:
 
         A text of more than length - 1 words: ValueError, or cut (eos kept) with truncate=True.
         """
-        ids = [self._ids.get(word, self.unk_id) for word in split_words(text)]
+        ids = [self._ids.get(word, self.unk_id) for word in split_words(_string(text))]
         return _finish(ids, self.eos_id, self.pad_id, length, truncate)
 
     def decode(self, ids: Sequence[int] | torch.Tensor, *, stop_at_eos: bool = True) -> str:
@@ -101,7 +118,7 @@ class WordTokenizer:
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of a text that the vocabulary lacks, each once, in order: for a caller to warn about."""
-        return [word for word in dict.fromkeys(split_words(text)) if word not in self._ids]
+        return [word for word in dict.fromkeys(split_words(_string(text))) if word not in self._ids]
 
     def to_config(self) -> dict[str, Any]:
         """Plain values for json; `from_config` gives the same tokenizer back."""
@@ -153,7 +170,7 @@ class HFTokenizer:
 
     def encode(self, text: str, length: int | None = None, *, truncate: bool = False) -> list[int]:
         """Ids of a text, one eos at the end; length and truncate as in WordTokenizer.encode."""
-        ids = list(self.tokenizer(text).input_ids)
+        ids = list(self.tokenizer(_string(text)).input_ids)
         if ids and ids[-1] == self.eos_id:
             ids.pop()
         return _finish(ids, self.eos_id, self.pad_id, length, truncate)
@@ -167,7 +184,7 @@ class HFTokenizer:
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of a text that come out with an unk token."""
-        words = dict.fromkeys(text.split())
+        words = dict.fromkeys(_string(text).split())
         return [word for word in words if self.unk_id is not None and self.unk_id in self.encode(word)]
 
     def to_config(self) -> dict[str, Any]:

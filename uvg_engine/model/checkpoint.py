@@ -19,6 +19,7 @@ from uvg_engine.model.tensor_files import (
     PathLike,
     difference,
     open_weights,
+    to_path,
     write_folder,
     write_weights,
 )
@@ -102,7 +103,7 @@ def from_pretrained(
 
 
 def _open_folder(folder: PathLike) -> tuple[UniViGUConfig, Entries]:
-    folder = Path(folder)
+    folder = to_path(folder, "folder must be")
     found = [name for name in _WEIGHT_FILES if (folder / name).is_file()]
     if not (folder / CONFIG_FILE).is_file() or len(found) != 1:
         names = [CONFIG_FILE] * (folder / CONFIG_FILE).is_file() + found

@@ -58,12 +58,19 @@ def open_weights(source: PathLike | Mapping[str, Any], nested: str | None = None
     """
     if isinstance(source, Mapping):
         return _from_mapping(source, "state dict", nested)
-    path = Path(source)
+    path = to_path(source, "checkpoint must be a state dict or")
     if path.is_dir():
         path = find_weights(path)
     if path.suffix == ".json" and path.is_file():
         return _from_index(path, nested)
     return _from_file(path, nested)
+
+
+def to_path(source: Any, rule: str) -> Path:
+    """CheckpointError("<rule> a path, ...") on what is none."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(f"{rule} a path, got {type(source).__name__}")
+    return Path(source)
 
 
 def find_weights(folder: Path) -> Path:
@@ -126,6 +133,8 @@ def _unpickle(path: Path) -> Any:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             _check_stored(path)
+        else:
+            _check_pickled(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except CheckpointError:
         raise
@@ -135,6 +144,15 @@ def _unpickle(path: Path) -> Any:
         lines = [line for line in lines if "nsupported" in line] or lines or [""]
         reason = f"{type(error).__name__}: {lines[0].split('. ')[0]}"
         raise CheckpointError(f"{path} must be a whole torch file of plain tensors, got {reason}") from error
+
+
+def _check_pickled(path: Path) -> None:
+    """What torch.save wrote before it wrote zips begins with a protocol; of anything else torch's reader makes sense
+    until it fails somewhere."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start[:1] != b"\x80":
+        raise CheckpointError(f"{path} must be a whole torch file of plain tensors, got one that begins with {start!r}")
 
 
 def _check_stored(path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,9 +160,10 @@ class Engine:
     ) -> list[GenerateResult]:
         """Videos from prompts: always a list, one result per prompt in their order, also for a single string.
 
-        What is None is the engine's default. guidance: 1 is none. solver: "euler" or "unipc". seeds: None draws them
-        (each result tells its own), a number gives seed, seed + 1, ..., a list one each. frames, height, width: pixels.
-        trajectory and callback: see Request and Scheduler. Warns of unknown words; raises ValueError on what cannot be.
+        prompts: an array of strings will do. What is None is the engine's default. guidance: 1 is none. solver: "euler"
+        or "unipc". seeds: None draws them (each result tells its own), a number gives seed, seed + 1, ..., a list one
+        each. frames, height, width: pixels. trajectory and callback: see Request and Scheduler. Warns of unknown words;
+        raises ValueError on what cannot be.
         """
         own = {"num_steps": num_steps, "guidance": guidance, "shift": shift, "solver": solver, "trajectory": trajectory}
         own |= {"frames": frames, "height": height, "width": width}
@@ -257,6 +259,8 @@ class Engine:
 
 
 def _prompts(prompts: str | Sequence[str]) -> list[str]:
+    if isinstance(prompts, np.ndarray):
+        prompts = prompts.tolist()
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence):
