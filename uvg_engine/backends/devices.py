@@ -10,6 +10,7 @@ from torch import Tensor
 
 Capability = tuple[int, int]
 OLDEST: Capability = (8, 0)  # of bf16 tensor cores and asynchronous copies
+MAX_GRID = 65535  # blocks along the second axis of a grid
 
 
 @functools.cache

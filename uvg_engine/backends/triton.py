@@ -66,6 +66,8 @@ def refuses_attention(q: Tensor, *rest: Any) -> str | None:
     scale = rest[-1]
     if q.shape[2] > MAX_HEAD:
         return f"head width {q.shape[2]}; up to {MAX_HEAD}"
+    if q.shape[1] > devices.MAX_GRID:
+        return f"{q.shape[1]} heads; up to {devices.MAX_GRID}"
     if scale <= 0:
         return f"scale {scale}; above 0: the largest score is found before scaling"
     return refuses(q)

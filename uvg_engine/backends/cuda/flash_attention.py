@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.backends import devices
 from uvg_engine.backends.cuda._tensors import aligned, floats_like, launch, refuses_tensors
 
 MAX_WIDTH = 128
@@ -14,6 +15,8 @@ def refuses(q: Tensor, *rest: object) -> str | None:
     width = q.shape[-1]
     if width % 8 or width > MAX_WIDTH:
         return f"head width {width}; have multiples of 8 up to {MAX_WIDTH}"
+    if q.shape[1] > devices.MAX_GRID:
+        return f"{q.shape[1]} heads; up to {devices.MAX_GRID}"
     return refuses_tensors(q, dtypes=(torch.bfloat16, torch.float16))
 
 

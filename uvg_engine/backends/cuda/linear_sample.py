@@ -3,10 +3,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from uvg_engine.backends import devices
 from uvg_engine.backends.cuda._tensors import aligned, floats_like, launch, refuses_tensors
 
 PANEL = 64  # kPanel of csrc/cuda/linear_sample.cu
-MAX_ROWS = 65535 * 64  # tiles of kTile rows along the second axis of a grid
+MAX_ROWS = devices.MAX_GRID * 64  # tiles of kTile rows along the second axis of a grid
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
