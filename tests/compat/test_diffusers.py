@@ -182,7 +182,7 @@ def hooked_ffn(made):
 @pytest.mark.parametrize(
     "change, told",
     [
-        (hooked, "attention must have no hooks and its own forward, got WanAttention"),
+        (hooked, "attn2 must have no hooks and its own forward, got WanAttention"),
         (hooked_ffn, "ffn must have no hooks and its own forward, got FeedForward"),
         (with_processor, "an attention must have diffusers' processor, without a backend of its own, got Own"),
         (with_backend, "an attention must have diffusers' processor, without a backend of its own"),

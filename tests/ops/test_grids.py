@@ -1,4 +1,4 @@
-"""A grid has 65,535 blocks along its second axis: what needs more is refused with its number, and up to there nothing."""
+"""A grid has 65,535 blocks along its second axis: calls that need more are refused, those that need as many are not."""
 
 import cuda_simulator
 import pytest

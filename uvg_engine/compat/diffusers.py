@@ -23,7 +23,10 @@ from uvg_engine.reference.qk_norm_rope import VIDEO
 
 try:
     from diffusers import WanTransformer3DModel
+    from diffusers.models.attention import FeedForward
+    from diffusers.models.normalization import FP32LayerNorm
     from diffusers.models.transformers.transformer_wan import (
+        WanAttention,
         WanAttnProcessor,
         WanRotaryPosEmbed,
         WanTransformerBlock,
@@ -44,18 +47,18 @@ def accelerate(transformer: Model) -> Model:
 
     Weights, names, configuration and what `save_pretrained` writes stay as they are, and so does the result within
     rounding. A projection that is not a plain nn.Linear (LoRA, quantised, hooked) is called as it is. Raises ValueError
-    on another model, on dropout, and, when it is called, on attention processors, attention backends, fused
-    projections, and hooks on attentions, norms or ffn: those would be ignored. Not for offloading leaf by leaf, which
-    hooks every layer.
+    on another model, on dropout of its own, and, when it is called, on attention processors, attention backends, fused
+    projections, and on attentions, norms or ffn with hooks or with something in their place (adapters of norms): those
+    would be ignored. Not for offloading leaf by leaf, which hooks every layer.
     """
     model: Any = transformer
     _require(type(model) is WanTransformer3DModel, "transformer must be a WanTransformer3DModel", _name(model))
     for block in model.blocks:
         known = type(block) in (WanTransformerBlock, _Block)
         _require(known, "transformer.blocks must be WanTransformerBlocks", _name(block))
-        for module in block.modules():
-            dropout = module.p if isinstance(module, nn.Dropout) else 0
-            _require(dropout == 0, "dropout must be 0", dropout)
+        for module in (block.attn1.to_out[1], block.attn2.to_out[1], block.ffn.net[1]):
+            _require(type(module) is nn.Dropout, "dropout must be an nn.Dropout", _name(module))
+            _require(module.p == 0, "dropout must be 0", module.p)
     _turn(model, _Rope, _Block)
     return transformer
 
@@ -85,6 +88,16 @@ class _Rows:
     table: Tensor
 
 
+_PARTS: dict[str, tuple[type, ...]] = {  # of a block, that are not called or of which not all is
+    "attn1": (WanAttention,),
+    "attn2": (WanAttention,),
+    "norm1": (FP32LayerNorm,),
+    "norm2": (FP32LayerNorm, nn.Identity),
+    "norm3": (FP32LayerNorm,),
+    "ffn": (FeedForward,),
+}
+
+
 class _Rope(WanRotaryPosEmbed):
     freqs_cos: Tensor
     freqs_sin: Tensor
@@ -106,8 +119,9 @@ class _Block(WanTransformerBlock):
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
         """hidden_states [B, L, D], encoder_hidden_states [B, C, D], temb [B, 6, D] or, for every row, [B, L, 6, D]."""
         rows: _Rows = rotary_emb
-        for name in ("norm1", "norm2", "norm3", "ffn"):
+        for name, kinds in _PARTS.items():
             module = getattr(self, name)
+            _require_kind(name, module, kinds)
             _require(not _hooked(module), f"{name} must have no hooks and its own forward", _name(module))
         samples, length = hidden_states.shape[:2]
         h, spans = hidden_states.flatten(0, 1), rows.spans
@@ -190,10 +204,17 @@ def _require_as_made(attn: Any) -> None:
     own = type(processor) is WanAttnProcessor
     own = own and processor._attention_backend is None and processor._parallel_config is None
     _require(own, "an attention must have diffusers' processor, without a backend of its own", _name(processor))
-    for name, module in (("attention", attn), ("norm_q", attn.norm_q), ("norm_k", attn.norm_k)):
+    for name in ("norm_q", "norm_k") if attn.add_k_proj is None else ("norm_q", "norm_k", "norm_added_k"):
+        module = getattr(attn, name)
+        _require_kind(name, module, (nn.RMSNorm,))
         _require(not _hooked(module), f"{name} must have no hooks and its own forward", _name(module))
     fused = getattr(attn, "fused_projections", False)
     _require(not fused, "projections must not be fused", fused)
+
+
+def _require_kind(name: str, module: nn.Module, kinds: tuple[type, ...]) -> None:
+    if type(module) not in kinds:
+        _require(False, f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}", _name(module))
 
 
 def _one_by_one(rows: int, device: torch.device) -> Tensor:
