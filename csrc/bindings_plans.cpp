@@ -35,6 +35,7 @@ struct CallPlan : uvg::Plan {
   std::vector<Made> made;
   std::vector<int32_t> results;  // what is made, or -1 for None
   bool one = false;              // the result is no tuple
+  py::object held;               // what kernels read that is no argument
 
   CallPlan() = default;
   CallPlan(const CallPlan&) = delete;
@@ -280,7 +281,8 @@ std::shared_ptr<Application> new_application(const py::list& values, const py::o
 // index, offset), none of which overlap; weights: (argument, address, version, storage, weak reference to what keeps
 // the words); made: (function, arguments, keywords).
 Shared new_plan(const py::list& values, const py::list& steps, const py::list& ranges, const py::list& weights,
-                const py::list& made, const std::vector<int32_t>& results, bool one, int64_t scratch_bytes) {
+                const py::list& made, const std::vector<int32_t>& results, bool one, int64_t scratch_bytes,
+                const py::object& held) {
   auto plan = std::make_shared<CallPlan>();
   add_values(*plan, values);
   std::vector<Range> known;
@@ -319,7 +321,7 @@ Shared new_plan(const py::list& values, const py::list& steps, const py::list& r
     if (each < (one ? 0 : -1) || each >= static_cast<int32_t>(made.size())) throw py::value_error("no such result");
   }
   if (one && results.size() != 1) throw py::value_error("one result is one");
-  plan->results = results, plan->one = one, plan->scratch_bytes = scratch_bytes;
+  plan->results = results, plan->one = one, plan->scratch_bytes = scratch_bytes, plan->held = held;
   return plan;
 }
 

@@ -239,7 +239,7 @@ def test_a_planner_is_made_by_the_core_only():
 def test_a_plan_gives_results_that_are_made():
     for results, one in (([-1], True), ([0], True), ([1], False), ([], True)):
         with pytest.raises(ValueError, match=r"no such result|one result is one"):
-            native.core().plan([], [], [], [], [], results, one, 0)
+            native.core().plan([], [], [], [], [], results, one, 0, [])
 
 
 def test_ids_have_the_width_of_a_kernel():

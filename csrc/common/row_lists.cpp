@@ -5,38 +5,57 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace uvg {
 
 RowLists::RowLists(const int32_t* spans, int64_t samples, int64_t per_sample, int64_t num_rows)
     : samples_(samples), longest_(0), shared_(false) {
-  std::vector<char> taken(static_cast<size_t>(num_rows), 0);
-  std::vector<int32_t> all;
-  std::vector<int64_t> first = {0};
+  bool rising = true;  // no row comes before one of an earlier span
+  int64_t end = 0, listed = 0, size = 0;
+  for (int64_t i = 0; i < samples * per_sample; ++i) {
+    const int64_t start = spans[2 * i], length = spans[2 * i + 1];
+    if (length < 0 || (length > 0 && (start < 0 || start + length > num_rows)))
+      throw std::invalid_argument("spans must lie in [0, " + std::to_string(num_rows) + "), got start " +
+                                  std::to_string(start) + ", len " + std::to_string(length));
+    if (i % per_sample == 0) size = 0;
+    listed += length, size += length;
+    longest_ = std::max(longest_, size);
+    if (length == 0) continue;
+    rising = rising && start >= end;
+    end = start + length;
+  }
+  std::vector<char> taken(rising ? 0 : static_cast<size_t>(num_rows), 0);
+  std::unique_ptr<int64_t[]> firsts(new int64_t[static_cast<size_t>(samples) + 2]);  // freed if there is no memory
+  rows_ = new int32_t[static_cast<size_t>(listed + num_rows)];
+  first_ = firsts.release();
+  int32_t* to = rows_;
+  const auto list = [&](int64_t from, int64_t before) {
+    for (int64_t row = from; row < before; ++row) *to++ = static_cast<int32_t>(row);
+  };
   for (int64_t b = 0; b < samples; ++b) {
+    first_[b] = to - rows_;
     for (int64_t i = b * per_sample; i < (b + 1) * per_sample; ++i) {
       const int64_t start = spans[2 * i], length = spans[2 * i + 1];
-      if (length < 0 || (length > 0 && (start < 0 || start + length > num_rows)))
-        throw std::invalid_argument("spans must lie in [0, " + std::to_string(num_rows) + "), got start " +
-                                    std::to_string(start) + ", len " + std::to_string(length));
-      for (int64_t row = start; row < start + length; ++row) {
+      list(start, start + length);
+      for (int64_t row = start; !rising && row < start + length; ++row) {
         shared_ = shared_ || taken[static_cast<size_t>(row)] != 0;
         taken[static_cast<size_t>(row)] = 1;
-        all.push_back(static_cast<int32_t>(row));
       }
     }
-    first.push_back(static_cast<int64_t>(all.size()));
-    longest_ = std::max(longest_, first[static_cast<size_t>(b) + 1] - first[static_cast<size_t>(b)]);
   }
-  for (int64_t row = 0; row < num_rows; ++row)
-    if (taken[static_cast<size_t>(row)] == 0) all.push_back(static_cast<int32_t>(row));
-  first.push_back(static_cast<int64_t>(all.size()));
-  std::unique_ptr<int64_t[]> firsts(new int64_t[first.size()]);  // freed if there is no memory for the rows
-  rows_ = new int32_t[all.size()];
-  first_ = firsts.release();
-  std::copy(first.begin(), first.end(), first_);
-  std::copy(all.begin(), all.end(), rows_);
+  first_[samples] = to - rows_;
+  end = 0;
+  for (int64_t i = 0; rising && i < samples * per_sample; ++i) {
+    if (spans[2 * i + 1] == 0) continue;
+    list(end, spans[2 * i]);
+    end = spans[2 * i] + spans[2 * i + 1];
+  }
+  if (rising) list(end, num_rows);
+  for (int64_t row = 0; !rising && row < num_rows; ++row)
+    if (taken[static_cast<size_t>(row)] == 0) list(row, row + 1);
+  first_[samples + 1] = to - rows_;
 }
 
 RowLists::~RowLists() {
@@ -56,11 +75,33 @@ bool RowLists::shared() const { return shared_; }
 
 struct Scratch::Piece {  // the line before the memory that it hands out
   Piece* before;
+  char *next, *end;  // what is not handed out yet
 };
 
 namespace {
+
 constexpr std::align_val_t kLine{64};
-}
+constexpr auto kLineBytes = static_cast<size_t>(kLine);
+
+// Bytes of memory for several pieces. With the address sanitizer none: each shall have borders of its own.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kTogether = 0;
+#else
+constexpr size_t kTogether = 48 << 10;
+#endif
+
+// One of kTogether bytes that a thread keeps for its next scratch: small kernels would spend more on memory than on
+// their work.
+struct Spare {
+  void* memory = nullptr;
+  Spare() = default;
+  Spare(const Spare&) = delete;
+  Spare& operator=(const Spare&) = delete;
+  ~Spare() { ::operator delete(memory, kLine); }
+};
+thread_local Spare spare;
+
+}  // namespace
 
 Scratch::Scratch() : last_(nullptr) {}
 
@@ -68,15 +109,31 @@ Scratch::~Scratch() {
   while (last_ != nullptr) {
     Piece* piece = last_;
     last_ = piece->before;
-    ::operator delete(piece, kLine);
+    if (spare.memory == nullptr && piece->end - reinterpret_cast<char*>(piece) == kLineBytes + kTogether) {
+      spare.memory = piece;
+    } else {
+      ::operator delete(piece, kLine);
+    }
   }
 }
 
 uint32_t* Scratch::words(int64_t count) {
-  constexpr auto line = static_cast<size_t>(kLine);
-  void* memory = ::operator new(line + static_cast<size_t>(count) * sizeof(uint32_t), kLine);
-  last_ = new (memory) Piece{last_};
-  return reinterpret_cast<uint32_t*>(static_cast<char*>(memory) + line);
+  const size_t bytes = (static_cast<size_t>(count) * sizeof(uint32_t) + kLineBytes - 1) / kLineBytes * kLineBytes;
+  if (last_ == nullptr || static_cast<size_t>(last_->end - last_->next) < bytes) {
+    const size_t room = bytes < kTogether ? kTogether : bytes;
+    void* memory = room == kTogether && spare.memory != nullptr ? std::exchange(spare.memory, nullptr)
+                                                                : ::operator new(kLineBytes + room, kLine);
+    char* first = static_cast<char*>(memory) + kLineBytes;
+    auto* piece = new (memory) Piece{last_, first, first + room};
+    if (bytes >= kTogether && last_ != nullptr) {  // the piece that has room left stays the last one
+      piece->before = std::exchange(last_->before, piece);
+      return reinterpret_cast<uint32_t*>(first);
+    }
+    last_ = piece;
+  }
+  char* first = last_->next;
+  last_->next += bytes;
+  return reinterpret_cast<uint32_t*>(first);
 }
 
 float* Scratch::floats(int64_t count) { return reinterpret_cast<float*>(words(count)); }

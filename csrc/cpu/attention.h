@@ -24,7 +24,6 @@ constexpr int64_t kQueries = 192;  // rows of a block; a multiple of kTileRows
 #else
 constexpr int64_t kQueries = 96;
 #endif
-constexpr int64_t kFew = 24;            // rows of a task at the least
 constexpr float kHigh = 2.3538527e17f;  // e^40: where sums leave [1 / kHigh, kHigh], a row takes another reference
 constexpr float kNever = -__builtin_inff();
 
@@ -77,6 +76,7 @@ void pack_values(const Params& p, int64_t s, int64_t head, const Packed<S>& to, 
   pack_columns<F>(rows_of<typename F::Value>(p, p.v, head, *p.keys, s), p.width, padded, to.values);
 }
 
+// For up to `most` queries at once, kTileRows or a multiple of it.
 template <typename S>
 struct Workspace {
   using F = typename S::Format;
@@ -85,15 +85,15 @@ struct Workspace {
   RowState rows;
   Packed<S> packed;  // `slots` of keys and values
 
-  Workspace(Scratch& scratch, const Params& p, int64_t slots) : packed(scratch, p, slots) {
-    queries = scratch.words(kQueries * S::query_words(p.width));
-    probabilities = scratch.words(kQueries * row_of_probabilities());
+  Workspace(Scratch& scratch, const Params& p, int64_t slots, int64_t most) : packed(scratch, p, slots) {
+    queries = scratch.words(most * S::query_words(p.width));
+    probabilities = scratch.words(most * row_of_probabilities());
     work = scratch.words(S::work_words(p.width));
-    out = scratch.floats(kQueries * round_up(p.width, kLanes));
+    out = scratch.floats(most * round_up(p.width, kLanes));
     for (Vec** sums : {&rows.top, &rows.total, &rows.rounded, &rows.block[0], &rows.block[1]})
-      *sums = reinterpret_cast<Vec*>(scratch.floats(kQueries * kLanes));
+      *sums = reinterpret_cast<Vec*>(scratch.floats(most * kLanes));
     if (F::kKept) rows.rounded = rows.total, rows.block[1] = rows.block[0];
-    rows.reference = scratch.floats(kQueries);
+    rows.reference = scratch.floats(most);
   }
 
   static constexpr int64_t row_of_probabilities() {
@@ -103,44 +103,45 @@ struct Workspace {
 
 enum What { kPlain, kShifted, kPeak };
 
-template <What kWhat>
-struct Kind {
-  static constexpr What value = kWhat;
-};
+// Products of a query with V vectors of keys to probabilities and their sums, kPlain where all references are 0; or,
+// with kPeak, to the largest score of the row. Those from `valid` on count nothing. by: S::scale_of the query.
+template <typename S, int V, bool kTail, What kWhat>
+UVG_INLINE void put_scores(Vec (&x)[V], float by, float scale, int64_t valid, uint32_t* probabilities, int64_t column,
+                           const RowState& rows, int64_t row) {
+  using F = typename S::Format;
+  const Vec reference = splat(rows.reference[row]);
+  const bool moved = kWhat == kShifted && (!S::kScaled || rows.reference[row] != 0.0f);  // bits are the row's own
+  const float whole = by * scale;
+#pragma GCC unroll 4
+  for (int j = 0; j < V; ++j) {
+    x[j] = moved ? (x[j] * by - reference) * scale : x[j] * whole;
+    if (kTail) x[j] = select(first_lanes(valid - j * kLanes), x[j], splat(kNever));
+  }
+  if (kWhat == kPeak) {
+    for (int j = 0; j < V; ++j) rows.top[row] = select(x[j] > rows.top[row], x[j], rows.top[row]);
+    return;
+  }
+  Vec p[V], total = rows.block[0][row];
+#pragma GCC unroll 4
+  for (int j = 0; j < V; ++j) {
+    p[j] = F::power(x[j]);
+    total += p[j];
+  }
+  rows.block[0][row] = total;
+  if (!F::kKept) rows.block[1][row] = F::rounded_sum(rows.block[1][row], p);
+  F::put(probabilities, column, p);
+}
 
-// One tile of scores to probabilities and their sums, kPlain where all references are 0; or, with kPeak, to the largest
-// score of each row. V vectors of keys; those from `valid` on count nothing.
+// One tile of scores: kTileRows queries from `first` on, V vectors of a panel of packed keys.
 template <typename S, int V, bool kTail, What kWhat>
 UVG_NOINLINE void score(const uint32_t* queries, const uint32_t* panel, int64_t width, float scale, int64_t valid,
                         uint32_t* probabilities, int64_t column, const RowState& rows, int64_t first) {
-  using F = typename S::Format;
   Vec x[kTileRows][V];
   S::multiply(x, queries, panel, width);
 #pragma GCC unroll 6
-  for (int64_t r = 0; r < kTileRows; ++r) {
-    const int64_t row = first + r;
-    const Vec reference = splat(rows.reference[row]);
-    const bool moved = kWhat == kShifted && (!S::kScaled || rows.reference[row] != 0.0f);  // bits are the row's own
-    const float by = S::scale_of(queries + r * S::query_words(width), width), whole = by * scale;
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) {
-      x[r][j] = moved ? (x[r][j] * by - reference) * scale : x[r][j] * whole;
-      if (kTail) x[r][j] = select(first_lanes(valid - j * kLanes), x[r][j], splat(kNever));
-    }
-    if (kWhat == kPeak) {
-      for (int j = 0; j < V; ++j) rows.top[row] = select(x[r][j] > rows.top[row], x[r][j], rows.top[row]);
-      continue;
-    }
-    Vec p[V], total = rows.block[0][row];
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) {
-      p[j] = F::power(x[r][j]);
-      total += p[j];
-    }
-    rows.block[0][row] = total;
-    if (!F::kKept) rows.block[1][row] = F::rounded_sum(rows.block[1][row], p);
-    F::put(probabilities + r * Workspace<S>::row_of_probabilities(), column, p);
-  }
+  for (int64_t r = 0; r < kTileRows; ++r)
+    put_scores<S, V, kTail, kWhat>(x[r], S::scale_of(queries + r * S::query_words(width), width), scale, valid,
+                                   probabilities + r * Workspace<S>::row_of_probabilities(), column, rows, first + r);
 }
 
 // Whether a row has no key yet that counts.
@@ -180,13 +181,42 @@ inline void forget(const RowState& rows, int64_t count, uint32_t* probabilities,
   }
 }
 
-// Queries of a sample, one head; its keys and values are packed.
+// Keys and values as `attend` meets them, packed: kRows, of which queries are a multiple; the scores of a block of
+// keys, `here` of them from k on; the product of its probabilities with the values.
 template <typename S>
-void attend(const Params& p, const Rows<typename S::Format::Value>& queries, int64_t head, int64_t num_keys,
-            const Packed<S>& packed, const Workspace<S>& w) {
+struct PackedKeys {
   using F = typename S::Format;
-  const int64_t padded = round_up(queries.count, kTileRows), words = S::query_words(p.width);
-  const int64_t total = round_up(num_keys, kPanel) / F::kPer;
+  static constexpr int64_t kRows = kTileRows, kRow = Workspace<S>::row_of_probabilities();
+  const Packed<S> packed;
+  const int64_t width, total;  // total: rows of dwords of the values
+
+  PackedKeys(const Packed<S>& slot, int64_t row_width, int64_t keys)
+      : packed(slot), width(row_width), total(round_up(keys, kPanel) / F::kPer) {}
+
+  template <What kWhat>
+  void scores(const Workspace<S>& w, int64_t queries, int64_t k, int64_t here, float factor) const {
+    for (int64_t c = 0; c < here; c += kPanel) {
+      auto* tile = score<S, kTileVecs, false, kWhat>;
+      if (here - c < kPanel)
+        with_vecs<F>(here - c, [&](auto vecs) { tile = score<S, decltype(vecs)::value, true, kWhat>; });
+      for (int64_t r = 0; r < queries; r += kTileRows)
+        tile(w.queries + r * S::query_words(width), packed.keys + (k + c) / kPanel * S::panel_words(width), width,
+             factor, here - c, w.probabilities + r * kRow, c, w.rows, r);
+    }
+  }
+
+  void multiply(const Workspace<S>& w, int64_t queries, int64_t k, int64_t here) const {
+    multiply_all<F>(w.out, queries, width, w.probabilities, kRow, 1, packed.values, total, k / F::kPer,
+                    round_up(here, F::kPutVecs * kLanes) / F::kPer, k == 0);
+  }
+};
+
+// Queries of a sample, one head.
+template <typename S, typename Keys>
+void attend(const Params& p, const Rows<typename S::Format::Value>& queries, int64_t head, int64_t num_keys,
+            const Keys& keys, const Workspace<S>& w) {
+  using F = typename S::Format;
+  const int64_t padded = round_up(queries.count, Keys::kRows);
   constexpr int64_t row = Workspace<S>::row_of_probabilities();
   const float scale = p.scale / F::kUnit;
   const RowState& rows = w.rows;
@@ -195,27 +225,17 @@ void attend(const Params& p, const Rows<typename S::Format::Value>& queries, int
   for (int64_t r = 0; r < padded; ++r) rows.total[r] = rows.rounded[r] = Vec{}, rows.reference[r] = 0.0f;
   for (int64_t k = 0; k < num_keys; k += kKeys<F>) {
     const int64_t left = num_keys - k, here = left < kKeys<F> ? left : kKeys<F>;
-    const auto scores = [&](auto what, float factor) {
-      for (int64_t c = 0; c < here; c += kPanel) {
-        auto* tile = score<S, kTileVecs, false, decltype(what)::value>;
-        if (here - c < kPanel)
-          with_vecs<F>(here - c,
-                       [&](auto vecs) { tile = score<S, decltype(vecs)::value, true, decltype(what)::value>; });
-        for (int64_t r = 0; r < padded; r += kTileRows)
-          tile(w.queries + r * words, packed.keys + (k + c) / kPanel * S::panel_words(p.width), p.width, factor,
-               here - c, w.probabilities + r * row, c, rows, r);
-      }
-    };
     const auto probabilities = [&] {
       for (int64_t r = 0; r < padded; ++r) rows.block[0][r] = rows.block[1][r] = Vec{};
-      shifted ? scores(Kind<kShifted>{}, scale) : scores(Kind<kPlain>{}, scale);
+      shifted ? keys.template scores<kShifted>(w, padded, k, here, scale)
+              : keys.template scores<kPlain>(w, padded, k, here, scale);
     };
     probabilities();
     bool again = false;
     for (int64_t r = 0; r < queries.count; ++r) again = again || far(rows, r);
     if (again) {
       for (int64_t r = 0; r < padded; ++r) rows.top[r] = splat(kNever);
-      scores(Kind<kPeak>{}, scale < 0.0f ? -1.0f : 1.0f);
+      keys.template scores<kPeak>(w, padded, k, here, scale < 0.0f ? -1.0f : 1.0f);
       rebase<F>(rows, queries.count, scale, w.out, p.width);
       shifted = true;
       probabilities();
@@ -225,8 +245,7 @@ void attend(const Params& p, const Rows<typename S::Format::Value>& queries, int
       rows.total[r] += rows.block[0][r];
       if (!F::kKept) rows.rounded[r] += rows.block[1][r];
     }
-    multiply_all<F>(w.out, padded, p.width, w.probabilities, row, 1, packed.values, total, k / F::kPer,
-                    round_up(here, F::kPutVecs * kLanes) / F::kPer, k == 0);
+    keys.multiply(w, padded, k, here);
   }
   auto* out = static_cast<typename F::Value*>(p.out);
   for (int64_t r = 0; r < queries.count; ++r) {
@@ -239,56 +258,6 @@ void attend(const Params& p, const Rows<typename S::Format::Value>& queries, int
     columns(p.width, [&](int64_t i, int64_t n) {
       store(out + (at * p.heads + head) * p.width + i, load(row_out + i, n) * share, n);
     });
-  }
-}
-
-template <typename T>
-void without_keys(const Params& p, int64_t list) {
-  for (int64_t i = 0; i < p.queries->size(list); ++i) {
-    const int64_t row = p.queries->rows(list)[i], size = p.heads * p.width;
-    std::memset(static_cast<T*>(p.out) + row * size, 0, static_cast<size_t>(size) * sizeof(T));
-    for (int64_t head = 0; p.lse != nullptr && head < p.heads; ++head) p.lse[head * p.rows_q + row] = kNever;
-  }
-}
-
-// Sample, head and part of the queries of a task: whole samples where there are enough of them for the threads, each
-// with its keys packed on the way. Else samples are cut, where there are few rows into tasks of less than a block, and
-// their keys are packed before. Cutting changes no bit.
-template <typename S>
-void attention(const Params& p) {
-  using T = typename S::Format::Value;
-  const int64_t samples = p.queries->samples(), pairs = samples * p.heads, size = p.heads * p.width;
-  const int threads = threads_for_products(p.threads, 2 * p.rows_q * p.keys->longest() * size);
-  const int64_t parts = threads > 1 && pairs < 4 * threads && pairs > 0 ? (4 * threads + pairs - 1) / pairs : 1;
-  const int64_t share = (p.queries->longest() + parts - 1) / parts;
-  const int64_t part = share < kQueries ? round_up(share > kFew ? share : kFew, kTileRows) : round_up(share, kQueries);
-  without_keys<T>(p, samples);
-  for (int64_t s = 0; s < samples; ++s)
-    if (p.keys->size(s) == 0) without_keys<T>(p, s);
-  Scratch scratch;
-  const Packed<S> shared(scratch, p, parts > 1 ? pairs : 0);
-  const PerThread<Workspace<S>> workspaces(scratch, threads, p, parts > 1 ? 0 : 1);
-#pragma omp parallel num_threads(threads)
-  {
-    const Workspace<S>& w = workspaces.own();
-    if (parts > 1) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < 2 * pairs; ++i) {
-        const auto pack = i % 2 == 0 ? pack_keys<S> : pack_values<S>;
-        pack(p, i / 2 / p.heads, i / 2 % p.heads, shared.slot(i / 2), w.work);
-      }
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < pairs * parts; ++task) {
-      const int64_t pair = task % pairs, s = pair / p.heads, head = pair % p.heads, first = task / pairs * part;
-      const int64_t end = first + part, all = p.queries->size(s), last = end < all ? end : all;
-      if (p.keys->size(s) == 0 || first >= last) continue;
-      if (parts == 1) pack_keys<S>(p, s, head, w.packed, w.work), pack_values<S>(p, s, head, w.packed, w.work);
-      const Rows<T> queries = rows_of<T>(p, p.q, head, *p.queries, s);
-      for (int64_t q = first; q < last; q += kQueries)
-        attend<S>(p, queries.from(q, last - q < kQueries ? last - q : kQueries), head, p.keys->size(s),
-                  parts > 1 ? shared.slot(pair) : w.packed, w);
-    }
   }
 }
 

@@ -1,6 +1,6 @@
 #include "uvg/flash_attention.h"
 
-#include "cpu/attention.h"
+#include "cpu/attention_tasks.h"
 
 namespace uvg {
 namespace UVG_ISA {
@@ -11,10 +11,14 @@ template <typename F>
 struct Plain {
   using Format = F;
   static constexpr bool kScaled = false;
+  static constexpr bool kLies = F::kRaw && F::kKept;
 
   static int64_t query_words(int64_t width) { return row_words<F>(width); }
   static int64_t panel_words(int64_t width) { return kPanel * row_words<F>(width); }
-  static int64_t work_words(int64_t width) { return kLanes * row_words<F>(width); }
+  static int64_t work_words(int64_t width) {
+    const int64_t packing = kLanes * row_words<F>(width), lying = kLies ? LyingKeys<Plain>::work_words(width) : 0;
+    return packing > lying ? packing : lying;
+  }
 
   static void pack_queries(const Rows<typename F::Value>& x, int64_t width, int64_t padded, uint32_t* out) {
     pack_rows<F>(x, width, padded, out);

@@ -1,5 +1,6 @@
 #include <sched.h>
 
+#include "common/threads.h"
 #include "cpu/per_thread.h"
 #include "cpu/tile.h"
 #include "uvg/flash_attention.h"
@@ -32,7 +33,7 @@ struct Sample {
 
   Sample(Scratch& scratch, const Params& p) : columns(round_up(p.width, kLanes)) {
     const int64_t words = row_words<F>(p.width);
-    const int64_t most_q = round_up(p.queries->longest(), kPanel), most_k = round_up(p.keys->longest(), kKeys);
+    const int64_t most_q = round_up(p.queries->longest(), kPanel), most_k = round_up(p.keys->longest(), kLanes);
     for (uint32_t** x : {&queries_t, &douts_t}) *x = scratch.words(most_q * words);
     for (uint32_t** x : {&queries, &douts}) *x = scratch.words(most_q / F::kPer * columns);
     keys = scratch.words(most_k / F::kPer * columns);
@@ -56,11 +57,12 @@ struct Workspace {
 
   Workspace(Scratch& scratch, const Params& p) : sample(scratch, p) {
     const int64_t words = row_words<F>(p.width), columns = sample.columns;
-    for (uint32_t** x : {&key_rows, &value_rows}) *x = scratch.words(kKeys * words);
-    for (uint32_t** x : {&probabilities, &scores}) *x = scratch.words(kKeys * kRow);
-    scores_by_keys = F::kPer == 1 ? scores : scratch.words(kKeys / 2 * kKeyRow);
+    const int64_t longest = p.keys->longest(), most = longest < kKeys ? round_up(longest, 2 * kTileRows) : kKeys;
+    for (uint32_t** x : {&key_rows, &value_rows}) *x = scratch.words(most * words);
+    for (uint32_t** x : {&probabilities, &scores}) *x = scratch.words(most * kRow);
+    scores_by_keys = F::kPer == 1 ? scores : scratch.words(most / 2 * kKeyRow);
     work = scratch.words(kLanes * words);
-    dk = scratch.floats(kKeys * columns), dv = scratch.floats(kKeys * columns);
+    dk = scratch.floats(most * columns), dv = scratch.floats(most * columns);
     sums = p.keys->shared() ? scratch.floats(2 * p.rows_k * columns) : nullptr;
   }
 };
@@ -147,7 +149,7 @@ struct Task {
       pack_columns<F>(part == 0 ? q : dout, p.width, padded, part == 0 ? all.queries : all.douts);
       return;
     }
-    pack_columns<F>(k, p.width, round_up(k.count, kKeys), all.keys);
+    pack_columns<F>(k, p.width, round_up(k.count, kLanes), all.keys);
     for (int64_t i = 0; i < padded; i += kQueries) all.added[i / kQueries] = 0;
     for (int64_t i = 0; i < padded; ++i) {
       all.lse[i] = __builtin_inff(), all.delta[i] = 0.0f;  // no query: probability 0
@@ -164,7 +166,7 @@ struct Task {
   void block(int64_t first_key, const Workspace<F>& w) const {
     const Rows<T> keys = k.from(first_key, here(first_key)), values = v.from(first_key, here(first_key));
     const int64_t words = row_words<F>(p.width), padded = round_up(keys.count, kTileRows);
-    const int64_t total_q = round_up(q.count, kPanel) / F::kPer, total_k = round_up(k.count, kKeys) / F::kPer;
+    const int64_t total_q = round_up(q.count, kPanel) / F::kPer, total_k = round_up(k.count, kLanes) / F::kPer;
     constexpr int64_t row = Workspace<F>::kRow;
     pack_rows<F>(keys, p.width, padded, w.key_rows);
     pack_rows<F>(values, p.width, padded, w.value_rows);
@@ -252,14 +254,18 @@ void backward(const Params& p) {
     for (int64_t s = 0; s < samples && !shared; ++s)
       if (p.queries->size(s) == 0) zero(*p.keys, s, size, dx);
   }
-  for (int64_t s = 0; s < samples; ++s)
+  int64_t products = 0;
+  for (int64_t s = 0; s < samples; ++s) {
     if (p.keys->size(s) == 0) zero(*p.queries, s, size, static_cast<T*>(p.dq));
+    products += p.queries->size(s) * p.keys->size(s) * size;
+  }
+  const int threads = threads_for_products(p.threads, 5 * products);
   const int64_t pairs = shared ? p.heads : samples * p.heads, longest = p.keys->longest();
-  const int64_t cut = shared || longest <= kKeys || pairs > kWholeRounds * p.threads ? 0 : pairs % p.threads;
+  const int64_t cut = shared || longest <= kKeys || pairs > kWholeRounds * threads ? 0 : pairs % threads;
   int64_t next = 0;
   Scratch scratch;
-  const PerThread<Workspace<F>> workspaces(scratch, p.threads, p);
-#pragma omp parallel num_threads(p.threads)
+  const PerThread<Workspace<F>> workspaces(scratch, threads, p);
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const Workspace<F>& w = workspaces.own();
 #pragma omp for schedule(dynamic, 1)

@@ -1,6 +1,6 @@
 #include "uvg/flash_attention_int8.h"
 
-#include "cpu/attention.h"
+#include "cpu/attention_tasks.h"
 #include "cpu/int8.h"
 
 namespace uvg {
@@ -16,7 +16,7 @@ struct InBytes {
   using T = typename F::Value;
   using B = Bytes<T>;
   static constexpr int32_t kHigher = 128;
-  static constexpr bool kScaled = true;
+  static constexpr bool kScaled = true, kLies = false;
 
   static int64_t query_words(int64_t width) { return row_words<B>(width) + 1; }
   static int64_t panel_words(int64_t width) { return kPanel * (row_words<B>(width) + 2); }

@@ -1,5 +1,6 @@
 """flash-attn's calls: the same numbers as attention written out, samples kept apart, and refusals by name."""
 
+import gc
 import inspect
 import sys
 
@@ -9,8 +10,12 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from uvg_engine import backends
+from uvg_engine.backends import native
 from uvg_engine.compat import flash_attn as ours
+from uvg_engine.ops import _plans, _registry
 
+planned = pytest.mark.skipif(not _plans._begin(), reason="no native core, or a torch without DLPack's functions")
 DENSE = ("q", "k", "v")
 COMMON = {
     "dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
@@ -204,3 +209,78 @@ def test_spans_of_a_captured_call_are_not_kept(capturing, monkeypatch):
         x = torch.empty(2, device="cuda")
     ours._even_spans(2, 3, x)
     assert asked == ["_new_even_spans" if capturing else "_kept_even_spans"]
+
+
+@pytest.fixture
+def no_plans():
+    """Nothing is planned yet."""
+    for planner in _plans.planners.values():
+        native.core().plans_forget(planner)
+
+
+@planned
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_dense_call_is_by_a_plan(samples, no_plans, monkeypatch):
+    """One without Python's part in it, spans included, which the plan keeps; with a gradient one node of autograd."""
+    given = [[normal(samples, rows, 4, 8, seed=10 * i + rows) for rows in (5, 7, 7)] for i in range(3)]
+    want = ours.flash_attn_func(*given[0])
+    for tensors in given:
+        with torch.no_grad():
+            ours.flash_attn_func(*tensors)
+    ours._kept_even_spans.cache_clear()
+    gc.collect()
+    monkeypatch.setattr(ours, "_group", lambda *args: pytest.fail("the long way"))
+    with torch.no_grad():
+        out = ours.flash_attn_func(*given[0])
+    assert torch.equal(out, want) and out.is_contiguous() and not out.requires_grad
+
+
+@planned
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_dense_gradient_is_by_plans(samples, no_plans, monkeypatch):
+    q, k, v = (normal(samples, rows, 4, 8, seed=rows + i) for i, rows in enumerate((5, 7, 7)))
+    dout = torch.randn(q.shape)
+
+    def gradients(given):
+        return torch.autograd.grad(ours.flash_attn_func(*given), given, dout)
+
+    want = torch.autograd.grad(written_out(q, k, v)[0], (q, k, v), dout)
+    for _ in range(3):
+        got = gradients((q, k, v))
+    torch.testing.assert_close(got, want)
+    monkeypatch.setattr(_registry, "alone", lambda args: pytest.fail("the long way"))
+    monkeypatch.setattr(ours, "_group", lambda *args: pytest.fail("the long way"))
+    others = [(x * 0.5).detach().requires_grad_() for x in (q, k, v)]
+    torch.testing.assert_close(gradients(others), torch.autograd.grad(written_out(*others)[0], others, dout))
+    out = ours.flash_attn_func(q, k, v)
+    assert len(out.grad_fn.next_functions) >= 3 and all(
+        type(node).__name__ == "AccumulateGrad" for node, _ in out.grad_fn.next_functions if node is not None
+    )
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_dense_gradients_of_views_and_single_inputs(samples):
+    """Parts of one projection, and only some of q, k, v with a gradient."""
+    qkv = normal(samples, 6, 3, 4, 8)
+    dout = torch.randn(samples, 6, 4, 8)
+    want = torch.autograd.grad(written_out(*qkv.unbind(2))[0], qkv, dout)
+    for _ in range(4):
+        torch.testing.assert_close(torch.autograd.grad(ours.flash_attn_qkvpacked_func(qkv), qkv, dout), want)
+    q, k, v = (x.detach() for x in qkv.unbind(2))
+    for one in range(3):
+        given = [x.clone().requires_grad_(i == one) for i, x in enumerate((q, k, v))]
+        wanted = torch.autograd.grad(written_out(*given)[0], given[one], dout)
+        for _ in range(3):
+            torch.testing.assert_close(torch.autograd.grad(ours.flash_attn_func(*given), given[one], dout), wanted)
+
+
+def test_a_dense_gradient_stays_with_the_backend_that_was_forced():
+    q, k, v = (normal(1, 5, 4, 8, seed=i) for i in range(3))
+    seen = []
+    select = backends.select
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "select", lambda op, *rest, **more: seen.append(select(op, *rest, **more)) or seen[-1])
+        with backends.force("reference"):
+            out = ours.flash_attn_func(q, k, v)
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert [name for name, _ in seen] == ["reference", "reference"]

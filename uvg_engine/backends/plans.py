@@ -34,6 +34,7 @@ from uvg_engine.backends import native
 
 _kept = os.environ.get("UVG_PLANS", "1") != "0"
 _read: ContextVar[list[Tensor] | None] = ContextVar("uvg_engine_read_tensors", default=None)
+_constants: ContextVar[list[Tensor] | None] = ContextVar("uvg_engine_constant_tensors", default=None)
 
 
 @contextlib.contextmanager
@@ -56,18 +57,26 @@ def _enable(keep: bool) -> None:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[list[Tensor]]:
-    """The tensors that `reads` is told of inside the block, in this thread."""
+def watched() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """The tensors that `reads` and `constant` are told of inside the block, in this thread."""
     read: list[Tensor] = []
-    token = _read.set(read)
+    constants: list[Tensor] = []
+    tokens = _read.set(read), _constants.set(constants)
     try:
-        yield read
+        yield read, constants
     finally:
-        _read.reset(token)
+        _read.reset(tokens[0]), _constants.reset(tokens[1])
 
 
 def reads(x: Tensor) -> Tensor:
     """x, whose numbers the host is about to read past torch (`numpy`, `tolist`): what it does may hang on them."""
     if (read := _read.get()) is not None:
         read.append(x)
+    return x
+
+
+def constant(x: Tensor) -> Tensor:
+    """x, which was made of a call's shapes and numbers alone and which nobody writes to: a plan holds it."""
+    if (constants := _constants.get()) is not None:
+        constants.append(x)
     return x

@@ -15,15 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvg_engine.backends import plans
 from uvg_engine.backends.devices import capturing
 from uvg_engine.ops import flash_attention
 from uvg_engine.ops._alone import alone, has_values
+from uvg_engine.ops._plans import planned
+from uvg_engine.ops.flash_attention import dense_with_gradient, require_attention, rows_of
 
 __all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func"]
 
 Result = Tensor | tuple[Tensor, Tensor, None]
 
 
+@planned
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -54,9 +58,13 @@ def flash_attn_func(
     group = _group(q, heads, shape_k[2])
     q_spans = _even_spans(samples, queries * group, q)
     k_spans = q_spans if shape_k[1] == queries * group else _even_spans(samples, shape_k[1], q)
-    q, k, v = (x[0] if samples == 1 else x.flatten(0, 1) for x in (q, k, v))
-    out, lse = _attend(q, k, v, q_spans, k_spans, softmax_scale, group)
-    out = out.view(shape_q)
+    if group == 1 and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) and alone((q, k, v)):
+        require_attention(*rows_of(q, k, v), q_spans, k_spans)
+        scale = shape_q[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+        out, lse = dense_with_gradient(q, k, v, q_spans, k_spans, scale)
+    else:
+        out, lse = _attend(*rows_of(q, k, v), q_spans, k_spans, softmax_scale, group)
+        out = out.view(shape_q)
     if return_attn_probs:
         return out, lse.view(heads, samples, queries).transpose(0, 1).contiguous(), None
     return out
@@ -153,9 +161,9 @@ def _attend(
 
 
 def _even_spans(samples: int, length: int, like: Tensor) -> Tensor:
-    return (_kept_even_spans if alone(()) and not capturing(like.device) else _new_even_spans)(
-        samples, length, like.device
-    )
+    if not alone(()) or capturing(like.device):
+        return _new_even_spans(samples, length, like.device)
+    return plans.constant(_kept_even_spans(samples, length, like.device))
 
 
 def _new_even_spans(samples: int, length: int, device: torch.device) -> Tensor:

@@ -133,7 +133,7 @@ def _plan(function: Any, args: Any, kwargs: Any, result: Any, weights: packed_we
         raise _NoPlan("arguments lie far apart")
 
     core, recorder, copies = native.core(), _Recorder(), _copies(tensors, kept)
-    with native.standing_in(_Noting(core, recorder.steps)), plans.watched() as read, recorder:
+    with native.standing_in(_Noting(core, recorder.steps)), plans.watched() as (read, constants), recorder:
         again = _call(function, args, kwargs, copies)
     addresses = {weight.data_ptr() for weight, _, _, _ in weights}
     if any(name == "weight_mark" and given[0] not in addresses for name, given, _ in recorder.steps):
@@ -145,10 +145,12 @@ def _plan(function: Any, args: Any, kwargs: Any, result: Any, weights: packed_we
     made, ranges, scratch = recorder.memory(results)
     ranges += [(x.data_ptr(), _extent(x), _ARGUMENT, i, 0) for i, x in enumerate(copies) if x.numel()]
     ranges += [(words.data_ptr(), words.nbytes, _FIXED, 0, words.data_ptr()) for _, _, words, _ in weights]
-    values, known = [_values(x, copies) for x in read], [_weight(*asked, tensors) for asked in weights]
+    ranges += [(x.data_ptr(), x.nbytes, _FIXED, 0, x.data_ptr()) for x in _once(constants) if x.numel()]
+    values = [_values(x, copies) for x in read if not _among(x, constants)]
+    known = [_weight(*asked, tensors) for asked in weights]
     tensors_made = [x for x in results if x is not None]
     order = [-1 if x is None else _index(x, tensors_made) for x in results]
-    plan = core.plan(values, recorder.steps, ranges, known, made, order, one, scratch)
+    plan = core.plan(values, recorder.steps, ranges, known, made, order, one, scratch, constants)
 
     args, kwargs = _swapped(args, kwargs, _copies(tensors, kept))
     if not _same(core.plan_prove(plan, args, kwargs), result):
@@ -169,7 +171,7 @@ def _application(function: Any, args: Any, kwargs: Any) -> Any:
 
     token = applied.set(ask)
     try:
-        with plans.watched() as read, _Recorder():
+        with plans.watched() as (read, constants), _Recorder():
             result = function(*args, **kwargs)
     finally:
         applied.reset(token)
@@ -179,8 +181,10 @@ def _application(function: Any, args: Any, kwargs: Any) -> Any:
     results = result if isinstance(result, tuple) else (result,)
     outputs = out if isinstance(out, tuple) else ()
     which = [] if result is out else [_index(x, outputs) for x in results]
-    core, values = native.core(), [_values(x, tensors) for x in read]
-    pairs = [(_index(x, tensors), None) if isinstance(x, Tensor) else (-1, x) for x in given]
+    core, values = native.core(), [_values(x, tensors) for x in read if not _among(x, constants)]
+    pairs = [
+        (_index(x, tensors), None) if isinstance(x, Tensor) and not _among(x, constants) else (-1, x) for x in given
+    ]
     return core.plan_application(values, apply, pairs, which, not isinstance(result, tuple))
 
 
@@ -277,6 +281,14 @@ def _index(x: Any, others: Sequence[Any]) -> int:
         if other is x:
             return i
     raise _NoPlan("something was made between")
+
+
+def _among(x: Any, tensors: list[Tensor]) -> bool:
+    return any(x is each for each in tensors)
+
+
+def _once(tensors: list[Tensor]) -> list[Tensor]:
+    return list({id(x): x for x in tensors}.values())
 
 
 def _values(x: Tensor, copies: list[Tensor]) -> tuple[int, bytes]:

@@ -173,6 +173,29 @@ def autograd(op: str, backward: Callable[..., Any], setup_context: Callable[...,
     """Attach a backward to torch.ops.uvg.<op>. It runs under the forward's `backends.force` unless another is in force;
     kept by hand, because autograd runs the backwards of a CUDA device in a thread of its own. differentiable: so many
     results have a gradient, the first ones. Where it is one, the backward gets None of the others, no zeros."""
+    setup, run = _both_ways(op, backward, setup_context, differentiable)
+    torch.library.register_autograd(f"uvg::{op}", run, setup_context=setup, lib=LIBRARY)
+    _applies[op] = _node(op, unseen(_kernels[op]), setup, run)
+
+
+def another_form(
+    op: str, kernel: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The op with its gradient by other functions, of arguments in another form: one node of autograd, where views
+    around the op would be one each. For calls that are `alone`, want a gradient and meet the op's rules."""
+    apply = _node(op, unseen(kernel), *_both_ways(op, backward, setup_context, 1))
+    count = len(getattr(torch.ops.uvg, op).default._schema.returns)
+
+    def call(*args: Any) -> Any:
+        return apply(*args) if (ask := applied.get()) is None else ask(apply, args, count)
+
+    return call
+
+
+def _both_ways(
+    op: str, backward: Callable[..., Any], setup_context: Callable[..., Any], differentiable: int
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What a forward keeps, and the backward."""
     nothing = (None,) * len(getattr(torch.ops.uvg, op).default._schema.arguments)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -190,18 +213,19 @@ def autograd(op: str, backward: Callable[..., Any], setup_context: Callable[...,
         with backends.force(ctx.forced):
             return backward(ctx, *grads)
 
-    kernel = unseen(_kernels[op])
+    return setup, run
 
+
+def _node(name: str, kernel: Callable[..., Any], setup: Callable[..., Any], run: Callable[..., Any]) -> Any:
     def forward(ctx: Any, *args: Any) -> Any:
         output = kernel(*args)
         setup(ctx, args, output)
         return output
 
-    torch.library.register_autograd(f"uvg::{op}", run, setup_context=setup, lib=LIBRARY)
     functions = {"forward": staticmethod(forward), "backward": staticmethod(run)}
-    function = type(op, (torch.autograd.Function,), functions)
+    function = type(name, (torch.autograd.Function,), functions)
     # Function.apply looks for transforms of torch.func first, as `alone` has done
-    _applies[op] = vars(torch._C._FunctionBase)["apply"].__get__(None, function)
+    return vars(torch._C._FunctionBase)["apply"].__get__(None, function)
 
 
 def no_gradient(op: str) -> None:

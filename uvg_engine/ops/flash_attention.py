@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uvg_engine.ops._plans import planned
+from uvg_engine.ops._plans import planned, unseen
 from uvg_engine.ops._registry import (
+    another_form,
     autograd,
     define,
     define_backward,
+    kernel_of,
     require,
     require_floating,
     require_inside,
@@ -101,3 +103,29 @@ def _backward(ctx: Any, dout: Tensor, dlse: Any) -> tuple[Any, ...]:
 
 
 autograd("flash_attention", _backward, _setup)
+
+
+def rows_of(*samples: Tensor) -> tuple[Tensor, ...]:
+    """[B, L, N, H] as [B * L, N, H]."""
+    return tuple([x.squeeze(0) if x.shape[0] == 1 else x.flatten(0, 1) for x in samples])
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out, lse = kernel_of("uvg::flash_attention")(*rows_of(q, k, v), *rest)
+    return out.view(q.shape), lse
+
+
+@unseen
+def _dense_bwd(
+    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    grads = _bwd(*rows_of(dout, out), lse, *rows_of(q, k, v), *rest)
+    return tuple([grad.view(x.shape) for grad, x in zip(grads, (q, k, v), strict=True)])
+
+
+def _dense_backward(ctx: Any, dout: Tensor, dlse: Any) -> tuple[Any, ...]:
+    return *_dense_bwd(dout, *ctx.saved_tensors, ctx.scale), None, None, None
+
+
+# q: [B, L, N, H]; k, v: [B, S, N, H]; the rest as of `_fwd`. Returns (out [B, L, N, H], lse [N, B * L]).
+dense_with_gradient = another_form("flash_attention", _dense, _dense_backward, _setup)

@@ -1,0 +1,73 @@
+"""Attention of a few queries, which the cpu backend reads keys for as they lie: the bits that it has among many."""
+
+import pytest
+import torch
+from test_cpu_isa import usable
+
+from uvg_engine import backends, ops
+from uvg_engine.backends import native
+
+pytestmark = pytest.mark.skipif(native.cpu() is None, reason=str(native.why_not()))
+MANY = 13  # queries: more than are few
+
+
+def made(kind, keys, heads, width):
+    g = torch.Generator().manual_seed(keys * width)
+    q, k, v = (torch.randn(rows, heads, width, generator=g) for rows in (MANY, keys, keys))
+    if kind == "references":  # rows that ask for one, in the first block of keys or later, beside rows that do not
+        q[::2] *= 40
+        k[keys // 2 :] *= 10
+    if kind == "small":
+        q, k = q.abs() * 20, -k.abs() * 20
+    if kind == "infinite":
+        k[keys // 3, :, 0], v[0] = float("inf"), float("nan")
+    return q, k, v
+
+
+def bits(x):
+    """Of the values; all NaN are one, whose sign no kernel promises."""
+    return torch.where(x.isnan(), torch.nan, x).view(torch.int32)
+
+
+@pytest.mark.parametrize("kind", ["plain", "references", "small", "infinite"])
+@pytest.mark.parametrize("keys", [1, 16, 70, 257, 600])
+@pytest.mark.parametrize("heads, width", [(1, 128), (3, 16), (2, 80), (2, 33)])
+def test_few_queries_have_the_bits_of_many(kind, keys, heads, width, isa_restored):
+    q, k, v = made(kind, keys, heads, width)
+    spans = torch.tensor([[[keys - keys // 3, keys // 3], [0, keys - keys // 3]]], dtype=torch.int32)  # out of order
+    for isa in usable():
+        native.core().use_isa(isa)
+        with backends.force("cpu"):
+            out, lse = ops.flash_attention(q, k, v, torch.tensor([[[0, MANY]]], dtype=torch.int32), spans)
+            for few in range(1, 9):
+                for first in (0, MANY - few):
+                    rows = slice(first, first + few)
+                    got = ops.flash_attention(q[rows], k, v, torch.tensor([[[0, few]]], dtype=torch.int32), spans)
+                    assert torch.equal(bits(got[0]), bits(out[rows]))
+                    assert torch.equal(bits(got[1]), bits(lse[:, rows]))
+
+
+def test_few_and_many_queries_in_one_call(isa_restored):
+    """Samples of both kinds, one without keys, on one and on several threads: each has the bits that it has alone."""
+    q, k, v = made("references", 600, 2, 64)
+    q = torch.cat([q, q * 0.5])
+    q_spans = torch.tensor([[[0, 2]], [[5, 13]], [[2, 3]], [[18, 1]]], dtype=torch.int32)
+    k_spans = torch.tensor([[[300, 300]], [[0, 300]], [[0, 0]], [[0, 600]]], dtype=torch.int32)
+    before = torch.get_num_threads()
+    for isa in usable():
+        native.core().use_isa(isa)
+        with backends.force("cpu"):
+            try:
+                seen = []
+                for threads in (1, 2, 3):
+                    torch.set_num_threads(threads)
+                    seen.append(ops.flash_attention(q, k, v, q_spans, k_spans))
+            finally:
+                torch.set_num_threads(before)
+            for spans in zip(q_spans, k_spans, strict=True):
+                rows = slice(int(spans[0][0, 0]), int(spans[0].sum()))
+                alone = ops.flash_attention(q, k, v, *(x[None] for x in spans))
+                for out, lse in seen:
+                    assert torch.equal(bits(out[rows]), bits(alone[0][rows]))
+                    assert torch.equal(bits(lse[:, rows]), bits(alone[1][:, rows]))
+            assert not seen[0][0][2:5].any() and torch.isneginf(seen[0][1][:, 2:5]).all()
