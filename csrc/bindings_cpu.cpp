@@ -160,10 +160,19 @@ void pack_weight(Address weight, int64_t width, int64_t depth, int dtype, int th
   run(uvg::linear_pack, p);
 }
 
-void linear(Address x, Address packed, Address bias, int64_t rows, int64_t depth, int64_t width, int64_t x_row,
-            int64_t out_row, bool gelu, int dtype, int threads, Address out, Address pre) {
+bool packs_panels(int64_t rows, int dtype) {
+  int64_t answer = 0;
   uvg::LinearParams p{};
-  p.x = at<void>(x), p.packed = at<uint32_t>(packed), p.bias = at<void>(bias);
+  p.rows = rows, p.dtype = static_cast<uvg::Dtype>(dtype), p.words = &answer;
+  uvg::linear_packs_panels(p);
+  return answer != 0;
+}
+
+// packed: or the weight as it is, where packs_panels.
+void linear(Address x, Address packed, Address weight, Address bias, int64_t rows, int64_t depth, int64_t width,
+            int64_t x_row, int64_t out_row, bool gelu, int dtype, int threads, Address out, Address pre) {
+  uvg::LinearParams p{};
+  p.x = at<void>(x), p.packed = at<uint32_t>(packed), p.weight = at<void>(weight), p.bias = at<void>(bias);
   p.rows = rows, p.depth = depth, p.width = width, p.x_row = x_row, p.out_row = out_row;
   p.gelu = gelu, p.dtype = static_cast<uvg::Dtype>(dtype), p.threads = threads;
   p.out = at<void>(out), p.pre = at<void>(pre);
@@ -266,6 +275,7 @@ PYBIND11_MODULE(_cpu, m) {
   def_kernel(m, "linear_words", &weight_words);
   def_kernel(m, "weight_mark", &weight_mark);
   def_kernel(m, "linear_pack", &pack_weight);
+  def_kernel(m, "linear_packs_panels", &packs_panels);
   def_kernel(m, "linear_cross_entropy", &cross_entropy);
   def_kernel(m, "linear_sample", &sample);
   bind_flow(m);

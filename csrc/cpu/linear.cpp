@@ -17,6 +17,55 @@ void forward(const Params& p) {
           p.threads);
 }
 
+// Whether a weight of one product is packed panel by panel, each for all rows, so that it is not written to memory.
+template <typename F>
+bool packs_panels(int64_t rows) {
+  return std::is_same_v<F, Singles<float>> && kTileVecs == 1 && rows <= kRowBlock;
+}
+
+template <typename F>
+struct PanelRoom {
+  GemmRoom<F> gemm;
+  uint32_t *panel, *rows;
+
+  PanelRoom(Scratch& scratch, const Product<F>& p, const Tasks& tasks)
+      : gemm(scratch, p, tasks),
+        panel(scratch.words(weight_words<F>(kPanel, p.depth))),
+        rows(scratch.words(kLanes * row_words<F>(p.depth))) {}
+};
+
+template <typename F>
+void forward_by_panels(const Params& p) {
+  using T = typename F::Value;
+  const Product<F> all{static_cast<const T*>(p.x),
+                       nullptr,
+                       static_cast<const T*>(p.bias),
+                       p.rows,
+                       p.depth,
+                       kPanel,
+                       p.x_row,
+                       p.out_row,
+                       p.gelu,
+                       static_cast<T*>(p.out),
+                       static_cast<T*>(p.pre)};
+  const Tasks tasks(p.rows, kPanel, 1, kStaged<F>);
+  const int64_t panels = round_up(p.width, kPanel) / kPanel;
+  const Rows<T> weight{static_cast<const T*>(p.weight), p.depth, nullptr, p.width};
+  Scratch scratch;
+  const PerThread<PanelRoom<F>> rooms(scratch, p.threads, all, tasks);
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic) if (p.threads > 1)
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const PanelRoom<F>& room = rooms.own();
+    const int64_t first = panel * kPanel, left = p.width - first;
+    Product<F> one = all;
+    one.packed = room.panel, one.width = left < kPanel ? left : kPanel, one.out += first;
+    if (one.bias != nullptr) one.bias += first;
+    if (one.pre != nullptr) one.pre += first;
+    pack_transposed<F>(weight.from(first, one.width), p.depth, room.panel, room.rows);
+    for (int64_t task = 0; task < tasks.size(); ++task) gemm_task<F>(one, tasks, task, room.gemm);
+  }
+}
+
 template <typename F>
 void pack(const Params& p) {
   pack_weight<F>(static_cast<const typename F::Value*>(p.weight), p.width, p.depth, p.pack_into,
@@ -48,7 +97,14 @@ void linear_words(const Params& p) {
 
 void linear_pack(const Params& p) { p.dtype == Dtype::kFloat32 ? pack<Singles<float>>(p) : pack<Halves>(p); }
 
-void linear_forward(const Params& p) { p.dtype == Dtype::kFloat32 ? forward<Singles<float>>(p) : forward<Halves>(p); }
+void linear_packs_panels(const Params& p) {
+  *p.words = p.dtype == Dtype::kFloat32 ? packs_panels<Singles<float>>(p.rows) : packs_panels<Halves>(p.rows);
+}
+
+void linear_forward(const Params& p) {
+  if (p.packed == nullptr && p.weight != nullptr) return forward_by_panels<Singles<float>>(p);
+  p.dtype == Dtype::kFloat32 ? forward<Singles<float>>(p) : forward<Halves>(p);
+}
 
 void gelu_backward(const GeluBackwardParams& p) { p.dtype == Dtype::kFloat32 ? slopes<float>(p) : slopes<BFloat16>(p); }
 

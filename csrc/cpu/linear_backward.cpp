@@ -1,7 +1,7 @@
 // dx = dz W by the product of the forward on a weight packed across its rows; dweight = dz^T x with the rows as depth,
 // both operands packed across theirs.
 #include "common/row_lists.h"
-#include "cpu/gemm.h"
+#include "cpu/linear_few.h"
 #include "cpu/per_thread.h"
 #include "uvg/linear.h"
 
@@ -209,10 +209,18 @@ void x_gradient(const Params& p) {
   }
 }
 
+// Whether there are so few rows that their products are reads and writes of the weight.
+template <typename F>
+bool very_few(const Params& p) {
+  return std::is_same_v<F, Singles<float>> && kTileVecs == 1 && p.rows > 0 && p.rows <= kVeryFew &&
+         p.depth % kLanes == 0 && !p.gelu && p.dx_before == nullptr && p.dx_so_far == nullptr;
+}
+
 template <typename F>
 void backward(const Params& given) {
   Params p = given;
   p.threads = threads_for_products(given.threads, 2 * p.rows * p.depth * p.width);
+  if (very_few<F>(p)) return gradients_of_few(p);
   x_gradient<F>(p);
   WeightGradient<F>(p).run();
 }

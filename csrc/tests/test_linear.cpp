@@ -54,6 +54,15 @@ void check_linear(int64_t rows, int64_t depth, int64_t width, bool act) {
     p.rows = rows, p.depth = depth, p.width = width, p.x_row = depth, p.out_row = width;
     p.gelu = act, p.dtype = dtype, p.threads = threads, p.out = out[0].data(), p.pre = out[1].data();
     linear_forward(p);
+    int64_t by_panels = 0;
+    p.words = &by_panels;
+    linear_packs_panels(p);
+    if (by_panels != 0) {  // the same bits
+      Arrays again = {Array(dtype, rows * width), Array(dtype, rows * width)};
+      p.packed = nullptr, p.weight = in[1].data(), p.out = again[0].data(), p.pre = again[1].data();
+      linear_forward(p);
+      for (size_t i = 0; i < out.size(); ++i) CHECK(again[i].same_bits(out[i]));
+    }
     return out;
   };
   everywhere(run, [&](Dtype dtype) {
@@ -222,6 +231,10 @@ int main() {
   check_backward(131, 65, 50, 0, true);
   check_backward(29, 70, 33, 5, true);
   check_backward(1, 300, 6700, 0, false);  // a weight of more than one group
+  check_backward(1, 16, 5, 0, false);      // very few rows
+  check_backward(4, 528, 70, 3, false);
+  check_backward(3, 1040, 801, 0, false);
+  check_backward(4, 64, 40, 0, true);
   check_backward(64, 200, 193, 1, false);
   static_assert(2 * 150 * 130 * 193 > 40 * kAloneProducts);
   check_backward(150, 130, 193, 0, false);

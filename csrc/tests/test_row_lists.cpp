@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "tests/check.h"
@@ -73,6 +74,12 @@ int main() {
   CHECK(uvg::RowLists(common.data(), 2, 1, 5).shared());
   CHECK(uvg::RowLists(common.data(), 1, 2, 5).shared());
   CHECK(uvg::RowLists(nullptr, 0, 0, 2).size(0) == 2);
+  const uvg::RowLists two(common.data(), 2, 1, 7);
+  CHECK(list(two, 0) == Rows({0, 1, 2}) && list(two, 1) == Rows({2, 3, 4}) && list(two, 2) == Rows({5, 6}));
+  const std::vector<int32_t> rising = {1, 2, 3, 0, 4, 1, 0, 0};  // gaps before, between and after
+  const uvg::RowLists gaps(rising.data(), 2, 2, 7);
+  CHECK(list(gaps, 0) == Rows({1, 2}) && list(gaps, 1) == Rows({4}) && list(gaps, 2) == Rows({0, 3, 5, 6}));
+  CHECK(gaps.longest() == 2 && !gaps.shared());
 
   CHECK(refused({0, 6}, 5));
   CHECK(refused({-1, 2}, 5));
@@ -80,6 +87,7 @@ int main() {
   CHECK(!refused({3, 2}, 5));
 
   CHECK(!leaks({3, 2}, 9));
+  CHECK(!leaks({3, 2, 0, 4}, 9));
 
   uvg::Scratch scratch;
   for (int64_t count : {1, 0, 1000}) {
@@ -88,5 +96,18 @@ int main() {
     for (int64_t i = 0; i < count; ++i) words[i] = 7;
   }
   CHECK(reinterpret_cast<uintptr_t>(scratch.floats(3)) % 64 == 0);
+
+  for (int round = 0; round < 2; ++round) {  // pieces of one memory and larger ones: none reaches into another
+    uvg::Scratch many;
+    std::vector<std::pair<uint32_t*, int64_t>> pieces;
+    for (int64_t count : {5, 12000, 30, 40000, 16, 12289, 12288, 3}) {
+      uint32_t* words = many.words(count);
+      CHECK(reinterpret_cast<uintptr_t>(words) % 64 == 0);
+      for (int64_t i = 0; i < count; ++i) words[i] = static_cast<uint32_t>(count);
+      pieces.emplace_back(words, count);
+    }
+    for (const auto& [words, count] : pieces)
+      for (int64_t i = 0; i < count; ++i) CHECK(words[i] == static_cast<uint32_t>(count));
+  }
   return uvg::test::finish("row_lists");
 }

@@ -210,3 +210,33 @@ def test_a_gradients_rows_are_the_same_among_few_and_many():
         for rows in (1, 5, 16):
             few = x[:rows].detach().requires_grad_()
             assert torch.equal(torch.autograd.grad(linear(few, weight), few, dy[:rows])[0], whole[:rows])
+
+
+def test_a_gradient_of_very_few_rows_is_that_beside_a_row_of_zeros():
+    """Up to 4 rows of fp32, the cpu backend makes both gradients in one pass each; of 5 by products."""
+    g = torch.Generator().manual_seed(0)
+    for depth, width in ((16, 5), (528, 67), (1040, 1600)):
+        x, weight, bias, dy = (
+            normal(g, *shape).float() for shape in ((5, depth), (width, depth), (width,), (5, width))
+        )
+        for rows in (1, 2, 3, 4):
+            few, many = [], []
+            for out, count in ((few, rows), (many, 5)):
+                given = [t.clone().requires_grad_() for t in (x[:count], weight, bias)]
+                d = dy[:count].clone()
+                with torch.no_grad():
+                    given[0][rows:], d[rows:] = 0, 0
+                out += torch.autograd.grad(linear(*given), given, d)
+            assert torch.equal(few[0], many[0][:rows]) and torch.equal(few[1], many[1]) and torch.equal(few[2], many[2])
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_weight_packed_for_one_call_gives_the_bits_of_a_kept_one(dtype, on_cpu):
+    g = torch.Generator().manual_seed(0)
+    for depth, width in ((40, 70), (WIDE, 33), (16, 1)):
+        x, weight, bias = (normal(g, *shape).to(dtype) for shape in ((97, depth), (width, depth), (width,)))
+        for rows in (1, 5, 95, 96, 97):
+            with torch.no_grad():
+                want = linear(x[:rows], weight, bias, activation="gelu_tanh")
+            got = linear(x[:rows], weight.clone().requires_grad_(), bias, activation="gelu_tanh")
+            assert torch.equal(got, want)

@@ -1,5 +1,6 @@
 // out = act(x W^T + b). A weight is packed first: linear_words tells the room, linear_pack fills it, for the
-// instruction set in use. Rows of x and out lie x_row, out_row values apart; all else is packed.
+// instruction set in use; or, where linear_packs_panels tells so of the rows, in the product itself. Rows of x and out
+// lie x_row, out_row values apart; all else is packed.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@ namespace uvg {
 
 struct LinearParams {
   const void* x;       // [rows, depth]
-  const void* weight;  // [width, depth]; read by linear_pack alone
+  const void* weight;  // [width, depth]; read by linear_pack, and where packed is null
   const void* bias;    // [width] or null
   const uint32_t* packed;
   int64_t rows, depth, width, x_row, out_row;
@@ -21,7 +22,7 @@ struct LinearParams {
   void* out;            // [rows, width]
   void* pre;            // [rows, width]: before act, or null
   uint32_t* pack_into;  // linear_pack
-  int64_t* words;       // linear_words
+  int64_t* words;       // linear_words; linear_packs_panels: 1 or 0
 };
 
 // Gradients of a product x W^T + b. All arrays but x, weight and dweight are packed.
@@ -50,6 +51,7 @@ struct GeluBackwardParams {
 
 UVG_KERNEL(linear_words, LinearParams)
 UVG_KERNEL(linear_pack, LinearParams)
+UVG_KERNEL(linear_packs_panels, LinearParams)
 UVG_KERNEL(linear_forward, LinearParams)
 UVG_KERNEL(linear_backward, LinearBackwardParams)
 UVG_KERNEL(gelu_backward, GeluBackwardParams)

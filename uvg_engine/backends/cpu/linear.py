@@ -14,9 +14,14 @@ def refuses(x: Tensor, *rest) -> str | None:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, out: Tensor, pre: Tensor | None, keep: bool):
     """out = act(x W^T + b); rows of x, out and pre (which lies as out does) are packed."""
-    words = packed(weight, keep)  # held until the kernel has read it
+    words = None  # held until the kernel has read it
+    if not keep and native.core().linear_packs_panels(len(x), DTYPES[x.dtype]):
+        weight = weight.contiguous()
+    else:
+        words = packed(weight, keep)
     native.core().linear(
-        *(x.data_ptr(), words.data_ptr(), at(bias), *x.shape, weight.shape[0], x.stride(0), out.stride(0), gelu),
+        *(x.data_ptr(), at(words), weight.data_ptr() if words is None else 0, at(bias)),
+        *(*x.shape, weight.shape[0], x.stride(0), out.stride(0), gelu),
         *(DTYPES[x.dtype], torch.get_num_threads(), out.data_ptr(), at(pre)),
     )
 
