@@ -11,7 +11,7 @@ from uvg_engine import backends, ops
 from uvg_engine.backends import native
 
 pytestmark = pytest.mark.skipif(native.cpu() is None, reason=str(native.why_not()))
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = 400  # more than a task has
 
 
@@ -69,10 +69,12 @@ def test_losses_in_every_instruction_set_with_any_threads(isa, dtype, loss, isa_
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
-def test_no_logits_in_memory():
-    """256 rows of 262,144 words would be 256 MiB of logits in fp32; the gradients themselves are asked for outside."""
-    rows, vocab, width = 256, 2**18, 4
-    x, weight, bias = torch.randn(rows, width), torch.randn(vocab, width), torch.zeros(vocab)
+@pytest.mark.parametrize("dtype, width", [(torch.float32, 4), (torch.float16, 48)])
+def test_no_logits_in_memory(dtype, width):
+    """256 rows of 262,144 words would be 256 MiB of logits in fp32, and 48 columns of weights, whose gradient takes 24
+    MiB in fp16, another 48 in fp32."""
+    rows, vocab = 256, 2**18
+    x, weight, bias = (x.to(dtype) for x in (torch.randn(rows, width), torch.randn(vocab, width), torch.zeros(vocab)))
     names = torch.arange(rows)
 
     def run():

@@ -112,7 +112,7 @@ def test_all_kernels_take_more_than_one_thread_in_the_test_of_threads():
 
 
 @pytest.mark.parametrize("isa", usable())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bits_do_not_depend_on_threads(isa, dtype, isa_restored):
     native.core().use_isa(isa)
     before, seen = torch.get_num_threads(), []
@@ -129,7 +129,7 @@ def test_bits_do_not_depend_on_threads(isa, dtype, isa_restored):
 
 
 @pytest.mark.parametrize("isa", usable())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_row_has_the_same_bits_alone_and_in_a_group(isa, dtype, isa_restored):
     """Norms take four rows at once where they can; which, depends on the neighbours."""
     g = torch.Generator().manual_seed(0)
@@ -154,7 +154,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_group(isa, dtype, isa_restored):
             assert all(torch.equal(a[row : row + 1], b) for a, b in zip(whole, alone, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_large_results_have_the_bits_of_small_ones(dtype):
     """Results of 8 MiB and more are stored past the cache: rows at both ends against calls with those rows alone."""
     g = torch.Generator().manual_seed(0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_plans import known, rows
 
-from uvg_engine import ops
+from uvg_engine import backends, ops
 from uvg_engine.backends import native
 from uvg_engine.backends.cpu import _tensors
 from uvg_engine.ops import _plans
@@ -28,11 +28,12 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64, torch.int32])
-@pytest.mark.parametrize("wanted", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32])
+@pytest.mark.parametrize("wanted", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_packed_is_what_torch_makes(name, given, wanted, monkeypatch):
     values = 100 * rows(0, 6, 8)
     values[1, 2], values[0, 0], values[5, 7] = torch.inf, 1.00390625, -0.0  # the second lies half way in bf16
+    values[3, 1], values[4, 4] = 3e-6, 70_000  # of fp16 subnormal, and beyond
     x = LAYOUTS[name](values.to(given))
     got, want = _tensors.packed(x, wanted), x.to(wanted or given).contiguous()
     assert got.dtype == want.dtype and got.is_contiguous() and torch.equal(got, want)
@@ -44,11 +45,26 @@ def test_packed_is_what_torch_makes(name, given, wanted, monkeypatch):
 
 def test_nan_stays():
     x = torch.tensor([[torch.nan, 1.0], [-torch.nan, 2.0]])
-    assert _tensors.packed(x[:, :1], torch.bfloat16).isnan().all() and _tensors.packed(None) is None
+    for dtype in (torch.bfloat16, torch.float16):
+        assert _tensors.packed(x[:, :1], dtype).isnan().all()
+    assert _tensors.packed(None) is None
+
+
+def test_bf16_and_fp16_do_not_meet_in_a_kernel():
+    h, y = rows(0).bfloat16(), rows(1).half()
+    for name, call in (
+        ("gated_residual", lambda: ops.gated_residual(h, y)),
+        ("gated_residual_norm", lambda: ops.gated_residual_norm(h, y)),
+        ("gated_residual_norm", lambda: ops.gated_residual_norm(h, h, norm_dtype=torch.float16)),
+    ):
+        want = call()  # by another backend
+        assert all(x.isfinite().all() for x in (want if isinstance(want, tuple) else (want,)))
+        with backends.force("cpu"), pytest.raises(backends.BackendRefused, match=f"{name} .*bfloat16 beside float16"):
+            call()
 
 
 @pytest.mark.skipif(not _plans._begin(), reason="a torch without DLPack's functions")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_parts_of_a_modulation_and_of_a_product_have_plans(dtype, gradient, long_ways):
     given = rows(0), rows(1), rows(2, 6, 8), rows(3)[0], rows(4, 5, 3 * 8)

@@ -27,7 +27,7 @@ std::string names(const Range& isas) {
 #if defined(__x86_64__) && defined(__GNUC__)
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers (xgetbv).
 #define UVG_HAS(feature) (__builtin_cpu_supports(feature) != 0)
-bool has_avx2() { return UVG_HAS("avx2") && UVG_HAS("fma") && UVG_HAS("bmi2"); }
+bool has_avx2() { return UVG_HAS("avx2") && UVG_HAS("fma") && UVG_HAS("bmi2") && UVG_HAS("f16c"); }
 bool has_avx512() {
   return has_avx2() && UVG_HAS("avx512f") && UVG_HAS("avx512bw") && UVG_HAS("avx512dq") && UVG_HAS("avx512vl");
 }
@@ -126,6 +126,7 @@ std::vector<std::pair<const char*, bool>> cpu_flags() {
       {"avx2", UVG_HAS("avx2")},
       {"fma", UVG_HAS("fma")},
       {"bmi2", UVG_HAS("bmi2")},
+      {"f16c", UVG_HAS("f16c")},
       {"avx512f", UVG_HAS("avx512f")},
       {"avx512bw", UVG_HAS("avx512bw")},
       {"avx512dq", UVG_HAS("avx512dq")},

@@ -5,7 +5,7 @@
 
 namespace uvg {
 
-enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };  // csrc/cpu has no kFloat16
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct BFloat16 {
   static constexpr bool kIsBFloat16 = true;

@@ -42,7 +42,7 @@ struct Plain {
 }  // namespace
 
 void flash_attention_forward(const FlashAttentionParams& p) {
-  p.dtype == Dtype::kFloat32 ? attention<Plain<Singles<float>>>(p) : attention<Plain<Halves>>(p);
+  with_format(p.dtype, [&](auto format) { attention<Plain<decltype(format)>>(p); });
 }
 
 }  // namespace UVG_ISA

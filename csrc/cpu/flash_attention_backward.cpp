@@ -291,7 +291,7 @@ void backward(const Params& p) {
 }  // namespace
 
 void flash_attention_backward(const Params& p) {
-  p.dtype == Dtype::kFloat32 ? backward<Singles<float>>(p) : backward<Halves>(p);
+  with_format(p.dtype, [&](auto format) { backward<decltype(format)>(p); });
 }
 
 }  // namespace UVG_ISA

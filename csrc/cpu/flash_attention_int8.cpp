@@ -101,7 +101,7 @@ struct InBytes {
 }  // namespace
 
 void flash_attention_int8_forward(const FlashAttentionParams& p) {
-  p.dtype == Dtype::kFloat32 ? attention<InBytes<Singles<float>>>(p) : attention<InBytes<Halves>>(p);
+  with_format(p.dtype, [&](auto format) { attention<InBytes<decltype(format)>>(p); });
 }
 
 }  // namespace UVG_ISA

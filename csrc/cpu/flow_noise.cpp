@@ -64,7 +64,7 @@ void tokens(const Params& p) {
 }  // namespace
 
 void flow_noise_forward(const Params& p) {
-  p.dtype == Dtype::kFloat32 ? latents<float>(p) : latents<BFloat16>(p);
+  with_type(p.dtype, [&](auto type) { latents<decltype(type)>(p); });
   tokens(p);
 }
 

@@ -64,14 +64,17 @@ void backward(const Params& p) {
   if (p.gate != nullptr) sums.per_span(0, p.dgate, p.num_spans);
 }
 
+template <template <typename, typename> class Run, typename Half>
+void choose(const Params& p) {
+  with_float_or<Half>(
+      p.dtype_h, [&](auto h) { with_float_or<Half>(p.dtype_y, [&](auto y) { Run<decltype(h), decltype(y)>{}(p); }); });
+}
+
+// bf16 and fp16 do not meet in a call.
 template <template <typename, typename> class Run>
 void choose(const Params& p) {
-  const bool h32 = p.dtype_h == Dtype::kFloat32, y32 = p.dtype_y == Dtype::kFloat32;
-  if (h32) {
-    y32 ? Run<float, float>{}(p) : Run<float, BFloat16>{}(p);
-  } else {
-    y32 ? Run<BFloat16, float>{}(p) : Run<BFloat16, BFloat16>{}(p);
-  }
+  const bool fp16 = p.dtype_h == Dtype::kFloat16 || p.dtype_y == Dtype::kFloat16;
+  fp16 ? choose<Run, Float16>(p) : choose<Run, BFloat16>(p);
 }
 
 template <typename H, typename Y>

@@ -115,19 +115,21 @@ struct Backward {
   }
 };
 
-template <template <typename, typename, typename> class Run, typename H, typename Y>
+template <template <typename, typename, typename> class Run, typename Half>
 void choose(const Params& p) {
-  p.dtype_normed == Dtype::kFloat32 ? Run<H, Y, float>{}(p) : Run<H, Y, BFloat16>{}(p);
+  with_float_or<Half>(p.dtype_h, [&](auto h) {
+    with_float_or<Half>(p.dtype_y, [&](auto y) {
+      with_float_or<Half>(p.dtype_normed, [&](auto normed) { Run<decltype(h), decltype(y), decltype(normed)>{}(p); });
+    });
+  });
 }
 
+// bf16 and fp16 do not meet in a call.
 template <template <typename, typename, typename> class Run>
 void choose(const Params& p) {
-  const bool h32 = p.dtype_h == Dtype::kFloat32, y32 = p.dtype_y == Dtype::kFloat32;
-  if (h32) {
-    y32 ? choose<Run, float, float>(p) : choose<Run, float, BFloat16>(p);
-  } else {
-    y32 ? choose<Run, BFloat16, float>(p) : choose<Run, BFloat16, BFloat16>(p);
-  }
+  const Dtype fp16 = Dtype::kFloat16;
+  const bool any = p.dtype_h == fp16 || p.dtype_y == fp16 || p.dtype_normed == fp16;
+  any ? choose<Run, Float16>(p) : choose<Run, BFloat16>(p);
 }
 
 }  // namespace

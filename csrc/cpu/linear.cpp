@@ -91,22 +91,25 @@ void slopes(const GeluBackwardParams& p) {
 }  // namespace
 
 void linear_words(const Params& p) {
-  *p.words = p.dtype == Dtype::kFloat32 ? weight_words<Singles<float>>(p.width, p.depth)
-                                        : weight_words<Halves>(p.width, p.depth);
+  with_format(p.dtype, [&](auto format) { *p.words = weight_words<decltype(format)>(p.width, p.depth); });
 }
 
-void linear_pack(const Params& p) { p.dtype == Dtype::kFloat32 ? pack<Singles<float>>(p) : pack<Halves>(p); }
+void linear_pack(const Params& p) {
+  with_format(p.dtype, [&](auto format) { pack<decltype(format)>(p); });
+}
 
 void linear_packs_panels(const Params& p) {
-  *p.words = p.dtype == Dtype::kFloat32 ? packs_panels<Singles<float>>(p.rows) : packs_panels<Halves>(p.rows);
+  with_format(p.dtype, [&](auto format) { *p.words = packs_panels<decltype(format)>(p.rows); });
 }
 
 void linear_forward(const Params& p) {
   if (p.packed == nullptr && p.weight != nullptr) return forward_by_panels<Singles<float>>(p);
-  p.dtype == Dtype::kFloat32 ? forward<Singles<float>>(p) : forward<Halves>(p);
+  with_format(p.dtype, [&](auto format) { forward<decltype(format)>(p); });
 }
 
-void gelu_backward(const GeluBackwardParams& p) { p.dtype == Dtype::kFloat32 ? slopes<float>(p) : slopes<BFloat16>(p); }
+void gelu_backward(const GeluBackwardParams& p) {
+  with_type(p.dtype, [&](auto type) { slopes<decltype(type)>(p); });
+}
 
 }  // namespace UVG_ISA
 }  // namespace uvg

@@ -228,7 +228,7 @@ void backward(const Params& given) {
 }  // namespace
 
 void linear_backward(const Params& p) {
-  p.dtype == Dtype::kFloat32 ? backward<Singles<float>>(p) : backward<Halves>(p);
+  with_format(p.dtype, [&](auto format) { backward<decltype(format)>(p); });
 }
 
 }  // namespace UVG_ISA

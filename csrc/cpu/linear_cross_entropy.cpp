@@ -82,7 +82,7 @@ void forward(const Params& p) {
 }  // namespace
 
 void linear_cross_entropy_forward(const Params& p) {
-  p.dtype == Dtype::kFloat32 ? forward<Singles<float>>(p) : forward<Halves>(p);
+  with_format(p.dtype, [&](auto format) { forward<decltype(format)>(p); });
 }
 
 }  // namespace UVG_ISA

@@ -196,7 +196,7 @@ void backward(const Params& p) {
 }  // namespace
 
 void linear_cross_entropy_backward(const Params& p) {
-  p.dtype == Dtype::kFloat32 ? backward<Singles<float>>(p) : backward<Halves>(p);
+  with_format(p.dtype, [&](auto format) { backward<decltype(format)>(p); });
 }
 
 }  // namespace UVG_ISA

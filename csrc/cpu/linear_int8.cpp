@@ -51,9 +51,13 @@ void linear_int8_words(const Params& p) {
   p.words[1] = tailed_words<Bytes<float>>(p.depth);
 }
 
-void linear_int8_pack(const Params& p) { p.dtype == Dtype::kFloat32 ? pack<float>(p) : pack<BFloat16>(p); }
+void linear_int8_pack(const Params& p) {
+  with_type(p.dtype, [&](auto type) { pack<decltype(type)>(p); });
+}
 
-void linear_int8_forward(const Params& p) { p.dtype == Dtype::kFloat32 ? forward<float>(p) : forward<BFloat16>(p); }
+void linear_int8_forward(const Params& p) {
+  with_type(p.dtype, [&](auto type) { forward<decltype(type)>(p); });
+}
 
 }  // namespace UVG_ISA
 }  // namespace uvg

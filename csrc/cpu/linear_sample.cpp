@@ -198,7 +198,9 @@ void sample(const Params& p) {
 
 }  // namespace
 
-void linear_sample(const Params& p) { p.dtype == Dtype::kFloat32 ? sample<Singles<float>>(p) : sample<Halves>(p); }
+void linear_sample(const Params& p) {
+  with_format(p.dtype, [&](auto format) { sample<decltype(format)>(p); });
+}
 
 }  // namespace UVG_ISA
 }  // namespace uvg

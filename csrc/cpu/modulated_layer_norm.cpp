@@ -67,11 +67,11 @@ void backward(const Params& p) {
 }  // namespace
 
 void modulated_layer_norm_forward(const Params& p) {
-  p.dtype == Dtype::kFloat32 ? forward<float>(p) : forward<BFloat16>(p);
+  with_type(p.dtype, [&](auto type) { forward<decltype(type)>(p); });
 }
 
 void modulated_layer_norm_backward(const Params& p) {
-  p.dtype == Dtype::kFloat32 ? backward<float>(p) : backward<BFloat16>(p);
+  with_type(p.dtype, [&](auto type) { backward<decltype(type)>(p); });
 }
 
 }  // namespace UVG_ISA

@@ -56,12 +56,12 @@ void backward(const Params& p) {
 
 void moe_combine_forward(const Params& p) {
   find_places(p);
-  p.dtype == Dtype::kFloat32 ? forward<float>(p) : forward<BFloat16>(p);
+  with_type(p.dtype, [&](auto type) { forward<decltype(type)>(p); });
 }
 
 void moe_combine_backward(const Params& p) {
   find_places(p);
-  p.dtype == Dtype::kFloat32 ? backward<float>(p) : backward<BFloat16>(p);
+  with_type(p.dtype, [&](auto type) { backward<decltype(type)>(p); });
 }
 
 }  // namespace UVG_ISA

@@ -52,7 +52,7 @@ void moe_dispatch_forward(const Params& p) {
 
 void moe_dispatch_backward(const Params& p) {
   for (int64_t r = 0; r < p.rows * p.top_k; ++r) p.places[p.order[r]] = static_cast<int32_t>(r);
-  p.dtype == Dtype::kFloat32 ? backward<float>(p) : backward<BFloat16>(p);
+  with_type(p.dtype, [&](auto type) { backward<decltype(type)>(p); });
 }
 
 }  // namespace UVG_ISA

@@ -30,7 +30,9 @@ void forward(const Params& p) {
 
 }  // namespace
 
-void moe_mlp_forward(const Params& p) { p.dtype == Dtype::kFloat32 ? forward<Singles<float>>(p) : forward<Halves>(p); }
+void moe_mlp_forward(const Params& p) {
+  with_format(p.dtype, [&](auto format) { forward<decltype(format)>(p); });
+}
 
 }  // namespace UVG_ISA
 }  // namespace uvg

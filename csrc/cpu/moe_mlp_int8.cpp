@@ -32,7 +32,9 @@ void forward(const Params& p) {
 
 }  // namespace
 
-void moe_mlp_int8_forward(const Params& p) { p.dtype == Dtype::kFloat32 ? forward<float>(p) : forward<BFloat16>(p); }
+void moe_mlp_int8_forward(const Params& p) {
+  with_type(p.dtype, [&](auto type) { forward<decltype(type)>(p); });
+}
 
 }  // namespace UVG_ISA
 }  // namespace uvg

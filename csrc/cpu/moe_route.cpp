@@ -1,5 +1,6 @@
 #include "uvg/moe_route.h"
 
+#include "common/pack_values.h"
 #include "common/threads.h"
 #include "cpu/vec.h"
 
@@ -18,9 +19,18 @@ inline float number(BFloat16 value) {
   return out;
 }
 
+inline float number(Float16 value) {
+  float out;
+  convert(value, out);
+  return out;
+}
+
 inline void put(float* to, float value) { *to = value; }
 
-inline void put(BFloat16* to, float value) { store(to, splat(value), 1); }
+template <typename T>
+inline void put(T* to, float value) {
+  store(to, splat(value), 1);
+}
 
 // Whether a logit ranks before another: the larger does, and NaN before all, as in torch.sort.
 inline bool before(float a, float b) { return a > b || (a != a && b == b); }
@@ -68,9 +78,13 @@ void backward(const Params& p) {
 
 }  // namespace
 
-void moe_route_forward(const Params& p) { p.dtype == Dtype::kFloat32 ? forward<float>(p) : forward<BFloat16>(p); }
+void moe_route_forward(const Params& p) {
+  with_type(p.dtype, [&](auto type) { forward<decltype(type)>(p); });
+}
 
-void moe_route_backward(const Params& p) { p.dtype == Dtype::kFloat32 ? backward<float>(p) : backward<BFloat16>(p); }
+void moe_route_backward(const Params& p) {
+  with_type(p.dtype, [&](auto type) { backward<decltype(type)>(p); });
+}
 
 }  // namespace UVG_ISA
 }  // namespace uvg

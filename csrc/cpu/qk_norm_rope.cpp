@@ -113,9 +113,13 @@ void backward(const Params& p) {
 
 }  // namespace
 
-void qk_norm_rope_forward(const Params& p) { p.dtype == Dtype::kFloat32 ? forward<float>(p) : forward<BFloat16>(p); }
+void qk_norm_rope_forward(const Params& p) {
+  with_type(p.dtype, [&](auto type) { forward<decltype(type)>(p); });
+}
 
-void qk_norm_rope_backward(const Params& p) { p.dtype == Dtype::kFloat32 ? backward<float>(p) : backward<BFloat16>(p); }
+void qk_norm_rope_backward(const Params& p) {
+  with_type(p.dtype, [&](auto type) { backward<decltype(type)>(p); });
+}
 
 }  // namespace UVG_ISA
 }  // namespace uvg

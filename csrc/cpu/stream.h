@@ -54,8 +54,9 @@ class Target {
 
 #if defined(__AVX512F__)
   static void stream(float* p, Vec v) { _mm512_stream_ps(p, (__m512)v); }
-  static void stream(BFloat16* p, Vec v) {
-    BFloat16 half[kLanes];
+  template <typename Half>
+  static void stream(Half* p, Vec v) {
+    Half half[kLanes];
     store(half, v);
     __m256i bits;
     std::memcpy(&bits, half, sizeof bits);

@@ -51,12 +51,62 @@ UVG_INLINE void narrowed(V v, BFloat16* p) {
     to_memory(p, convert<typename Several<uint16_t, kCount>::Type>(v != v ? quiet : rounded));
   }
 }
+
+// The same of fp16. What is below its smallest normal number is left to an fp32 addition: 2^-14 taken off gives a
+// subnormal one its exponent, 0.5 put on rounds to one.
+template <typename V>
+UVG_INLINE V widened(const Float16* p) {
+  constexpr int64_t kCount = sizeof(V) / sizeof(float);
+  if constexpr (kIsTwo<V>) {
+    return {widened<decltype(V::low)>(p), widened<decltype(V::high)>(p + kCount / 2)};
+  } else {
+#if defined(__F16C__)
+    return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    using Ints = typename Several<int32_t, kCount>::Type;
+    const auto half = convert<Ints>(from_memory<typename Several<uint16_t, kCount>::Type>(p));
+    const Ints number = half & 0x7FFF, wide = (number << 13) + (112 << 23);
+    const Ints small = as<Ints>(as<V>(wide + (1 << 23)) - 0x1p-14f);
+    const Ints large = wide + (number > 0x7BFF ? Ints{} + (112 << 23) : Ints{});
+    return as<V>((number < 0x400 ? small : large) | (half & 0x8000) << 16);
+#endif
+  }
+}
+
+template <typename V>
+UVG_INLINE void narrowed(V v, Float16* p) {
+  constexpr int64_t kCount = sizeof(V) / sizeof(float);
+  if constexpr (kIsTwo<V>) {
+    narrowed(v.low, p), narrowed(v.high, p + kCount / 2);
+  } else {
+#if defined(__F16C__)
+    to_memory(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    using Ints = typename Several<int32_t, kCount>::Type;
+    const Ints bits = as<Ints>(v), number = bits & 0x7FFFFFFF;
+    const Ints rounded = (number - (112 << 23) + 0xFFF + ((number >> 13) & 1)) >> 13;
+    const Ints small = as<Ints>(as<V>(number) + 0.5f) - 0x3F000000;
+    const Ints finite = number < 113 << 23 ? small : rounded;
+    const Ints large = number > 0x7F800000 ? Ints{} + 0x7E00 : Ints{} + 0x7C00;
+    const Ints half = (number < 143 << 23 ? finite : large) | ((bits >> 16) & 0x8000);
+    to_memory(p, convert<typename Several<uint16_t, kCount>::Type>(half));
+#endif
+  }
+}
 #endif
 
 UVG_INLINE Vec load(const BFloat16* p) {
 #if defined(__AVX512F__)
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return (Vec)((VecBits)_mm512_maskz_cvtepu16_epi32(0xFFFF, half) << 16);  // unmasked, g++ 12 warns of its own header
+#else
+  return widened<Vec>(p);
+#endif
+}
+
+UVG_INLINE Vec load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));  // as above
 #else
   return widened<Vec>(p);
 #endif
@@ -82,6 +132,28 @@ UVG_INLINE void store(BFloat16* p, Vec v) {
 #endif
 }
 
+UVG_INLINE void store(Float16* p, Vec v) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_maskz_cvtps_ph(0xFFFF, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &half, sizeof half);
+#else
+  narrowed(v, p);
+#endif
+}
+
+// body(a value of the type): of tensors in this dtype.
+template <typename Body>
+UVG_INLINE void with_type(Dtype dtype, Body&& body) {
+  if (dtype == Dtype::kFloat32) return body(float{});
+  dtype == Dtype::kBFloat16 ? body(BFloat16{}) : body(Float16{});
+}
+
+// The same where beside fp32 it can only be Half.
+template <typename Half, typename Body>
+UVG_INLINE void with_float_or(Dtype dtype, Body&& body) {
+  dtype == Dtype::kFloat32 ? body(float{}) : body(Half{});
+}
+
 #if defined(__AVX512F__)
 inline __mmask16 first_bits(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 
@@ -94,11 +166,16 @@ inline Vec load_part(const BFloat16* p, int64_t n, Vec fill) {
   return (Vec)_mm512_mask_slli_epi32((__m512i)fill, first_bits(n), bits, 16);
 }
 
+inline Vec load_part(const Float16* p, int64_t n, Vec fill) {
+  return (Vec)_mm512_mask_cvtph_ps((__m512)fill, first_bits(n), _mm256_maskz_loadu_epi16(first_bits(n), p));
+}
+
 inline void store_part(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, first_bits(n), (__m512)v); }
 
-inline void store_part(BFloat16* p, Vec v, int64_t n) {
+template <typename T>
+inline void store_part(T* p, Vec v, int64_t n) {  // of 16 bits
   __m256i half;
-  store(reinterpret_cast<BFloat16*>(&half), v);
+  store(reinterpret_cast<T*>(&half), v);
   _mm256_mask_storeu_epi16(p, first_bits(n), half);
 }
 #else

@@ -1,4 +1,4 @@
-// What every kernel is put through without Python: both dtypes, every instruction set that runs here, one to forty
+// What every kernel is put through without Python: every dtype, every instruction set that runs here, one to forty
 // threads with the same bits, arrays exactly as long as they have to be (so that a sanitizer sees their ends), outputs
 // poisoned with NaN. Values are held against plain loops in double; the 2x rule is the Python tests'.
 #pragma once
@@ -14,6 +14,7 @@
 
 #include "common/cpu_features.h"
 #include "common/dtype.h"
+#include "common/pack_values.h"
 #include "common/philox.h"
 #include "common/threads.h"
 #include "tests/check.h"
@@ -42,22 +43,20 @@ class Array {
   bool same_bits(const Array& other) const { return bytes_ == other.bytes_; }
 
   float operator[](int64_t i) const {
-    uint32_t bits = 0;
-    if (dtype_ == Dtype::kFloat32) {
-      std::memcpy(&bits, &bytes_[4 * i], 4);
-    } else {
-      uint16_t high = 0;
-      std::memcpy(&high, &bytes_[2 * i], 2);
-      bits = static_cast<uint32_t>(high) << 16;
-    }
     float value = 0;
-    std::memcpy(&value, &bits, 4);
+    const size_t size = dtype_ == Dtype::kFloat32 ? 4 : 2;
+    const PackValuesParams p{&bytes_[size * i], 1, 1, 1, 1, dtype_, Dtype::kFloat32, &value};
+    pack_values(p);
     return value;
   }
 
   void set(int64_t i, float value) {
     if (dtype_ == Dtype::kFloat32) {
       std::memcpy(&bytes_[4 * i], &value, 4);
+    } else if (dtype_ == Dtype::kFloat16) {
+      Float16 half{};
+      convert(value, half);
+      std::memcpy(&bytes_[2 * i], &half, 2);
     } else {
       uint32_t bits = 0;
       std::memcpy(&bits, &value, 4);
@@ -109,8 +108,8 @@ inline std::vector<std::string> usable_isas() {
 
 // run(dtype, threads): the outputs of a kernel, made anew. truth(dtype): the first of them, in double.
 inline void everywhere(const std::function<Arrays(Dtype, int)>& run, const std::function<Truth(Dtype)>& truth) {
-  for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16}) {
-    const double slack = dtype == Dtype::kFloat32 ? 1e-4 : 3e-2;  // of the largest value
+  for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+    const double slack = dtype == Dtype::kFloat32 ? 1e-4 : (dtype == Dtype::kFloat16 ? 4e-3 : 3e-2);  // of the largest
     Truth want = truth(dtype);
     for (const std::string& isa : usable_isas()) {
       use_isa(isa);

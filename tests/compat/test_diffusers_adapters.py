@@ -1,7 +1,6 @@
 """diffusers' Wan transformer on our ops with layers that were put in place of its own: adapters (LoRA), quantised
 weights. They count as they do without us, or the model is refused."""
 
-
 import pytest
 import torch
 from test_diffusers import apart, inputs, model

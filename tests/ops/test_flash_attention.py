@@ -74,7 +74,7 @@ class TestFlashAttention(DifferentiableOpSuite):
     # The C++ kernel takes 0 for the exponent's reference where it can: an lse near 0 is off by an ulp of 1.
     allowed = MappingProxyType(
         {("sdpa", BF16, 1): 256, ("sdpa", FP16, 1): 256, ("sdpa", FP32, "q"): 4, ("sdpa", FP32, "k"): 4}
-        | {("cpu", FP32, 1): 128, ("cpu", BF16, 1): 128}
+        | {("cpu", FP32, 1): 128, ("cpu", BF16, 1): 128, ("cpu", FP16, 1): 128}
     )
     interpreted = MappingProxyType({"several-blocks": (BF16,), "many-spans": (FP16,), "rising": (FP32,)})
     plainest = MappingProxyType({"cuda": (2, BF16)})

@@ -42,7 +42,8 @@ class TestGatedResidualNorm(DifferentiableOpSuite):
         case("block-and-one", (31, 33, 70), 1025),
         case("wide-stream", (4, 5), 64, wide=("h", *PARAMETERS), dtypes=(BF16, FP16)),
         case("narrow-norm", (4, 70), 48, wide=("h", *PARAMETERS), dtypes=(BF16,), norm_dtype=BF16),
-        case("wide-norm", (4, 5), 48, dtypes=(BF16,), norm_dtype=FP32),
+        case("half-norm", (4, 70), 48, wide=("h", *PARAMETERS), dtypes=(FP16,), norm_dtype=FP16),
+        case("wide-norm", (4, 5), 48, dtypes=(BF16, FP16), norm_dtype=FP32),
     )
     mistakes = (
         Mistake(r"h must be a floating-point \(T, D\)", {"h": lambda h: h[0]}),

@@ -1,7 +1,8 @@
 """Weights in the form that the products of the cpu backend read: made once and kept as long as the weight lives.
 
-A packed weight hangs on the weight's storage and goes with it; together they take about twice the memory. It is made
-again when the weight was written to, which its version tells. Writes that the version does not see (`weight.data`,
+A packed weight hangs on the weight's storage and goes with it; together they take about twice the memory, three times
+in a 16-bit dtype whose products are computed in fp32 (fp16; bf16 too where the CPU has no instructions for it). It is
+made again when the weight was written to, which its version tells. Writes that the version does not see (`weight.data`,
 `weight.numpy()`, other libraries) are seen where they change one of 64 values that are looked at, as a new checkpoint
 does; after one that may change few values or only in part of the weight, call `forget(weight)`. `UVG_PACKED_WEIGHTS=0`
 or `kept(False)` packs for every call instead: slower, the same bits. So it is for weights made under inference_mode,
@@ -25,7 +26,7 @@ from torch import Tensor
 from uvg_engine.backends import native
 
 _NAME = "_uvg_packed_weights"  # of the attribute of a storage
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _keep = os.environ.get("UVG_PACKED_WEIGHTS", "1") != "0"
 _bytes = 0
 Asked = list[tuple[Tensor, str, Tensor, bool]]
@@ -85,8 +86,8 @@ def _key(weight: Tensor, op: str) -> tuple[Any, ...]:
 
 
 def packed(weight: Tensor, keep: bool, op: str = "linear") -> Tensor:
-    """int32 words of a weight [F, D] or of several [E, F, D], one after the other, in fp32 or bf16, for the instruction
-    set in use. keep: for later calls too. op: that reads it, "linear" or "linear_int8"."""
+    """int32 words of a weight [F, D] or of several [E, F, D], one after the other, for the instruction set in use.
+    keep: for later calls too. op: that reads it, "linear" or "linear_int8"."""
     if not (keep and _keep and weight.is_contiguous()) or weight.is_inference():
         return _pack(weight, op)
     store, key = weight.untyped_storage().__dict__.setdefault(_NAME, {}), _key(weight, op)

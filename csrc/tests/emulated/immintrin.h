@@ -80,6 +80,25 @@ inline uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+// fp16, by the instructions for half as many
+inline __m512 of_fp16(__m256i a) {
+  const auto x = lanes<__m128i>(a);
+  return vector<__m512>(std::array<__m256, 2>{_mm256_cvtph_ps(x[0]), _mm256_cvtph_ps(x[1])});
+}
+
+inline __m512 of_fp16_named(__m512 otherwise, unsigned mask, __m256i a) {
+  auto x = lanes<float>(otherwise);
+  const auto y = lanes<float>(of_fp16(a));
+  for (size_t i = 0; i < x.size(); ++i)
+    if (named(mask, i)) x[i] = y[i];
+  return vector<__m512>(x);
+}
+
+inline __m256i to_fp16(__m512 a) {
+  const auto x = lanes<__m256>(a);
+  return vector<__m256i>(std::array<__m128i, 2>{_mm256_cvtps_ph(x[0], 0), _mm256_cvtps_ph(x[1], 0)});
+}
+
 // Memory
 inline __m512i load(const void* p) {
   __m512i v;
@@ -242,6 +261,9 @@ float over(__m512 a, F&& f) {
 #define _mm512_maskz_movehdup_ps(mask, a) ((__m512)emulated::shuffle_words((__m512i)(a), 0xF5))
 #define _mm512_maskz_extractf32x8_ps(mask, a, which) emulated::half(a, which)
 #define _mm512_maskz_cvtepu16_epi32 emulated::widened
+#define _mm512_maskz_cvtph_ps(mask, a) emulated::of_fp16(a)
+#define _mm512_mask_cvtph_ps(otherwise, mask, a) emulated::of_fp16_named(otherwise, mask, a)
+#define _mm512_maskz_cvtps_ph(mask, a, how) emulated::to_fp16(a)
 #define _mm512_mask_slli_epi32 emulated::shifted_named
 #define _mm512_srli_epi64(a, by) emulated::each<uint64_t>(a, [&](uint64_t x) { return x >> (by); })
 #define _mm512_mul_epu32(a, b) \

@@ -9,21 +9,26 @@ from torch import Tensor
 
 from uvg_engine.backends import native
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Given = TypeVar("Given", bound=Tensor | None)
 _SMALL = 1 << 16  # values: beyond, torch's threads pay
 
 
 def refuses_tensors(*tensors: Tensor) -> str | None:
-    """CPU tensors in fp32 or bf16, and a native core to run them."""
+    """CPU tensors in fp32, bf16 or fp16, and a native core to run them."""
     if native.cpu() is None:
         return native.why_not()
     for x in tensors:
         if not x.is_cpu:
             return f"tensors are on {x.device.type}"
         if x.dtype not in DTYPES:
-            return f"dtype {x.dtype}; have float32, bfloat16"
+            return f"dtype {x.dtype}; have float32, bfloat16, float16"
     return None
+
+
+def refuses_mixed(*dtypes: torch.dtype) -> str | None:
+    """Kernels of several dtypes have fp32 and one of 16 bits."""
+    return "bfloat16 beside float16" if {torch.bfloat16, torch.float16} <= {*dtypes} else None
 
 
 def refuses_numbers(numbers: dict[str, Tensor]) -> str | None:

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from uvg_engine.backends import native
-from uvg_engine.backends.cpu._tensors import DTYPES, as_floats, at, new_floats, packed, refuses_tensors
+from uvg_engine.backends.cpu._tensors import DTYPES, as_floats, at, new_floats, packed, refuses_mixed, refuses_tensors
 
 
 def refuses(h: Tensor, y: Tensor, *rest: object) -> str | None:
-    return refuses_tensors(h, y)
+    return refuses_tensors(h, y) or refuses_mixed(h.dtype, y.dtype)
 
 
 def forward(h: Tensor, y: Tensor, gate: Tensor | None, spans: Tensor | None) -> Tensor:

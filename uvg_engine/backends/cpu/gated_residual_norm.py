@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from uvg_engine.backends import native
-from uvg_engine.backends.cpu._tensors import DTYPES, as_floats, at, new_floats, packed, refuses_tensors
+from uvg_engine.backends.cpu._tensors import DTYPES, as_floats, at, new_floats, packed, refuses_mixed, refuses_tensors
 
 
 def refuses(h: Tensor, y: Tensor, *rest: object) -> str | None:
     norm_dtype = rest[-1]
     if norm_dtype not in DTYPES:
-        return f"norm_dtype {norm_dtype}; have float32, bfloat16"
-    return refuses_tensors(h, y)
+        return f"norm_dtype {norm_dtype}; have float32, bfloat16, float16"
+    return refuses_tensors(h, y) or refuses_mixed(h.dtype, y.dtype, norm_dtype)
 
 
 def _floats(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
