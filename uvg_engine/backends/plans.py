@@ -65,7 +65,8 @@ def watched() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     try:
         yield read, constants
     finally:
-        _read.reset(tokens[0]), _constants.reset(tokens[1])
+        _read.reset(tokens[0])
+        _constants.reset(tokens[1])
 
 
 def reads(x: Tensor) -> Tensor:

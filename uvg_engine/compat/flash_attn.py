@@ -59,11 +59,13 @@ def flash_attn_func(
     q_spans = _even_spans(samples, queries * group, q)
     k_spans = q_spans if shape_k[1] == queries * group else _even_spans(samples, shape_k[1], q)
     if group == 1 and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) and alone((q, k, v)):
-        require_attention(*rows_of(q, k, v), q_spans, k_spans)
+        q_rows, k_rows, v_rows = rows_of(q, k, v)
+        require_attention(q_rows, k_rows, v_rows, q_spans, k_spans)
         scale = shape_q[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
         out, lse = dense_with_gradient(q, k, v, q_spans, k_spans, scale)
     else:
-        out, lse = _attend(*rows_of(q, k, v), q_spans, k_spans, softmax_scale, group)
+        q, k, v = rows_of(q, k, v)
+        out, lse = _attend(q, k, v, q_spans, k_spans, softmax_scale, group)
         out = out.view(shape_q)
     if return_attn_probs:
         return out, lse.view(heads, samples, queries).transpose(0, 1).contiguous(), None
