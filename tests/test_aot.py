@@ -61,7 +61,7 @@ def assert_multiprocessors_are_full(compiled):
 
 
 @pytest.mark.skipif(occupancy.missing() is not None, reason=str(occupancy.missing()))
-@pytest.mark.parametrize("held, match", [(1, "2 are held"), (3, "")])
+@pytest.mark.parametrize("held, match", [(1, "2 are held"), (3, "some_kernel', 3")])
 def test_a_multiprocessor_that_is_not_full_is_found(held, match):
     with pytest.raises(AssertionError, match=match):
         assert_multiprocessors_are_full([made(registers=128, held=held)])

@@ -68,6 +68,7 @@ class TestFlashAttention(DifferentiableOpSuite):
         Case("rising", lambda g: rising(g), smooth=False),
         case("sharp", 37, 70, table(((0, 37),)), table(((0, 70),)), 3, 16, gain=30.0),
         case("wide-and-odd", 19, 13, TWO, CROSS, 2, 65),
+        *(case(f"heads-of-{width}", 19, 13, TWO, CROSS, 2, width) for width in (32, 64, 128)),
     )
     # PyTorch's CPU kernel takes a short polynomial for exp where the values are narrow: its lse is off by up to 5e-5;
     # in fp32, without AVX-512, its dq by 11 ulps where the reference's is by 3.5, its dk by 5.3 and 1.5.
@@ -76,7 +77,10 @@ class TestFlashAttention(DifferentiableOpSuite):
         {("sdpa", BF16, 1): 256, ("sdpa", FP16, 1): 256, ("sdpa", FP32, "q"): 4, ("sdpa", FP32, "k"): 4}
         | {("cpu", FP32, 1): 128, ("cpu", BF16, 1): 128, ("cpu", FP16, 1): 128}
     )
-    interpreted = MappingProxyType({"several-blocks": (BF16,), "many-spans": (FP16,), "rising": (FP32,)})
+    interpreted = MappingProxyType(
+        {"several-blocks": (BF16,), "many-spans": (FP16,), "rising": (FP32,)}
+        | {f"heads-of-{width}": (FP32, BF16, FP16) for width in (32, 64, 128)}
+    )
     plainest = MappingProxyType({"cuda": (2, BF16)})
     mistakes = (
         Mistake(r"q must be a floating-point \(T, N, H\)", {"q": lambda q: q[0]}),

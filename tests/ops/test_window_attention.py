@@ -43,8 +43,12 @@ class TestWindowAttention(DifferentiableOpSuite):
         case("one-of-each", 2, 1, 1, ((0, 1, 1, 1),), ((1, 1),), **NEAR),
         # Tiles of several blocks of keys, and no whole number of them
         case("large-tiles", 310, 1, 16, ((0, 2, 12, 12),), ((288, 21),), tile=(2, 6, 12), radius=(0, 1, 0)),
+        *(case(f"heads-of-{w}", 12, 2, w, ((0, 1, 3, 3),), ((9, 2),), **NEAR) for w in (32, 64, 128)),
     )
-    interpreted = MappingProxyType({"two-samples": (FP32, BF16), "large-tiles": (FP16,), "no-text": (BF16,)})
+    interpreted = MappingProxyType(
+        {"two-samples": (FP32, BF16), "large-tiles": (FP16,), "no-text": (BF16,)}
+        | {f"heads-of-{width}": (FP32, BF16, FP16) for width in (32, 64, 128)}
+    )
     mistakes = (
         Mistake(r"q must be a floating-point \(T, N, H\)", {"q": lambda q: q[0]}),
         Mistake("q must have N > 0 heads of width H > 0", {n: lambda x: x[:, :0] for n in "qkv"}),
