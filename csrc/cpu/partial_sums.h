@@ -10,6 +10,7 @@ namespace uvg {
 namespace UVG_ISA {
 
 constexpr int64_t kFewestRows = 16, kFewestColumns = 64;  // that a thread takes at once; untuned
+constexpr int kManyThreads = 8;  // from which on they put sums together: few wait longer for one another; untuned
 
 // Threads worth starting for so many rows.
 inline int threads_for_rows(int threads, int64_t rows, int64_t width) {
@@ -31,7 +32,7 @@ class PartialSums {
       : chunks_(chunks),
         parts_(parts),
         width_(width),
-        threads_(threads_for_rows(threads, chunks.size(), width)),
+        threads_(threads < kManyThreads ? 1 : threads_for_rows(threads, chunks.size(), width)),
         data_(scratch_.floats(chunks.size() * parts * width)) {}
 
   // Where chunk c adds up its part, from zero on: by the thread that has the chunk, so that the memory is its own.
