@@ -113,7 +113,7 @@ def as_on_a_gpu(note: Callable[..., bool], truth: bool = True) -> Iterator[None]
         enter(mock.patch.dict(os.environ, UVG_TEST_DEVICE="cuda"))
         enter(mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note))
         enter(mock.patch.object(backend, "refuses", refuses_here))
-        enter(mock.patch.object(_launch, "programs", lambda device: SMS))
+        enter(mock.patch.object(_launch, "_multiprocessors", lambda device: SMS))
         enter(mock.patch.object(torch.cuda, "get_device_capability", lambda *device: TARGET))
         enter(mock.patch.object(torch.cuda, "CUDAGraph", _Graph))
         enter(mock.patch.object(torch.cuda, "graph", lambda graph: contextlib.nullcontext()))

@@ -211,7 +211,7 @@ def test_window_attention(run_part, monkeypatch):
     tables = [torch.tensor([each], dtype=torch.int32) for each in (video, text)]
     own = torch.tensor([[0, 1, 2, 2]], dtype=torch.int32), torch.tensor([[4, 4]], dtype=torch.int32)
     numbers = (1, 1, 2), (0, 0, 0), 0.125
-    monkeypatch.setattr(window_attention, "programs", lambda device: 2 * HEADS)  # one a block and head
+    monkeypatch.setattr(window_attention, "programs", lambda device, held: 2 * HEADS)  # one a block and head
     tiles = dict.fromkeys(("flash_attention_fwd", "flash_attention_bwd_query"), (slice(1), LAST))
     chosen = {**tiles, "flash_attention_bwd_key": (LAST, LAST), "window_attention_spans": (ALL,)}
     two = slice(-2, None)

@@ -35,7 +35,7 @@ def close(got, want):
 
 def test_moe_mlp_rows(run_part, monkeypatch):
     """Many rows: the last tile of one expert and that of the other."""
-    monkeypatch.setattr(moe_mlp, "programs", lambda device: FAR)  # one a tile
+    monkeypatch.setattr(moe_mlp, "programs", lambda device, held: FAR)  # one a tile
     normal, rows, width = numbers(), 2**24 + END, 128
     x, dy = (with_end(normal(END, width), rows, width) for _ in range(2))
     w1, b1, w2, b2 = (normal(*shape, scale=0.1) for shape in ((2, width, width), (2, width)) * 2)
@@ -56,7 +56,7 @@ def test_moe_mlp_rows(run_part, monkeypatch):
 
 def test_moe_mlp_experts(run_part, monkeypatch):
     """Many experts, of which the last has all rows."""
-    monkeypatch.setattr(moe_mlp, "programs", lambda device: FAR)
+    monkeypatch.setattr(moe_mlp, "programs", lambda device, held: FAR)
     normal, experts, width, hidden = numbers(), 2**12, 1024 + 16, 512
     x, dy = normal(END, width), normal(END, width)
     w1, w2 = (with_end(normal(*n, scale=0.03), experts, *n) for n in ((hidden, width), (width, hidden)))
@@ -77,7 +77,7 @@ def test_moe_mlp_experts(run_part, monkeypatch):
 
 def test_moe_mlp_sums(run_part, monkeypatch):
     """Sums of 4,096 tiles over 2^19 columns: those of the last expert and the last columns."""
-    monkeypatch.setattr(moe_mlp, "programs", lambda device: FAR)
+    monkeypatch.setattr(moe_mlp, "programs", lambda device, held: FAR)
     normal, experts, each, columns = numbers(), 2**11, 65, 2**19 + 1024
     rows = experts * each
     offsets = torch.arange(0, rows + 1, each, dtype=torch.int32)
