@@ -52,8 +52,9 @@ void forward_by_panels(const Params& p) {
   const int64_t panels = round_up(p.width, kPanel) / kPanel;
   const Rows<T> weight{static_cast<const T*>(p.weight), p.depth, nullptr, p.width};
   Scratch scratch;
-  const PerThread<PanelRoom<F>> rooms(scratch, p.threads, all, tasks);
-#pragma omp parallel for num_threads(p.threads) schedule(dynamic) if (p.threads > 1)
+  const int threads = threads_for_products(p.threads, p.rows * p.depth * p.width);
+  const PerThread<PanelRoom<F>> rooms(scratch, threads, all, tasks);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
   for (int64_t panel = 0; panel < panels; ++panel) {
     const PanelRoom<F>& room = rooms.own();
     const int64_t first = panel * kPanel, left = p.width - first;
