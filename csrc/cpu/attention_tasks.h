@@ -1,7 +1,6 @@
 // How attention is cut into tasks, each of which reads its keys packed or as they lie.
 #pragma once
 
-#include "common/threads.h"
 #include "cpu/attention_few.h"
 
 namespace uvg {

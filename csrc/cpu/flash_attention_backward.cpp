@@ -1,6 +1,5 @@
 #include <sched.h>
 
-#include "common/threads.h"
 #include "cpu/per_thread.h"
 #include "cpu/tile.h"
 #include "uvg/flash_attention.h"
