@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from harness import BF16, FP32, Case, DifferentiableOpSuite, Mistake, normal, spans
@@ -111,6 +113,15 @@ def test_a_batch_is_its_parts(backend):
         for first, last, bounds in ((0, 2, (0, 2, 2)), (2, 8, (0, 3, 6)), (8, 12, (0, 0, 4)))
     ]
     torch.testing.assert_close(torch.cat(parts), moe_mlp(**made), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(triton.interpreting(), reason="thousands of tiles take Triton's interpreter minutes")
+def test_groups_of_very_different_sizes(backend):
+    """As of a large video and a few words: 32,760 rows, none, 1, 7 and 256."""
+    bounds = (0, 32760, 32760, 32761, 32768, 33024)
+    made = in_dtype(experts(torch.Generator().manual_seed(0), bounds, 16, 24), FP32)
+    want = torch.cat([dense(made["x"][a:b], made, e) for e, (a, b) in enumerate(itertools.pairwise(bounds))])
+    torch.testing.assert_close(moe_mlp(**made), want, rtol=1e-5, atol=2e-6)
 
 
 def test_groups_do_not_see_each_other(backend):
