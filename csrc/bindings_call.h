@@ -12,7 +12,7 @@
 #include "common/plans.h"
 
 constexpr size_t kMostTensors = 32;
-enum Tag : int64_t { kNone = 1, kTrue, kFalse, kInt, kFloat, kText, kBytes, kDtype, kTensor };
+enum Tag : int64_t { kNone = 1, kTrue, kFalse, kInt, kFloat, kText, kBytes, kDtype, kTuple, kTensor };
 
 // What is asked of torch and of the backends' state, given by `plans_begin`. It lives as long as the process.
 struct Torch {
@@ -114,6 +114,12 @@ class Call {
       key.add(kBytes), key.add(PyBytes_AS_STRING(value), static_cast<size_t>(PyBytes_GET_SIZE(value)));
     } else if (type == torch->dtype) {                             // each lives as long as torch
       key.add(kDtype), key.add(reinterpret_cast<int64_t>(value));  // NOLINT
+    } else if (type == &PyTuple_Type) {
+      key.add(kTuple), key.add(PyTuple_GET_SIZE(value));
+      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+        PyObject* item = PyTuple_GET_ITEM(value, i);  // a number, so that it holds no tensor and no tuple in turn
+        if ((Py_TYPE(item) != &PyLong_Type && Py_TYPE(item) != &PyFloat_Type) || !add(item)) return false;
+      }
     } else {
       return false;
     }

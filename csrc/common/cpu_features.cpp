@@ -3,6 +3,9 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -27,7 +30,11 @@ std::string names(const Range& isas) {
 #if defined(__x86_64__) && defined(__GNUC__)
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers (xgetbv).
 #define UVG_HAS(feature) (__builtin_cpu_supports(feature) != 0)
-bool has_avx2() { return UVG_HAS("avx2") && UVG_HAS("fma") && UVG_HAS("bmi2") && UVG_HAS("f16c"); }
+bool has_f16c() {  // clang's builtin knew no "f16c" before its version 18
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+bool has_avx2() { return UVG_HAS("avx2") && UVG_HAS("fma") && UVG_HAS("bmi2") && has_f16c(); }
 bool has_avx512() {
   return has_avx2() && UVG_HAS("avx512f") && UVG_HAS("avx512bw") && UVG_HAS("avx512dq") && UVG_HAS("avx512vl");
 }
@@ -126,7 +133,7 @@ std::vector<std::pair<const char*, bool>> cpu_flags() {
       {"avx2", UVG_HAS("avx2")},
       {"fma", UVG_HAS("fma")},
       {"bmi2", UVG_HAS("bmi2")},
-      {"f16c", UVG_HAS("f16c")},
+      {"f16c", has_f16c()},
       {"avx512f", UVG_HAS("avx512f")},
       {"avx512bw", UVG_HAS("avx512bw")},
       {"avx512dq", UVG_HAS("avx512dq")},

@@ -1,8 +1,8 @@
 // Rows of a packed matrix cut into runs that one thread does alone.
 //
-// The cut depends on the spans only: sums over rows are made chunk by chunk, in order, so that no result depends on the
-// number of threads, and a span's sum not on its neighbours. Nothing here is inline or a template of the standard
-// library: kernels include it in the code of several instruction sets.
+// Where sums are made over rows, the cut depends on the spans only: they are made chunk by chunk, in order, so that no
+// result depends on the number of threads, and a span's sum not on its neighbours. Other loops may cut finer. Nothing
+// here is inline or a template of the standard library: kernels include it in the code of several instruction sets.
 #pragma once
 
 #include <cstdint>

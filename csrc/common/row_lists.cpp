@@ -50,7 +50,7 @@ RowLists::RowLists(const int32_t* spans, int64_t samples, int64_t per_sample, in
   for (int64_t i = 0; rising && i < samples * per_sample; ++i) {
     if (spans[2 * i + 1] == 0) continue;
     list(end, spans[2 * i]);
-    end = spans[2 * i] + spans[2 * i + 1];
+    end = static_cast<int64_t>(spans[2 * i]) + spans[2 * i + 1];
   }
   if (rising) list(end, num_rows);
   for (int64_t row = 0; !rising && row < num_rows; ++row)
@@ -83,8 +83,14 @@ namespace {
 constexpr std::align_val_t kLine{64};
 constexpr auto kLineBytes = static_cast<size_t>(kLine);
 
+#if defined(__has_feature)
+#define UVG_CLANG_ADDRESS_SANITIZER __has_feature(address_sanitizer)
+#else
+#define UVG_CLANG_ADDRESS_SANITIZER 0
+#endif
+
 // Bytes of memory for several pieces. With the address sanitizer none: each shall have borders of its own.
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__) || UVG_CLANG_ADDRESS_SANITIZER
 constexpr size_t kTogether = 0;
 #else
 constexpr size_t kTogether = 48 << 10;
@@ -94,10 +100,11 @@ constexpr size_t kTogether = 48 << 10;
 // their work.
 struct Spare {
   void* memory = nullptr;
+  bool gone = false;  // the thread ends: what is freed now is kept no more
   Spare() = default;
   Spare(const Spare&) = delete;
   Spare& operator=(const Spare&) = delete;
-  ~Spare() { ::operator delete(memory, kLine); }
+  ~Spare() { ::operator delete(std::exchange(memory, nullptr), kLine), gone = true; }
 };
 thread_local Spare spare;
 
@@ -109,7 +116,8 @@ Scratch::~Scratch() {
   while (last_ != nullptr) {
     Piece* piece = last_;
     last_ = piece->before;
-    if (spare.memory == nullptr && piece->end - reinterpret_cast<char*>(piece) == kLineBytes + kTogether) {
+    if (spare.memory == nullptr && !spare.gone &&
+        piece->end - reinterpret_cast<char*>(piece) == kLineBytes + kTogether) {
       spare.memory = piece;
     } else {
       ::operator delete(piece, kLine);

@@ -2,7 +2,8 @@
 //
 // S has: Format, in which probabilities meet the values; query_words, panel_words, work_words: of a packed query, of
 // kPanel packed keys and of room to pack them in, all of rows of `width` values; pack_queries, pack_keys; multiply, a
-// tile of products; scale_of, what a query's products are multiplied with to be scores; kScaled, whether that is not 1.
+// tile of products; scale_of, what a query's products are multiplied with to be scores; kScaled, whether that is not 1;
+// kLies, whether keys may be read as they lie.
 //
 // The scores of a tile never reach memory: scaled, exponentiated and rounded in registers, they are stored as the left
 // operand of the product with the values. The exponent's reference is 0 until a score asks for another one, so that

@@ -131,7 +131,7 @@ struct LyingKeys {
     }
     for (int64_t r = 0; r < queries; ++r)
       for (int j = 0; j < V; ++j) {
-        Vec(&one)[1] = reinterpret_cast<Vec(&)[1]>(x[r][j]);
+        Vec one[1] = {x[r][j]};
         uint32_t* probabilities = w.probabilities + r * kRow;
         const int64_t column = c + j * kLanes;
         if (V > 1 || left >= kLanes)

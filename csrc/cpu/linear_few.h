@@ -2,7 +2,6 @@
 // those of the products in linear_backward.cpp: each sum runs in the same order.
 #pragma once
 
-#include "common/threads.h"
 #include "cpu/gemm.h"
 #include "uvg/linear.h"
 

@@ -118,12 +118,29 @@ def test_what_stands_in_a_place_that_is_not_called_is_refused_by_name(name):
         made(**given)
 
 
+@pytest.mark.parametrize("name", ["ffn.net.0", "ffn.net.1", "attn1.to_out.1", "attn2.to_out.1"])
+def test_activations_and_dropouts_are_diffusers_own(name):
+    """They are not called either."""
+    what = r"ffn\.net\[0\]" if name == "ffn.net.0" else "dropout"
+    given, made = inputs(), accelerate(model())
+    hook = made.blocks[1].get_submodule(name).register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(ValueError, match=f"{what} must have no hooks and its own forward"):
+        made(**given)
+    hook.remove()
+    replace(made, [name], Norm)
+    with pytest.raises(ValueError, match=f"{what} must be .*, got Norm"):
+        made(**given)
+
+
 def test_dropout_is_refused_where_it_would_be_ignored():
     for name in ("attn1.to_out.1", "attn2.to_out.1", "ffn.net.1"):
-        made = model()
-        made.blocks[1].get_submodule(name).p = 0.25
+        made, ours = model(), accelerate(model())
+        for one in (made, ours):
+            one.blocks[1].get_submodule(name).p = 0.25
         with pytest.raises(ValueError, match=r"dropout must be 0, got 0\.25"):
             accelerate(made)
+        with pytest.raises(ValueError, match=r"dropout must be 0, got 0\.25"):
+            ours(**inputs())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

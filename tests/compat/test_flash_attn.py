@@ -11,7 +11,7 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from uvg_engine import backends
-from uvg_engine.backends import native
+from uvg_engine.backends import native, plans
 from uvg_engine.compat import flash_attn as ours
 from uvg_engine.ops import _plans, _registry
 
@@ -233,6 +233,32 @@ def test_a_dense_call_is_by_a_plan(samples, no_plans, monkeypatch):
     with torch.no_grad():
         out = ours.flash_attn_func(*given[0])
     assert torch.equal(out, want) and out.is_contiguous() and not out.requires_grad
+
+
+@planned
+def test_calls_with_a_window_and_of_packed_samples_are_by_plans(no_plans, monkeypatch):
+    qkv = normal(2, 5, 3, 4, 8).detach()
+    calls = (
+        lambda: ours.flash_attn_qkvpacked_func(qkv),
+        lambda: ours.flash_attn_func(*qkv.unbind(2), window_size=(-1, -1)),
+    )
+    want = [call() for call in calls for _ in range(3)][::3]
+    monkeypatch.setattr(ours, "_group", lambda *args: pytest.fail("the long way"))
+    assert all(torch.equal(call(), out) for call, out in zip(calls, want, strict=True))
+    with pytest.raises(ValueError, match="window_size must be"):
+        ours.flash_attn_func(*qkv.unbind(2), window_size=(-1, 0))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_result_with_a_gradient_may_be_written_to(keep):
+    """In the first calls, which make the plans, and in later ones."""
+    q, k, v = (normal(1, 5, 4, 8, seed=i) for i in range(3))
+    with plans.kept(keep):
+        want = ours.flash_attn_func(q, k, v).detach()
+        for _ in range(5):
+            out = ours.flash_attn_func(q, k, v)
+            out.add_(1)
+            torch.testing.assert_close(out.detach(), want + 1)
 
 
 @planned

@@ -85,10 +85,15 @@ def _key(weight: Tensor, op: str) -> tuple[Any, ...]:
     return weight.storage_offset(), weight.shape, weight.dtype, op
 
 
+def would_keep(weight: Tensor) -> bool:
+    """Whether `packed` keeps the words of a weight where it is asked to."""
+    return _keep and weight.is_contiguous() and not weight.is_inference()
+
+
 def packed(weight: Tensor, keep: bool, op: str = "linear") -> Tensor:
     """int32 words of a weight [F, D] or of several [E, F, D], one after the other, for the instruction set in use.
     keep: for later calls too. op: that reads it, "linear" or "linear_int8"."""
-    if not (keep and _keep and weight.is_contiguous()) or weight.is_inference():
+    if not (keep and would_keep(weight)):
         return _pack(weight, op)
     store, key = weight.untyped_storage().__dict__.setdefault(_NAME, {}), _key(weight, op)
     found, version = store.get(key), weight._version

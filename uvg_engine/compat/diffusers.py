@@ -23,6 +23,7 @@ from uvg_engine.reference.qk_norm_rope import VIDEO
 
 try:
     from diffusers import WanTransformer3DModel
+    from diffusers.models.activations import GELU
     from diffusers.models.attention import FeedForward
     from diffusers.models.normalization import FP32LayerNorm
     from diffusers.models.transformers.transformer_wan import (
@@ -48,17 +49,16 @@ def accelerate(transformer: Model) -> Model:
     Weights, names, configuration and what `save_pretrained` writes stay as they are, and so does the result within
     rounding. A projection that is not a plain nn.Linear (LoRA, quantised, hooked) is called as it is. Raises ValueError
     on another model, on dropout of its own, and, when it is called, on attention processors, attention backends, fused
-    projections, and on attentions, norms or ffn with hooks or with something in their place (adapters of norms): those
-    would be ignored. Not for offloading leaf by leaf, which hooks every layer.
+    projections, and on attentions, norms, activations, dropouts or ffn with hooks or with something in their place
+    (adapters of norms): those would be ignored. Not for offloading leaf by leaf, which hooks every layer.
     """
     model: Any = transformer
     _require(type(model) is WanTransformer3DModel, "transformer must be a WanTransformer3DModel", _name(model))
     for block in model.blocks:
         known = type(block) in (WanTransformerBlock, _Block)
         _require(known, "transformer.blocks must be WanTransformerBlocks", _name(block))
-        for module in (block.attn1.to_out[1], block.attn2.to_out[1], block.ffn.net[1]):
-            _require(type(module) is nn.Dropout, "dropout must be an nn.Dropout", _name(module))
-            _require(module.p == 0, "dropout must be 0", module.p)
+        for part in (block.attn1.to_out, block.attn2.to_out, block.ffn.net):
+            _require_no_dropout(part[1])
     _turn(model, _Rope, _Block)
     return transformer
 
@@ -120,9 +120,7 @@ class _Block(WanTransformerBlock):
         """hidden_states [B, L, D], encoder_hidden_states [B, C, D], temb [B, 6, D] or, for every row, [B, L, 6, D]."""
         rows: _Rows = rotary_emb
         for name, kinds in _PARTS.items():
-            module = getattr(self, name)
-            _require_kind(name, module, kinds)
-            _require(not _hooked(module), f"{name} must have no hooks and its own forward", _name(module))
+            _require_own(name, getattr(self, name), kinds)
         samples, length = hidden_states.shape[:2]
         h, spans = hidden_states.flatten(0, 1), rows.spans
         modulation = self.scale_shift_table + temb.float()
@@ -144,6 +142,8 @@ class _Block(WanTransformerBlock):
     def _expert(self, f: Tensor, rows: _Rows) -> Tensor:
         """[T, D] -> [T, D]."""
         ffn: Any = self.ffn
+        _require_own("ffn.net[0]", ffn.net[0], (GELU,))
+        _require_no_dropout(ffn.net[1])
         first, last = ffn.net[0].proj, ffn.net[2]
         if not (_plain(first) and _plain(last)):
             return ffn(f)
@@ -205,16 +205,23 @@ def _require_as_made(attn: Any) -> None:
     own = own and processor._attention_backend is None and processor._parallel_config is None
     _require(own, "an attention must have diffusers' processor, without a backend of its own", _name(processor))
     for name in ("norm_q", "norm_k") if attn.add_k_proj is None else ("norm_q", "norm_k", "norm_added_k"):
-        module = getattr(attn, name)
-        _require_kind(name, module, (nn.RMSNorm,))
-        _require(not _hooked(module), f"{name} must have no hooks and its own forward", _name(module))
+        _require_own(name, getattr(attn, name), (nn.RMSNorm,))
+    _require_no_dropout(attn.to_out[1])
     fused = getattr(attn, "fused_projections", False)
     _require(not fused, "projections must not be fused", fused)
 
 
-def _require_kind(name: str, module: nn.Module, kinds: tuple[type, ...]) -> None:
+def _require_own(name: str, module: nn.Module, kinds: tuple[type, ...]) -> None:
+    """It is what diffusers put there, and a call of it would do nothing else."""
     if type(module) not in kinds:
         _require(False, f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}", _name(module))
+    if _hooked(module):
+        _require(False, f"{name} must have no hooks and its own forward", _name(module))
+
+
+def _require_no_dropout(module: Any) -> None:
+    _require_own("dropout", module, (nn.Dropout,))
+    _require(module.p == 0, "dropout must be 0", module.p)
 
 
 def _one_by_one(rows: int, device: torch.device) -> Tensor:

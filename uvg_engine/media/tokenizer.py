@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,10 @@ def normalise(text: str) -> str:
 def string_list(texts: Iterable[str]) -> list[str]:
     """The texts of a list, a generator, an array as of a table's column. ValueError where they are no strings."""
     try:
-        listed: list[str] | None = None if isinstance(texts, str) else list(iter(texts))
+        each = None if isinstance(texts, (str, Mapping, Set)) else iter(texts)
     except TypeError:  # of no iterable, or of an array without dimensions
-        listed = None
+        each = None
+    listed = None if each is None else list(each)
     if listed is None or not all(isinstance(text, str) for text in listed):
         raise ValueError(f"texts must be a list of strings, got {texts!r:.80}")
     return listed

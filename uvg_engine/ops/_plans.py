@@ -24,6 +24,7 @@ _MOST_COPIED = 32 << 20  # bytes from an argument's first value to its last, of 
 _MOST_MADE = 8 << 20  # bytes of results and of scratch, which stays with a thread
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+_UNSAFE_VIEW = _aten._unsafe_view  # a view that autograd knows nothing of
 _ARGUMENT, _MADE, _SCRATCH, _FIXED = range(4)  # what an address belongs to
 _log = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -230,7 +231,7 @@ class _Recorder(_alone.Onlooker):
         out = func(*args, **kwargs or {})
         if func.overloadpacket in _EMPTY and out.is_cpu:
             self._made.append(out)
-        elif not func.is_view or torch.Tag.inplace_view in func.tags:
+        elif not (func.is_view or func.overloadpacket is _UNSAFE_VIEW) or torch.Tag.inplace_view in func.tags:
             raise _NoPlan(f"torch's {func} ran")
         self._held.append(out)
         return out

@@ -182,7 +182,8 @@ def another_form(
     op: str, kernel: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The op with its gradient by other functions, of arguments in another form: one node of autograd, where views
-    around the op would be one each. For calls that are `alone`, want a gradient and meet the op's rules."""
+    around the op would be one each. As many arguments as the op's, the first result with a gradient. For calls that are
+    `alone`, want a gradient and meet the op's rules."""
     apply = _node(op, unseen(kernel), *_both_ways(op, backward, setup_context, 1))
     count = len(getattr(torch.ops.uvg, op).default._schema.returns)
 

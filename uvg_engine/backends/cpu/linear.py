@@ -5,7 +5,7 @@ from torch import Tensor
 
 from uvg_engine.backends import native
 from uvg_engine.backends.cpu._tensors import DTYPES, at, refuses_tensors
-from uvg_engine.backends.packed_weights import packed
+from uvg_engine.backends.packed_weights import packed, would_keep
 
 
 def refuses(x: Tensor, *rest) -> str | None:
@@ -15,7 +15,7 @@ def refuses(x: Tensor, *rest) -> str | None:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, out: Tensor, pre: Tensor | None, keep: bool):
     """out = act(x W^T + b); rows of x, out and pre (which lies as out does) are packed."""
     words = None  # held until the kernel has read it
-    if not keep and native.core().linear_packs_panels(len(x), DTYPES[x.dtype]):
+    if not (keep and would_keep(weight)) and native.core().linear_packs_panels(len(x), DTYPES[x.dtype]):
         weight = weight.contiguous()
     else:
         words = packed(weight, keep)
