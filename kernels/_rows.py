@@ -8,7 +8,7 @@ by start: from run to run either grows, so no two runs meet. `sum_partials_kerne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -25,6 +25,22 @@ class RowConfig:
     ROWS: int
     num_warps: int
     maxnreg: int | None = None
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """A program's BLOCK_T rows, BLOCK_D of their columns at a time; narrower rows take fewer warps."""
+
+    BLOCK_T: int
+    BLOCK_D: int
+    num_warps: int
+    maxnreg: int | None = None
+
+    def launch_options(self, width: int) -> dict[str, int]:
+        """Options of a launch for rows of this width."""
+        block_d = min(self.BLOCK_D, power_of_two(max(width, 16)))
+        num_warps = max(1, self.num_warps * block_d // self.BLOCK_D)
+        return options(replace(self, BLOCK_D=block_d, num_warps=num_warps))
 
 
 @dataclass(frozen=True)
@@ -74,11 +90,11 @@ WALKS = Table(  # (oldest capability, most rows)
 PARTIALS = Table("_rows.PARTIALS", {(SM80, ANY): PartialsConfig(32, 64, 4, maxnreg=128)})
 
 
-def row_options(table: Table[RowConfig], x: torch.Tensor, num_spans: int | None = None) -> dict[str, int]:
-    """Options of a launch that holds whole rows of x [*, D]; num_spans: where it looks at spans."""
+def row_options(table: Table[RowConfig], x: torch.Tensor, num_spans: int | None = None, *kind: bool) -> dict[str, int]:
+    """Options of a launch that holds whole rows of x [*, D]; num_spans: where it looks at spans; kind: of the table."""
     width = x.shape[-1]
     spans = {} if num_spans is None else {"BLOCK_S": span_block(num_spans)}
-    return options(table.on(x.device, width)) | {"BLOCK_D": power_of_two(max(width, 16))} | spans
+    return options(table.on(x.device, *kind, width)) | {"BLOCK_D": power_of_two(max(width, 16))} | spans
 
 
 def walked_rows(x: torch.Tensor) -> int:

@@ -8,10 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from uvg_engine.kernels._configs import Table
-from uvg_engine.kernels._launch import COUNTS, AotCase, blocks, launch, packed
+from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed
 from uvg_engine.kernels._rows import (
     BACKWARD_ROWS,
     FORWARD_ROWS,
+    RowConfig,
     new_partials,
     owner_of_rows,
     row_options,
@@ -21,7 +22,11 @@ from uvg_engine.kernels._rows import (
 )
 
 FORWARD = Table("gated_residual.FORWARD", FORWARD_ROWS)
-BACKWARD = Table("gated_residual.BACKWARD", BACKWARD_ROWS)
+BACKWARD = Table(  # (oldest capability, whether rows are whole pieces of 16 numbers, widest row)
+    "gated_residual.BACKWARD",
+    {(chip, whole, width): config for (chip, width), config in BACKWARD_ROWS.items() for whole in (True, False)}
+    | {(SM80, False, 8192): RowConfig(1, 32)},
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -118,7 +123,7 @@ def backward(dout: Tensor, h: Tensor, y: Tensor, gate: Tensor | None, spans: Ten
     launch(
         *(gated_residual_bwd_kernel, (blocks(len(y), walked),), dout, y, gate, spans, dy, partials),
         *(*y.shape, num_spans, walked),
-        **row_options(BACKWARD, y, num_spans),
+        **row_options(BACKWARD, y, num_spans, y.shape[1] % 16 == 0),
     )
     sum_partials(partials, spans, len(y), walked, dgate)
     return dy, dgate
@@ -131,13 +136,13 @@ def _aot_call(rows: int, width: int, dtype: torch.dtype, num_spans: int = 4) -> 
     backward(forward(h, y, gate, spans), h, y, gate, spans)
 
 
-_EXPECTS = {
-    "gated_residual_fwd_kernel": ("wide",),
-    "gated_residual_bwd_kernel": ("wide",),
-    "sum_partials_kernel": ("wide",),
-}
+_KERNELS = ("gated_residual_fwd_kernel", "gated_residual_bwd_kernel", "sum_partials_kernel")
 AOT_CASES = tuple(
-    AotCase(f"T={rows} D={width} {str(dtype)[6:]}", lambda a=(rows, width, dtype): _aot_call(*a), _EXPECTS)
+    AotCase(
+        f"T={rows} D={width} {str(dtype)[6:]}",
+        lambda a=(rows, width, dtype): _aot_call(*a),
+        dict.fromkeys(_KERNELS, ("wide",) if width % 16 == 0 else ()),
+    )
     for rows, width, dtype in (
         (32768, 1536, torch.bfloat16),
         (32768, 1536, torch.float16),
@@ -145,5 +150,6 @@ AOT_CASES = tuple(
         (32768, 5120, torch.bfloat16),
         (2944, 512, torch.bfloat16),
         (1024, 128, torch.float32),
+        *((32768, width, torch.bfloat16) for width in (5119, 1025, 257, 72)),
     )
 )

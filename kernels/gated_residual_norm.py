@@ -6,17 +6,16 @@ registers of a wide row: it goes over the columns of its rows twice, the second 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvg_engine.kernels._configs import ANY, Table, options
-from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed, power_of_two
+from uvg_engine.kernels._configs import ANY, Table
+from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed
 from uvg_engine.kernels._rows import (
     FORWARD_ROWS,
+    PartConfig,
     new_partials,
     owner_of_rows,
     row_options,
@@ -24,24 +23,7 @@ from uvg_engine.kernels._rows import (
     span_block,
     sum_partials,
 )
-from uvg_engine.kernels.modulated_layer_norm import norm_rows, store_affine_sums
-
-
-@dataclass(frozen=True)
-class PartConfig:
-    """A program's BLOCK_T rows, BLOCK_D of their columns at a time; narrower rows take fewer warps."""
-
-    BLOCK_T: int
-    BLOCK_D: int
-    num_warps: int
-    maxnreg: int | None = None
-
-    def launch_options(self, width: int) -> dict[str, int]:
-        """Options of a launch for rows of this width."""
-        block_d = min(self.BLOCK_D, power_of_two(max(width, 16)))
-        num_warps = max(1, self.num_warps * block_d // self.BLOCK_D)
-        return options(replace(self, BLOCK_D=block_d, num_warps=num_warps))
-
+from uvg_engine.kernels.modulated_layer_norm import load_gradient, norm_rows, store_affine_sums
 
 FORWARD = Table("gated_residual_norm.FORWARD", FORWARD_ROWS)
 # (oldest capability, whether rows are whole pieces of 16 numbers, most rows). 8 elements a thread: 16 spilled on
@@ -101,28 +83,6 @@ def gated_residual_norm_fwd_kernel(
     tl.store(p_normed + o_TD, b_normed, mask=m_TD)
     tl.store(p_mean + o_T, mean, mask=m_T)
     tl.store(p_rstd + o_T, rstd, mask=m_T)
-
-
-@triton.jit
-def load_gradient(
-    p_dnormed, p_out, p_scale, p_weight, mean, rstd, owner, o_T, o_D, m_T, width
-):  # fmt: skip
-    """Columns o_D of the rows o_T: gradient of the result, that of the affine norm, that of the normalised row, and the
-    normalised row itself."""
-    m_D = o_D < width
-    m_TD = m_T[:, None] & m_D[None, :]
-    o_TD = o_T[:, None] * width + o_D[None, :]
-    b_dnormed = tl.load(p_dnormed + o_TD, mask=m_TD, other=0.0).to(tl.float32)
-    b_xhat = (tl.load(p_out + o_TD, mask=m_TD, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
-    b_inner = b_dnormed
-    if p_scale is not None:
-        o_SD = owner.to(tl.int64)[:, None] * width + o_D[None, :]
-        m_SD = (owner >= 0)[:, None] & m_D[None, :]
-        b_inner *= 1.0 + tl.load(p_scale + o_SD, mask=m_SD, other=0.0).to(tl.float32)
-    b_dxhat = b_inner
-    if p_weight is not None:
-        b_dxhat *= tl.load(p_weight + o_D, mask=m_D, other=0.0).to(tl.float32)[None, :]
-    return b_dnormed, b_inner, b_dxhat, b_xhat
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from uvg_engine.kernels._configs import ANY, Table, options
 from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed, power_of_two
-from uvg_engine.kernels._rows import FORWARD_ROWS, row_options
+from uvg_engine.kernels._rows import FORWARD_ROWS, RowConfig, row_options
 from uvg_engine.kernels.moe_combine import SlotConfig, sum_choices
 
 
@@ -29,7 +29,11 @@ class GroupConfig:
 
 SLOTS = Table("moe_dispatch.SLOTS", {(SM80, ANY): SlotConfig(64, 4)})
 GROUPS = Table("moe_dispatch.GROUPS", {(SM80, ANY): GroupConfig(4096, 8)})
-COPY = Table("moe_dispatch.COPY", FORWARD_ROWS)
+COPY = Table(  # (oldest capability, whether rows are whole pieces of 16 numbers, widest row)
+    "moe_dispatch.COPY",
+    {(chip, whole, width): config for (chip, width), config in FORWARD_ROWS.items() for whole in (True, False)}
+    | {(SM80, False, 8192): RowConfig(1, 8, maxnreg=128)},
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -124,7 +128,7 @@ def forward(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     num_blocks, block_e = blocks(num_slots, slots.BLOCK_R), power_of_two(max(num_experts, 16))
     counts, order = experts.new_empty(num_blocks, block_e), experts.new_empty(num_slots)
     rows, group_offsets = x.new_empty(num_slots, width), experts.new_empty(num_experts + 1)
-    sizes, tile = options(slots) | {"BLOCK_E": block_e}, row_options(COPY, rows)
+    sizes, tile = options(slots) | {"BLOCK_E": block_e}, row_options(COPY, rows, None, width % 16 == 0)
     launch(count_slots_kernel, (num_blocks,), experts, counts, num_slots, **sizes)
     launch(
         *(place_groups_kernel, (1,), counts, group_offsets, num_blocks, num_experts),
@@ -153,12 +157,14 @@ def _aot_call(rows: int, width: int, top_k: int, num_experts: int, dtype: torch.
     backward(copies, order, x, experts, num_experts)
 
 
-_EXPECTS = {
-    **{"count_slots_kernel": (), "place_groups_kernel": (), "place_slots_kernel": (), "invert_order_kernel": ()},
-    **{"copy_rows_kernel": ("wide",), "sum_choices_kernel": ("wide",)},
-}
+_SMALL = ("count_slots_kernel", "place_groups_kernel", "place_slots_kernel", "invert_order_kernel")
 AOT_CASES = tuple(
-    AotCase(f"T={a[0]} D={a[1]} K={a[2]} E={a[3]} {str(a[4])[6:]}", lambda a=a: _aot_call(*a), _EXPECTS)
+    AotCase(
+        f"T={a[0]} D={a[1]} K={a[2]} E={a[3]} {str(a[4])[6:]}",
+        lambda a=a: _aot_call(*a),
+        dict.fromkeys(_SMALL, ())
+        | dict.fromkeys(("copy_rows_kernel", "sum_choices_kernel"), ("wide",) if a[1] % 16 == 0 else ()),
+    )
     for a in (
         (32768, 1536, 2, 8, torch.bfloat16),
         (32768, 1536, 2, 8, torch.float16),
@@ -166,5 +172,6 @@ AOT_CASES = tuple(
         (32768, 5120, 2, 64, torch.bfloat16),
         (2944, 512, 2, 8, torch.bfloat16),
         (2944, 128, 2, 8, torch.float32),
+        *((32768, width, 2, 8, torch.bfloat16) for width in (5119, 1025, 257, 72)),
     )
 )

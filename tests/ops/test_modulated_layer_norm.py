@@ -45,6 +45,7 @@ class TestModulatedLayerNorm(DifferentiableOpSuite):
         Case("narrow-parameters", lambda g: modulated(g, (2, 5), 15) | affine(g, 15)),
         Case("one-row", lambda g: modulated(g, (1,), 33), MOD),
         Case("block-and-one", lambda g: modulated(g, (31, 33, 1), 1025), MOD),
+        Case("in-parts", lambda g: modulated(g, (4, 0, 5), 2051) | affine(g, 2051), ALL, dtypes=(FP32,)),
         Case("far-from-zero", lambda g: modulated(g, (4, 5), 64, offset=1000.0), MOD, dtypes=(FP32,), ulps=1024),
     )
     mistakes = (

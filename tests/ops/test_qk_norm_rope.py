@@ -64,6 +64,7 @@ class TestQkNormRope(DifferentiableOpSuite):
         case("q-alone", 18, MIXED, 2, 8, without=K),
         case("no-rotation", 70, (), 1, 37, without=ROTATION),
         case("q-alone-no-rotation", 131, (), 3, 32, without=K + ROTATION),
+        case("in-parts-no-rotation", 9, (), 1, 2051, without=K + ROTATION),
         case("q-alone-no-rows", 0, (), 1, 6, without=K + ROTATION),
     )
     mistakes = (
