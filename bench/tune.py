@@ -45,7 +45,7 @@ class Choices:
 
 def neighbours(config: Any) -> Iterator[Any]:
     """Configurations that differ in one field: half and double of a size, one stage more or less, the other truth, a
-    limit of registers or none. Not in `held`, which follows from the others: tests/test_aot.py tells what it must be."""
+    limit of registers or none; not in `held`, which follows from them (tests/test_aot.py tells what it must be)."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name == "held":
