@@ -103,7 +103,8 @@ def test_gpu_check_counts_what_a_late_shard_found(tmp_path):
     )
     found = gpu_check.shard("late", [str(tests)], tmp_path, time.monotonic() + 20)
     assert (tmp_path / "reached").exists()
-    assert found["passed"] == 1 and [name.split(": ")[0] for name in found["failures"]] == ["test_late::test_b"]
+    (failure,) = found["failures"]  # pytest puts folders before it where it takes another one for its root
+    assert found["passed"] == 1 and failure.split(": ")[0].endswith("test_late::test_b")
     assert found["not done"] == ["late: not ended after 14 s"]
 
 
