@@ -1,4 +1,8 @@
-"""The tests marked gpu and the timings on a CUDA device, written as one report; called by bench/gpu_check.sh."""
+"""The tests marked gpu and the timings on a CUDA device, written as one report; called by bench/gpu_check.sh.
+
+This process meets no device: whatever may hang is a process of its own that is waited for until a given time and no
+longer, so that the report is written in time whatever hangs, fails or breaks.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ from bench.peers import PEERS
 from bench.timing import machine
 from uvg_engine import backends
 from uvg_engine.backends import gpu_limits
-from uvg_engine.cli._op_calls import CALLS, ask
+from uvg_engine.cli import _op_calls
 from uvg_engine.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +40,9 @@ TESTS_SHARE = 0.55  # of the time that is left, at most
 LEAST_OP = 8  # seconds below which no op is begun
 GRACE = 5  # seconds in which tests whose time is over tell what they found
 PEER_LASTS, COLD_PEER_LASTS = 10, 60  # that a peer may take to be compiled; where no cache has it
-ALL_LASTS, LEAST = 470, 120  # seconds of build, tests and timings; of the last two, however long the build took
+ALL_LASTS = 468  # seconds of build, tests and timings; gpu_check.sh ends all at 480, and what it builds at 350
+ABOUT_LASTS = 45  # seconds at most until it is known what the machine is
+PIPE_LASTS = 3  # seconds in which a process that was killed has to be gone; one that hangs in a driver stays
 CASES, FUZZ = "tests/ops/test_on_gpu.py", "tests/ops/test_fuzz.py"
 TOGETHER = "tests/ops/test_triton_modes.py tests/ops/test_triton_philox.py tests/ops/test_triton_configurations.py"
 TESTERS = 16  # processes at most: most of the tests' time goes into compiling kernels, on one core each
@@ -54,36 +60,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench/gpu_check.sh", description=__doc__)
     parser.add_argument("--no-bench", action="store_true", help="tests only")
     parser.add_argument("--spent", type=int, default=0, metavar="SECONDS", help="that building took: they count")
-    parser.add_argument("--served", action="store_true", help="which backend serves what, as JSON, and no more")
+    parser.add_argument("--asked", type=int, metavar="EPOCH", help="when that was known: imports count too")
+    for what, help in (("served", "which backend serves what"), ("about", "machine and peers")):
+        parser.add_argument(f"--{what}", action="store_true", help=f"{help}, as JSON, and no more")
     args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        found = f"torch {torch.__version__} for CUDA {torch.version.cuda}"
-        print(json.dumps({"ok": False, "reason": f"{found} sees no CUDA device here"}))
-        return 1
-    if args.served:
-        print(json.dumps(served()))
+    if args.served or args.about:
+        print(json.dumps(served() if args.served else about()))
         return 0
-    left = max(LEAST, ALL_LASTS - args.spent)
-    end = time.monotonic() + left
-    tests_end = time.monotonic() + min(TESTS_LAST, TESTS_SHARE * left)
-    about = machine("cuda") | {"cuda": torch.version.cuda, "limits": limits()}
-    found: dict[str, Any] = {"machine": about, "peers": peers()}
-    with ThreadPoolExecutor(1) as beside:
-        answer = beside.submit(ask_served, tests_end)
-        found["tests"] = run_tests(tests_end, warm=not args.no_bench)
-        found["backends"], found["not asked"] = answer.result()
-    found["bench"], found["not timed"] = ([], {}) if args.no_bench else run_bench(end)
+    begun = time.monotonic()
+    imports = 0 if args.asked is None else max(0, time.time() - args.asked)
+    left = max(0, ALL_LASTS - args.spent - imports)
+    found, why = ask("--about", min(begun + ABOUT_LASTS, begun + left))
+    if found.get("device") is None and not why:
+        print(json.dumps({"ok": False, "reason": f"{found['torch']} sees no CUDA device here"}))
+        return 1
+    found = {"device": "unknown", "machine": {}, "peers": {}, **found, **nothing(), "broken": why}
+    if not why:
+        try:
+            fill(found, begun + min(TESTS_LAST, TESTS_SHARE * left), begun + left, args.no_bench)
+        except Exception as error:  # of the check itself: told beside what was found until then
+            found["broken"] = f"{type(error).__name__}: {error}"
     wrong = [line for line in found["bench"] if "wrong" in line]
     tests = found["tests"]
-    lacks = (tests["failures"], tests["not done"], found["not timed"], found["not asked"], wrong)
+    lacks = (tests["failures"], tests["not done"], found["not timed"], found["not asked"], found["broken"], wrong)
     found["ok"] = bool(tests["passed"]) and not any(lacks)
-    name = f"gpu_{torch.cuda.get_device_name()}_{about.get('commit', 'unknown')}".replace(" ", "_").replace("/", "_")
+    name = f"gpu_{found['device']}_{found['machine'].get('commit', 'unknown')}".replace(" ", "_").replace("/", "_")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.md"
     with replacing(path) as temporary:
         temporary.write_text(report(found))
     print(json.dumps({"ok": found["ok"], "report": os.path.relpath(path, ROOT)}))
     return 0 if found["ok"] else 1
+
+
+def nothing() -> dict[str, Any]:
+    """What is found where no part of the check has begun: all of it left out, by name."""
+    untested = [f"{name}: not begun" for name in shards()]
+    tests = {"passed": 0, "skipped": 0, "failures": [], "not done": untested}
+    untimed = dict.fromkeys(timed(), "not begun")
+    return {"tests": tests, "backends": {}, "not asked": "not begun", "bench": [], "not timed": untimed}
+
+
+def fill(found: dict[str, Any], tests_end: float, end: float, no_bench: bool) -> None:
+    """Put in what each part of the check finds."""
+    if no_bench:
+        found["not timed"] = {}
+    with ThreadPoolExecutor(1) as beside:
+        answer = beside.submit(ask, "--served", tests_end)
+        found["tests"] = run_tests(tests_end, warm=not no_bench)
+        found["backends"], found["not asked"] = answer.result()
+    if not no_bench:
+        found["bench"], found["not timed"] = run_bench(end)
+
+
+def about() -> dict[str, Any]:
+    """The device (None: there is none), the machine, and each peer."""
+    told = {"device": None, "torch": f"torch {torch.__version__} for CUDA {torch.version.cuda}"}
+    if not torch.cuda.is_available():
+        return told
+    here = machine("cuda") | {"cuda": torch.version.cuda, "limits": limits()}
+    return told | {"device": torch.cuda.get_device_name(), "machine": here, "peers": peers()}
 
 
 def limits() -> Any:
@@ -99,7 +135,7 @@ def peers() -> dict[str, str]:
 
 def served() -> dict[str, str]:
     """Each backend with the ops that it serves in bf16, and why not the others of its table."""
-    said = {op: ask(op, "cuda", torch.bfloat16) for op in CALLS}
+    said = {op: _op_calls.ask(op, "cuda", torch.bfloat16) for op in _op_calls.CALLS}
     lines = {}
     for name in backends.names():
         no = {op: said[op]["error"] or said[op]["refused"].get(name) for op in sorted(backends.table(name))}
@@ -109,13 +145,24 @@ def served() -> dict[str, str]:
     return lines
 
 
-def ask_served(end: float) -> tuple[dict[str, str], str]:
-    """(`served`, or nothing and why): asked by calls, whose kernels are compiled, in a process that may hang."""
-    code, told = _python(max(1, int(end - time.monotonic())), "-m", "bench.gpu_check", "--served", environment=ONE_CORE)
-    lines = [text for text in told.splitlines() if text.startswith("{")]
-    if code == 0 and lines:
-        return json.loads(lines[-1]), ""
-    return {}, f"exit {code}: {told.strip().splitlines()[-1:]}"
+def ask(what: str, end: float) -> tuple[dict[str, Any], str]:
+    """(what `--served` or `--about` tells, or nothing and why): asked in a process that may hang."""
+    left = int(end - time.monotonic())
+    if left < 1:
+        return {}, "the time for it was over"
+    code, told = _python(left, "-m", "bench.gpu_check", what, environment=ONE_CORE)
+    if code == 0 and (lines := _objects(told)):
+        return lines[-1], ""
+    return {}, f"{what[2:]}: exit {code}: {told.strip().splitlines()[-1:]}"
+
+
+def _objects(told: str) -> list[dict[str, Any]]:
+    """The lines that are JSON objects; the last one of a process that was ended may be cut off."""
+    found = []
+    for text in told.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found += [json.loads(text)] if text.startswith("{") else []
+    return found
 
 
 def shards() -> dict[str, list[str]]:
@@ -213,7 +260,7 @@ def run_bench(end: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
         process = coming or _begun(*_timing(op, "0.2", PEER_LASTS), "--wait")
         coming = _begun(*_timing(names[place + 1], "0.2", PEER_LASTS), "--wait") if place + 1 < len(names) else None
         code, told = _ended(process, left, "go\n")
-        lines += [json.loads(text) for text in told.splitlines() if text.startswith("{")]
+        lines += _objects(told)
         if code:
             missing[op] = f"exit {code}: {told.strip().splitlines()[-1:]}"
     if coming:
@@ -231,6 +278,7 @@ def report(found: dict[str, Any]) -> str:
     tests = found["tests"]
     lines = [
         *("# The kernels on a GPU", "", f"All well: {'yes' if found['ok'] else 'no'}.", ""),
+        *([f"The check itself did not end well: {found['broken']}", ""] if found["broken"] else []),
         *("## Machine", "", *(f"- {name}: {value}" for name, value in found["machine"].items()), ""),
         *("## Backends", "", *(f"- `{name}`: {ops}" for name, ops in found["backends"].items())),
         *(f"- not asked: {reason}" for reason in [found["not asked"]] if reason),
@@ -286,7 +334,8 @@ def _begun(*arguments: str, environment: Mapping[str, str] = MappingProxyType({}
 
 def _ended(process: subprocess.Popen[str], seconds: int, word: str | None = None, grace: int = 0) -> tuple[int, str]:
     """(exit code, output) of a process that is told a word; 124 where it took too long. grace: seconds that it has left
-    when it is interrupted."""
+    when it is interrupted. Returns PIPE_LASTS seconds after all that, even if what was killed is still there or has
+    left its pipe to someone."""
     try:
         output, _ = process.communicate(word, timeout=seconds)
         code = process.returncode
@@ -300,7 +349,10 @@ def _ended(process: subprocess.Popen[str], seconds: int, word: str | None = None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     if code == 124:
-        output, _ = process.communicate()
+        try:
+            output, _ = process.communicate(timeout=PIPE_LASTS)
+        except subprocess.TimeoutExpired as error:
+            output = (error.output or b"").decode(errors="replace")
     elif code:
         print(output, file=sys.stderr)
     return code, output

@@ -41,12 +41,13 @@ def test_gpu_report_tells_what_is_missing_and_what_failed():
         **{"ok": False, "machine": {"device": "H100"}, "backends": {"triton": "moe_mlp"}, "not asked": "exit 124: []"},
         **{"peers": {"liger": "not installed", "torch": "available"}, "not timed": {"block": "exit 1: ['boom']"}},
         **{"tests": {"passed": 3, "skipped": 1, "failures": ["a::b: ['error']"], "not done": ["c: not begun"]}},
-        "bench": [timed | {"times_faster": {"torch": 2.0}}, lost],
+        **{"bench": [timed | {"times_faster": {"torch": 2.0}}, lost], "broken": "OSError: no space"},
     }
     lines = gpu_check.report(found).splitlines()
     for line in (
         *(
             "All well: no.",
+            "The check itself did not end well: OSError: no space",
             "- not asked: exit 124: []",
             "- `liger`: not available: not installed",
             "- `torch`: available",
@@ -94,6 +95,14 @@ def test_gpu_check_ends_in_time():
     assert time.monotonic() - begun < 20
 
 
+def test_gpu_check_does_not_wait_for_what_cannot_be_ended():
+    """A process of another session keeps the pipe, as compilers may; so does one that hangs in a driver."""
+    stays = "import os, time; print('begun', flush=True); os.fork() or os.setsid(); time.sleep(90)"
+    begun = time.monotonic()
+    assert gpu_check._python(3, "-c", stays) == (124, "begun\n")
+    assert time.monotonic() - begun < 60
+
+
 def test_gpu_check_counts_what_a_late_shard_found(tmp_path):
     """Here the last of its tests hangs."""
     tests = tmp_path / "test_late.py"
@@ -111,11 +120,13 @@ def test_gpu_check_counts_what_a_late_shard_found(tmp_path):
 def test_gpu_check_asks_who_serves_in_a_process_that_may_break(monkeypatch):
     def answers(code, told):
         monkeypatch.setattr(gpu_check, "_python", lambda seconds, *command, environment: (code, told))
-        return gpu_check.ask_served(time.monotonic() + 9)
+        return gpu_check.ask("--served", time.monotonic() + 9)
 
     assert answers(0, 'a warning\n{"triton": "linear"}\n') == ({"triton": "linear"}, "")
-    assert answers(124, "begun\n") == ({}, "exit 124: ['begun']")
-    assert answers(1, "") == ({}, "exit 1: []")
+    assert answers(0, '{"triton": "lin') == ({}, 'served: exit 0: [\'{"triton": "lin\']')
+    assert answers(124, "begun\n") == ({}, "served: exit 124: ['begun']")
+    assert answers(1, "") == ({}, "served: exit 1: []")
+    assert gpu_check.ask("--served", time.monotonic()) == ({}, "the time for it was over")
 
 
 def test_a_commit_is_unknown_without_git(monkeypatch):
@@ -133,7 +144,7 @@ def test_gpu_check_has_time_for_nothing():
     assert lines == [] and set(missing) == {*backends.table("triton"), "block"}
 
 
-@pytest.mark.parametrize("spent, most", [(0, 258), (250, 121), (3000, 66)])
+@pytest.mark.parametrize("spent, most", [(0, 257), (250, 120), (350, 65)])
 def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys, spent, most):
     """All of it but the device: shards of tests, one of them late, lines of timings, what serves, the report. most:
     seconds for the tests, after `spent` ones of building."""
@@ -144,7 +155,7 @@ def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys, spent, mos
         arguments, environment = process
         assert 0 < seconds <= most
         if arguments[1] == "bench.gpu_check":
-            return 0, json.dumps(gpu_check.served())
+            return 0, json.dumps(gpu_check.about() if "--about" in arguments else gpu_check.served())
         if arguments[1] == "bench" and word is None:
             warmed.add(arguments[2])
             return 1, "a peer ran out of memory"
@@ -166,7 +177,7 @@ def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys, spent, mos
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
     refusals = {"cuda": "uvg_engine._cuda is not built"}
-    monkeypatch.setattr(gpu_check, "ask", lambda *call: {"error": None, "refused": refusals})
+    monkeypatch.setattr(gpu_check._op_calls, "ask", lambda *call: {"error": None, "refused": refusals})
     monkeypatch.setattr(gpu_check, "_begun", lambda *arguments, environment=None: (arguments, environment))
     monkeypatch.setattr(gpu_check, "_ended", ended)
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
@@ -182,6 +193,75 @@ def test_gpu_check_with_a_faked_device(monkeypatch, tmp_path, capsys, spent, mos
     assert (
         "| flash_attention | T=1 | forward | triton | 1.000 | 50% |" in told and "- `openvino`: not available" in told
     )
+
+
+DEVICE = {"device": "H100", "torch": "torch", "machine": {"commit": "abc"}, "peers": {"liger": "available"}}
+
+
+def ended_early(monkeypatch, tmp_path, capsys, *arguments):
+    """The report of a check in which nothing goes well."""
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    assert gpu_check.main(arguments) == 1
+    (path,) = tmp_path.iterdir()
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+    return path.read_text()
+
+
+def all_left_out(told):
+    """Every shard and every timing by its name."""
+    assert all(f"- not done: {name}: not begun" in told for name in gpu_check.shards())
+    assert all(f"- {op}: not timed, " in told for op in gpu_check.timed())
+    return True
+
+
+def test_gpu_check_reports_where_the_device_hangs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "ABOUT_LASTS", 2)
+    monkeypatch.setattr(gpu_check, "_begun", stand_in("import time; time.sleep(90)"))
+    told = ended_early(monkeypatch, tmp_path, capsys)
+    assert "The check itself did not end well: about: exit 124: []" in told and all_left_out(told)
+
+
+def test_gpu_check_reports_where_a_part_breaks(monkeypatch, tmp_path, capsys):
+    def broken(*given, **more):
+        raise OSError("no space")
+
+    monkeypatch.setattr(gpu_check, "ask", lambda *given: (dict(DEVICE), ""))
+    monkeypatch.setattr(gpu_check, "run_tests", broken)
+    told = ended_early(monkeypatch, tmp_path, capsys)
+    assert "The check itself did not end well: OSError: no space" in told and all_left_out(told)
+
+
+def test_gpu_check_without_time_begins_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "ask", lambda what, end: (dict(DEVICE), "") if what == "--about" else ({}, "over"))
+    monkeypatch.setattr(gpu_check, "_begun", lambda *given, **more: pytest.fail("was begun"))
+    told = ended_early(monkeypatch, tmp_path, capsys, "--spent", "3000")
+    assert "- not asked: over" in told and all_left_out(told)
+
+
+def stand_in(code):
+    """For `_begun`: a process that runs this in place of what is asked."""
+    begun = gpu_check._begun
+    return lambda *arguments, environment=None: begun("-c", code)
+
+
+def test_gpu_check_ends_in_time_where_everything_hangs(monkeypatch, tmp_path, capsys):
+    """Real processes that heed no interrupt: every shard, timing and question; the report names them all. 22 s stand
+    for the whole, of which imports have had 2."""
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    code += "print('{\"cut', flush=True); time.sleep(600)"
+    ask = gpu_check.ask
+    monkeypatch.setattr(gpu_check, "ask", lambda what, end: (dict(DEVICE), "") if what == "--about" else ask(what, end))
+    monkeypatch.setattr(gpu_check, "_begun", stand_in(code))
+    monkeypatch.setattr(gpu_check, "ALL_LASTS", 22)
+    monkeypatch.setattr(gpu_check, "LEAST_OP", 2)
+    monkeypatch.setattr(gpu_check, "GRACE", 1)
+    begun = time.monotonic()
+    told = ended_early(monkeypatch, tmp_path, capsys, "--asked", str(int(time.time()) - 2))
+    assert time.monotonic() - begun < 20 + 2 * gpu_check.PIPE_LASTS + 1
+    tested, timings = told.split("## Timings")
+    assert all(f"- not done: {name}: not " in tested for name in gpu_check.shards())
+    assert "not ended after" in tested and "- not asked: served: exit 124: ['{\"cut']" in tested
+    assert all(f"- {op}: not timed, " in timings for op in gpu_check.timed()) and "exit 124" in timings
 
 
 def test_the_device_waits_until_the_host_has_asked_for_all(monkeypatch):
@@ -230,8 +310,33 @@ def test_the_machines_own_python_serves_where_it_sees_a_gpu(sees, made, tmp_path
         path.chmod(0o755)
     if made:
         (tmp_path / ".venv" / ".uvg-dev").touch()
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHON"}
-    clean["PATH"] = f"{tmp_path}/bin:{clean['PATH']}"
-    subprocess.run(["bash", f"bench/{script.name}"], cwd=tmp_path, env=clean, check=True)
+    run_script(tmp_path).check_returncode()
     *_, last = (tmp_path / "log").read_text().splitlines()
     assert last.startswith(f"{'bin/python3' if sees and not made else '.venv/bin/python'} -m bench.gpu_check --spent")
+
+
+def run_script(folder, **environment):
+    """The script of a copied tree, with what lies in its bin before all else."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    clean |= {"PATH": f"{folder}/bin:{clean['PATH']}", **environment}
+    return subprocess.run(["bash", "bench/gpu_check.sh"], cwd=folder, env=clean, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("part", ["make", "import", "bench.gpu_check"])
+def test_the_script_ends_whatever_hangs(part, tmp_path):
+    """A build, a look at the installed package, or the check itself, all deaf to TERM; seconds stand for minutes."""
+    script = Path(gpu_check.__file__).with_suffix(".sh")
+    hangs = 'trap "" TERM; for i in $(seq 90); do sleep 1; done'
+    for name in ("bench/gpu_check.sh", "bin/make", "bin/python3", ".venv/bin/python"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/bash\ncase "{name} $*" in *{part}*) {hangs} ;; esac\n[ "$1" != -c ]\n')
+        path.chmod(0o755)
+    (tmp_path / "bench" / script.name).write_bytes(script.read_bytes())
+    begun = time.monotonic()
+    own = {"PYTHON": "python3"} if part == "import" else {}
+    done = run_script(tmp_path, UVG_BUILD_ENDS="2", UVG_CHECK_ENDS="4", **own)
+    assert time.monotonic() - begun < 30 and done.returncode == 1
+    told = (tmp_path / json.loads(done.stdout)["report"]).read_text()
+    assert "All well: no." in told
+    assert ("bench.gpu_check did not end" if part == "bench.gpu_check" else "Building ended with exit") in told
