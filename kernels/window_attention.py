@@ -42,9 +42,7 @@ FORWARD = Table(
     "window_attention.FORWARD",
     {
         (SM80, 2, 32): WindowConfig(64, 64, 8, 3, held=2),
-        (SM80, 2, 63): WindowConfig(
-            64, 32, 8, 2, held=2
-        ),  # padded to 64, addresses that no access of 16 bytes may have
+        (SM80, 2, 63): WindowConfig(64, 32, 8, 2, held=2),  # padded to 64, no access of 16 bytes
         (SM80, 2, 64): WindowConfig(64, 64, 8, 3),
         (SM80, 2, 128): WindowConfig(64, 64, 8, 2),
         (SM80, 2, "odd", 127): WindowConfig(32, 32, 8, 1),

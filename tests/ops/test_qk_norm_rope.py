@@ -48,6 +48,8 @@ STARTS = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
 MANY = [(s, n, VIDEO, *g) for s, n, g in zip(STARTS, LENGTHS, GRIDS)]
 MANY += [(s, n, TEXT, 0, 0, 0) for s, n in zip(STARTS[4:], LENGTHS[4:])]
 
+NEAR = ((0, 4, VIDEO, 1, 2, 2), (4, 3, TEXT, 0, 0, 0), (7, 3, VIDEO, 1, 3, 1))  # both kinds in a block; one row bare
+
 
 class TestQkNormRope(DifferentiableOpSuite):
     op = "qk_norm_rope"
@@ -64,6 +66,8 @@ class TestQkNormRope(DifferentiableOpSuite):
         case("q-alone", 18, MIXED, 2, 8, without=K),
         case("no-rotation", 70, (), 1, 37, without=ROTATION),
         case("q-alone-no-rotation", 131, (), 3, 32, without=K + ROTATION),
+        case("in-parts", 11, NEAR, 27, 78),  # rows that Triton takes in parts: odd halves of a head, and fp32
+        case("in-parts-q-alone", 11, NEAR, 33, 128, without=K),
         case("in-parts-no-rotation", 9, (), 1, 2051, without=K + ROTATION),
         case("q-alone-no-rows", 0, (), 1, 6, without=K + ROTATION),
     )

@@ -51,8 +51,8 @@ def made():
     """(generator, maker of far rows, maker of numbers)."""
     g = torch.Generator().manual_seed(0)
 
-    def rows():
-        return with_end(torch.randn(END, WIDTH, generator=g).to(BF16), ROWS, WIDTH)
+    def rows(width=WIDTH):
+        return with_end(torch.randn(END, width, generator=g).to(BF16), ROWS, width)
 
     return rows, lambda *shape: torch.randn(*shape, generator=g)
 
@@ -112,14 +112,16 @@ def test_gated_residual_norm(run_part):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=5e-2)
 
 
+@pytest.mark.parametrize("heads, head", [(32, 128), (79, 52)], ids=["whole rows", "in parts"])
 @pytest.mark.parametrize("kind", [0, 1])
-def test_qk_norm_rope(run_part, kind):
+def test_qk_norm_rope(run_part, kind, heads, head):
     rows, normal = made()
-    q, k, weight, table = rows(), rows(), normal(WIDTH), normal(2, END, 64, 2)
+    width = heads * head
+    q, k, weight, table = rows(width), rows(width), normal(width), normal(2, END, head // 2, 2)
     spans = torch.tensor([[ROWS - END, END, kind, 2, 2, 2]], dtype=torch.int32)
-    args = (weight, weight, spans, table, WIDTH // 128, 1e-6)
+    args = (weight, weight, spans, table, heads, 1e-6)
     q_out, k_out, *rstd = run_part(qk_norm_rope.forward, q, k, *args)
-    ends = (q[-END:], k[-END:], weight, weight, torch.tensor([[0, END, kind, 2, 2, 2]]), table, WIDTH // 128, 1e-6)
+    ends = (q[-END:], k[-END:], weight, weight, torch.tensor([[0, END, kind, 2, 2, 2]]), table, heads, 1e-6)
     want = rope_truth.forward(*ends)
     close(q_out, want[0])
     close(k_out, want[1])
