@@ -204,6 +204,31 @@ def sum_partials_kernel(
         tl.store(p_second + o_out, tl.sum(b_second, axis=0), mask=m_D)
 
 
+@triton.jit
+def store_affine_sums(p_sums, b_dweight, b_dbias, p_weight, p_bias, i_B, o_D, width):
+    """The sums over the rows of block i_B for weight and bias, where they are given, to p_sums [blocks, 1 or 2, D]."""
+    PARTS: tl.constexpr = (p_weight is not None) + (p_bias is not None)
+    if PARTS > 0:
+        at, m_D = p_sums + i_B.to(tl.int64) * (PARTS * width) + o_D, o_D < width
+        if p_weight is not None:
+            tl.store(at, tl.sum(b_dweight, axis=0), mask=m_D)
+        if p_bias is not None:
+            tl.store(at + (PARTS - 1) * width, tl.sum(b_dbias, axis=0), mask=m_D)
+
+
+@triton.jit
+def store_span_sums(p_sums, o_sum, b_dshift, b_dscale, m_run, m_sum, p_weight, p_bias, o_D, width):
+    """The sums of a run for shift and scale to p_sums [P, 2, D]; b_dscale: before weight and bias."""
+    b_shift = tl.sum(tl.where(m_run, b_dshift, 0.0), axis=0)
+    b_scale = tl.sum(tl.where(m_run, b_dscale, 0.0), axis=0)
+    if p_weight is not None:
+        b_scale *= tl.load(p_weight + o_D, mask=o_D < width, other=0.0).to(tl.float32)
+    if p_bias is not None:
+        b_scale += b_shift * tl.load(p_bias + o_D, mask=o_D < width, other=0.0).to(tl.float32)
+    tl.store(p_sums + o_sum, b_shift, mask=m_sum)
+    tl.store(p_sums + o_sum + width, b_scale, mask=m_sum)
+
+
 def new_partials(like: torch.Tensor, num_rows: int, num_spans: int, parts: int, walked: int) -> torch.Tensor:
     """Room for the partial sums of `parts` quantities: fp32 [blocks + spans, parts, D]."""
     rows = blocks(num_rows, walked) + num_spans

@@ -21,9 +21,11 @@ from uvg_engine.kernels._rows import (
     row_options,
     run_of_row,
     span_block,
+    store_affine_sums,
+    store_span_sums,
     sum_partials,
 )
-from uvg_engine.kernels.modulated_layer_norm import load_gradient, norm_rows, store_affine_sums
+from uvg_engine.kernels.modulated_layer_norm import gradient_means, load_gradient, norm_rows
 
 FORWARD = Table("gated_residual_norm.FORWARD", FORWARD_ROWS)
 # (oldest capability, whether rows are whole pieces of 16 numbers, most rows). 8 elements a thread: 16 spilled on
@@ -119,17 +121,9 @@ def gated_residual_norm_bwd_kernel(
     owner = owner_of_rows(o_T, p_spans, num_spans, 2, BLOCK_S)
     mean = tl.load(p_mean + o_T, mask=m_T, other=0.0)
     rstd = tl.load(p_rstd + o_T, mask=m_T, other=0.0)
-    mean_dxhat = tl.zeros([BLOCK_T], tl.float32)
-    mean_both = tl.zeros([BLOCK_T], tl.float32)
-    for column in range(0, width, BLOCK_D):
-        o_D = column + tl.arange(0, BLOCK_D)
-        _, _, b_dxhat, b_xhat = load_gradient(
-            p_dnormed, p_out, p_scale, p_weight, mean, rstd, owner, o_T, o_D, m_T, width
-        )
-        mean_dxhat += tl.sum(b_dxhat, axis=1)
-        mean_both += tl.sum(b_dxhat * b_xhat, axis=1)
-    mean_dxhat, mean_both = mean_dxhat / width, mean_both / width
-
+    mean_dxhat, mean_both = gradient_means(
+        p_dnormed, p_out, p_scale, p_weight, mean, rstd, owner, o_T, m_T, width, BLOCK_D, True
+    )
     for column in range(0, width, BLOCK_D):
         o_D = column + tl.arange(0, BLOCK_D)
         m_D = o_D < width
@@ -162,14 +156,7 @@ def gated_residual_norm_bwd_kernel(
                     tl.store(p_gate_sums + o_sum, tl.sum(tl.where(m_run, b_dgate, 0.0), axis=0), mask=m_sum)
                 if p_scale is not None:
                     o_sum += (i_B + rank).to(tl.int64) * width
-                    b_shift = tl.sum(tl.where(m_run, b_dnormed, 0.0), axis=0)
-                    b_scale = tl.sum(tl.where(m_run, b_dscale, 0.0), axis=0)
-                    if p_weight is not None:
-                        b_scale *= tl.load(p_weight + o_D, mask=m_D, other=0.0).to(tl.float32)
-                    if p_bias is not None:
-                        b_scale += b_shift * tl.load(p_bias + o_D, mask=m_D, other=0.0).to(tl.float32)
-                    tl.store(p_norm_sums + o_sum, b_shift, mask=m_sum)
-                    tl.store(p_norm_sums + o_sum + width, b_scale, mask=m_sum)
+                    store_span_sums(p_norm_sums, o_sum, b_dnormed, b_dscale, m_run, m_sum, p_weight, p_bias, o_D, width)
                 row = stop
 
 

@@ -23,6 +23,8 @@ from uvg_engine.kernels._rows import (
     row_options,
     run_of_row,
     span_block,
+    store_affine_sums,
+    store_span_sums,
     sum_partials,
     walked_rows,
 )
@@ -186,18 +188,6 @@ def modulated_layer_norm_bwd_kernel(
 
 
 @triton.jit
-def store_affine_sums(p_sums, b_dweight, b_dbias, p_weight, p_bias, i_B, o_D, width):
-    """The sums over the rows of block i_B for weight and bias, where they are given, to p_sums [blocks, 1 or 2, D]."""
-    PARTS: tl.constexpr = (p_weight is not None) + (p_bias is not None)
-    if PARTS > 0:
-        at, m_D = p_sums + i_B.to(tl.int64) * (PARTS * width) + o_D, o_D < width
-        if p_weight is not None:
-            tl.store(at, tl.sum(b_dweight, axis=0), mask=m_D)
-        if p_bias is not None:
-            tl.store(at + (PARTS - 1) * width, tl.sum(b_dbias, axis=0), mask=m_D)
-
-
-@triton.jit
 def load_gradient(
     p_dnormed, p_out, p_scale, p_weight, mean, rstd, owner, o_T, o_D, m_T, width
 ):  # fmt: skip
@@ -217,6 +207,25 @@ def load_gradient(
     if p_weight is not None:
         b_dxhat *= tl.load(p_weight + o_D, mask=m_D, other=0.0).to(tl.float32)[None, :]
     return b_dnormed, b_inner, b_dxhat, b_xhat
+
+
+@triton.jit
+def gradient_means(
+    p_dnormed, p_out, p_scale, p_weight, mean, rstd, owner, o_T, m_T, width, BLOCK_D: tl.constexpr,
+    CENTERED: tl.constexpr,
+):  # fmt: skip
+    """Means over each row of the gradient of the normalised row (0 without CENTERED), and of its product with it."""
+    mean_dxhat = tl.zeros([o_T.shape[0]], tl.float32)
+    mean_both = tl.zeros([o_T.shape[0]], tl.float32)
+    for column in range(0, width, BLOCK_D):
+        o_D = column + tl.arange(0, BLOCK_D)
+        _, _, b_dxhat, b_xhat = load_gradient(
+            p_dnormed, p_out, p_scale, p_weight, mean, rstd, owner, o_T, o_D, m_T, width
+        )
+        if CENTERED:
+            mean_dxhat += tl.sum(b_dxhat, axis=1)
+        mean_both += tl.sum(b_dxhat * b_xhat, axis=1)
+    return mean_dxhat / width, mean_both / width
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -250,16 +259,10 @@ def modulated_layer_norm_bwd_parts_kernel(
     if p_mean is not None:
         mean = tl.load(p_mean + o_T, mask=m_T, other=0.0)
     rstd = tl.load(p_rstd + o_T, mask=m_T, other=0.0)
-    mean_dxhat = tl.zeros([BLOCK_T], tl.float32)
-    mean_both = tl.zeros([BLOCK_T], tl.float32)
-    for column in range(0, width, BLOCK_D):
-        o_D = column + tl.arange(0, BLOCK_D)
-        _, _, b_dxhat, b_xhat = load_gradient(p_dy, p_x, p_scale, p_weight, mean, rstd, owner, o_T, o_D, m_T, width)
-        if p_mean is not None:
-            mean_dxhat += tl.sum(b_dxhat, axis=1)
-        mean_both += tl.sum(b_dxhat * b_xhat, axis=1)
-    mean_dxhat, mean_both = mean_dxhat / width, mean_both / width
-
+    CENTERED: tl.constexpr = p_mean is not None
+    mean_dxhat, mean_both = gradient_means(
+        p_dy, p_x, p_scale, p_weight, mean, rstd, owner, o_T, m_T, width, BLOCK_D, CENTERED
+    )
     for column in range(0, width, BLOCK_D):
         o_D = column + tl.arange(0, BLOCK_D)
         m_D = o_D < width
@@ -276,14 +279,7 @@ def modulated_layer_norm_bwd_parts_kernel(
                 of_run, rank, stop = run_of_row(row, end, p_spans, num_spans, 2, BLOCK_S)
                 m_run, m_sum = ((o_T >= row) & (o_T < stop))[:, None], m_D & (of_run >= 0)
                 o_sum = (i_B + rank).to(tl.int64) * (2 * width) + o_D
-                b_shift = tl.sum(tl.where(m_run, b_dy, 0.0), axis=0)
-                b_scale = tl.sum(tl.where(m_run, b_dscale, 0.0), axis=0)
-                if p_weight is not None:
-                    b_scale *= tl.load(p_weight + o_D, mask=m_D, other=0.0).to(tl.float32)
-                if p_bias is not None:
-                    b_scale += b_shift * tl.load(p_bias + o_D, mask=m_D, other=0.0).to(tl.float32)
-                tl.store(p_span_sums + o_sum, b_shift, mask=m_sum)
-                tl.store(p_span_sums + o_sum + width, b_scale, mask=m_sum)
+                store_span_sums(p_span_sums, o_sum, b_dy, b_dscale, m_run, m_sum, p_weight, p_bias, o_D, width)
                 row = stop
 
 

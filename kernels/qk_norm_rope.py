@@ -64,11 +64,11 @@ BACKWARD = Table(
 
 
 def _config(table: Table[RopeConfig | RopePartsConfig], x: Tensor, half: int) -> RopeConfig | RopePartsConfig:
-    """Even: a thread's pairs are neighbours in memory for text too."""
+    """Even: a thread's pairs are neighbours in memory for text too, or in rows up to 4,096 nearly so."""
     width, even = x.shape[1], half == power_of_two(half)
     if width <= 2048:
         return table.on(x.device, "even" if even else "odd", width)
-    if not even and (half % 2 or width > 4096):
+    if half % 2 or half < 8 or (width > 4096 and not even):
         return table.on(x.device, "wide odd", width)
     return table.on(x.device, "wide fp32" if x.dtype == torch.float32 else "even", width)
 
