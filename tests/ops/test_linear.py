@@ -168,6 +168,30 @@ def test_packed_weights_go_with_their_weight(on_cpu):
     assert packed_weights.kept_bytes() == before
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_a_weight_and_its_parts_are_kept_together(on_cpu, dtype):
+    """Twice the values of a storage, however wide the words of one are."""
+    whole, x = torch.randn(1024, 1024).to(dtype), torch.randn(3, 1024).to(dtype)
+    parts = whole.split(256)
+    for _ in range(2):
+        for weight in (whole, *parts):
+            linear(x, weight)
+    with packed_weights.watched() as asked:
+        for weight in (whole, *parts):
+            linear(x, weight)
+    assert not any(new for _, _, _, new in asked)
+
+
+def test_few_of_ever_new_parts_are_kept(on_cpu):
+    whole, x = torch.randn(2048, 512).half(), torch.randn(3, 512).half()
+    linear(x, whole)
+    one = packed_weights.keeper(whole, "linear").words.nbytes
+    before = packed_weights.kept_bytes()
+    for rows in range(1000, 2000, 100):
+        linear(x, whole[:rows])
+    assert packed_weights.kept_bytes() - before <= 2 * one
+
+
 def test_a_write_to_one_row_is_seen(on_cpu):
     """By the version: none of the values that are looked at is in it."""
     x, weight = (

@@ -31,7 +31,8 @@ _keep = os.environ.get("UVG_PACKED_WEIGHTS", "1") != "0"
 _bytes = 0
 Asked = list[tuple[Tensor, str, Tensor, bool]]
 _asked: ContextVar[Asked | None] = ContextVar("uvg_engine_asked_weights", default=None)
-_MOST, _MOST_MORE = 2, 1 << 20  # kept of one storage: times its bytes, and bytes for the padding of many small weights
+_MOST, _MOST_MORE = 2, 1 << 20  # kept of one storage: times its values, and bytes for the padding of many small weights
+_LARGE = 1024  # rows and depth of a weight whose words are next to no padding
 
 
 @dataclass(eq=False)
@@ -102,7 +103,8 @@ def packed(weight: Tensor, keep: bool, op: str = "linear") -> Tensor:
     if found is None or found.version != version or found.mark != mark:
         store.pop(key, None)
         made = _Packed(_pack(weight, op), version, mark)
-        if sum(p.words.nbytes for p in store.values()) > _MOST * weight.untyped_storage().nbytes() + _MOST_MORE:
+        most = _MOST * _times_as_large(weight.dtype, op) * weight.untyped_storage().nbytes() + _MOST_MORE
+        if sum(p.words.nbytes for p in store.values()) > most:
             store.clear()  # views of ever new sizes
         found = store[key] = made
         _count(found.words.nbytes)
@@ -112,13 +114,23 @@ def packed(weight: Tensor, keep: bool, op: str = "linear") -> Tensor:
     return found.words
 
 
+def _times_as_large(dtype: torch.dtype, op: str) -> float:
+    """Bytes of a packed weight to one of the weight's own, at least 1: 2 where 16-bit values are packed as fp32."""
+    count, _ = _packers(op)
+    return max(1.0, 4 * count(_LARGE, _LARGE, _DTYPES[dtype]) / (_LARGE**2 * dtype.itemsize))
+
+
+def _packers(op: str) -> tuple[Any, Any]:
+    core = native.core()
+    if op == "linear_int8":
+        return core.linear_int8_words, core.linear_int8_pack
+    return core.linear_words, core.linear_pack
+
+
 def _pack(weight: Tensor, op: str) -> Tensor:
-    weight, number, core = weight.contiguous(), _DTYPES[weight.dtype], native.core()
+    weight, number = weight.contiguous(), _DTYPES[weight.dtype]
     *stack, rows, depth = weight.shape
-    count, pack = {
-        "linear": (core.linear_words, core.linear_pack),
-        "linear_int8": (core.linear_int8_words, core.linear_int8_pack),
-    }[op]
+    count, pack = _packers(op)
     words = torch.empty(math.prod(stack), count(rows, depth, number), dtype=torch.int32)
     for one, out in zip(weight.view(len(words), rows, depth), words, strict=True):
         pack(one.data_ptr(), rows, depth, number, torch.get_num_threads(), out.data_ptr())
