@@ -101,9 +101,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, dy: Tensor, dmean: Any, drstd: Any) -> tuple[Any, ...]:
     mean, rstd, x, shift, scale, spans, weight, bias = ctx.saved_tensors
     dx, dshift, dscale, dweight, dbias = _bwd(dy, mean, rstd, x, shift, scale, spans, weight, bias, ctx.eps)
-    grads = (None if value is None else grad for value, grad in ((shift, dshift), (scale, dscale)))
-    affine = (None if value is None else grad for value, grad in ((weight, dweight), (bias, dbias)))
-    return dx, *grads, None, *affine, None
+    if shift is None:
+        dshift = dscale = None  # torch's op has an empty tensor
+    return dx, dshift, dscale, None, None if weight is None else dweight, None if bias is None else dbias, None
 
 
 autograd("modulated_layer_norm", _backward, _setup)

@@ -53,13 +53,13 @@ def backward(
     bias,
     eps: float,
     norm_dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """Arguments and results as in reference.gated_residual_norm.backward."""
+) -> tuple[Tensor | None, ...]:
+    """Arguments and results as in reference.gated_residual_norm.backward; no gradient of what is not there."""
     dout, dnormed, out, y, spans = packed(dout), packed(dnormed), packed(out), packed(y), packed(spans)
     given = gate, shift, scale, weight, bias
     floats = _floats(*given)
     dh, dy = torch.empty_like(out), torch.empty_like(y)
-    grads = [new_floats(0) if value is None else new_floats(*value.shape) for value in given]
+    grads = [None if value is None else new_floats(*value.shape) for value in given]
     native.core().gated_residual_norm(
         True,
         (0, y.data_ptr(), *(at(value) for value in floats[:3]), at(spans), *(at(value) for value in floats[3:])),
@@ -68,6 +68,6 @@ def backward(
         torch.get_num_threads(),
         (out.data_ptr(), 0, mean.data_ptr(), rstd.data_ptr()),
         (dout.data_ptr(), dnormed.data_ptr()),
-        (dh.data_ptr(), dy.data_ptr(), *(grad.data_ptr() for grad in grads)),
+        (dh.data_ptr(), dy.data_ptr(), *map(at, grads)),
     )
-    return dh, dy, *(g if value is None else packed(g, value.dtype) for g, value in zip(grads, given, strict=True))
+    return dh, dy, *(None if g is None else packed(g, value.dtype) for g, value in zip(grads, given, strict=True))

@@ -26,17 +26,17 @@ def forward(x: Tensor, shift, scale, spans, weight, bias, eps: float) -> tuple[T
 
 def backward(
     dy: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, shift, scale, spans, weight, bias, eps: float
-) -> tuple[Tensor, ...]:
-    """Arguments and results as in reference.modulated_layer_norm.backward."""
+) -> tuple[Tensor | None, ...]:
+    """Arguments and results as in reference.modulated_layer_norm.backward; no gradient of what is not there."""
     x, dy, spans = packed(x), packed(dy), packed(spans)
     given = (shift, scale, weight, bias)
     floats = [as_floats(value) for value in given]
-    grads = [new_floats(0) if value is None else new_floats(*value.shape) for value in given]
+    grads = [None if value is None else new_floats(*value.shape) for value in given]
     dx = torch.empty_like(x)
     native.core().modulated_layer_norm(
         *(True, x.data_ptr(), at(floats[0]), at(floats[1]), at(spans), at(floats[2]), at(floats[3]), *x.shape),
         *(0 if spans is None else len(spans), eps, DTYPES[x.dtype], torch.get_num_threads()),
         *(mean.data_ptr(), rstd.data_ptr(), 0, dy.data_ptr(), dx.data_ptr()),
-        *(0 if value is None else grad.data_ptr() for grad, value in zip(grads, given, strict=True)),
+        *map(at, grads),
     )
-    return dx, *(g if value is None else packed(g, value.dtype) for g, value in zip(grads, given, strict=True))
+    return dx, *(None if g is None else packed(g, value.dtype) for g, value in zip(grads, given, strict=True))
