@@ -71,3 +71,39 @@ def test_few_and_many_queries_in_one_call(isa_restored):
                     assert torch.equal(bits(out[rows]), bits(alone[0][rows]))
                     assert torch.equal(bits(lse[:, rows]), bits(alone[1][:, rows]))
             assert not seen[0][0][2:5].any() and torch.isneginf(seen[0][1][:, 2:5]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_few_and_many_queries_in_one_call(dtype, isa_restored):
+    """Each sample's are those that it has alone, on any number of threads; the last ones are cut where there are few."""
+    lengths, lengths_k = (9, 8, 1, 13, 3, 2), (97, 200, 17, 300, 0, 120)
+    ends, ends_k = torch.tensor(lengths).cumsum(0), torch.tensor(lengths_k).cumsum(0)
+    spans = [
+        torch.stack([end - torch.tensor(count), torch.tensor(count)], 1)[:, None].int()
+        for end, count in ((ends, lengths), (ends_k, lengths_k))
+    ]
+    g = torch.Generator().manual_seed(0)
+    sizes = int(ends[-1]), int(ends_k[-1]), int(ends_k[-1])
+    qkv = [torch.randn(rows, 3, 33, generator=g).to(dtype).requires_grad_() for rows in sizes]
+    dout = torch.randn(sizes[0], 3, 33, generator=g).to(dtype)
+
+    def gradients(*tables):
+        out, _ = ops.flash_attention(*qkv, *tables)
+        return torch.autograd.grad(out, qkv, dout)
+
+    before = torch.get_num_threads()
+    for isa in usable():
+        native.core().use_isa(isa)
+        with backends.force("cpu"):
+            try:
+                seen = []
+                for threads in (1, 2, 3, 5):
+                    torch.set_num_threads(threads)
+                    seen.append(gradients(*spans))
+            finally:
+                torch.set_num_threads(before)
+            for table, table_k in zip(*spans, strict=True):
+                alone = gradients(table[None], table_k[None])
+                for got in seen:
+                    for x, want, (start, count) in zip(got, alone, (table[0], table_k[0], table_k[0]), strict=True):
+                        assert torch.equal(x[start : start + count], want[start : start + count])

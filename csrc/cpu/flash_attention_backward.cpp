@@ -1,7 +1,7 @@
 #include <sched.h>
 
+#include "cpu/attention_backward_few.h"
 #include "cpu/per_thread.h"
-#include "cpu/tile.h"
 #include "uvg/flash_attention.h"
 
 // Scores are computed transposed (keys by queries), so that lse and delta are vectors along the lanes and the
@@ -240,6 +240,23 @@ void run_shared(const Params& p, int64_t head, const Workspace<F>& w) {
   }
 }
 
+// Whether a sample has few queries. Where samples share keys none has: gradients are summed up over them.
+inline bool is_few(const Params& p, int64_t s) { return !p.keys->shared() && p.queries->size(s) <= kFewQueries; }
+
+// Samples of few queries, in groups of heads that one thread does.
+template <typename F>
+void backward_of_few(const Params& p, int threads, const PerThread<FewRoom>& rooms) {
+  const int64_t samples = p.queries->samples();
+  const int64_t groups = threads == 1 ? 1 : (4 * threads + samples - 1) / samples;
+  const int64_t heads = (p.heads + groups - 1) / groups, parts = (p.heads + heads - 1) / heads;
+#pragma omp for schedule(dynamic, 1) nowait
+  for (int64_t i = 0; i < samples * parts; ++i) {
+    const int64_t s = i / parts, first = i % parts * heads, left = p.heads - first;
+    if (is_few(p, s) && p.queries->size(s) > 0 && p.keys->size(s) > 0)
+      Few<F>(p, s, first, left < heads ? left : heads, rooms.own()).run();
+  }
+}
+
 // A task is one head of one sample. The last of them, fewer than threads, are cut into their blocks of keys, which are
 // taken in order: who waits for a block before waits for one that is being worked on.
 template <typename F>
@@ -254,34 +271,45 @@ void backward(const Params& p) {
       if (p.queries->size(s) == 0) zero(*p.keys, s, size, dx);
   }
   int64_t products = 0;
+  bool few = false, many = false;
   for (int64_t s = 0; s < samples; ++s) {
     if (p.keys->size(s) == 0) zero(*p.queries, s, size, static_cast<T*>(p.dq));
     products += p.queries->size(s) * p.keys->size(s) * size;
+    is_few(p, s) ? few = true : many = true;
   }
   const int threads = threads_for_products(p.threads, 5 * products);
-  const int64_t pairs = shared ? p.heads : samples * p.heads, longest = p.keys->longest();
+  const int64_t pairs = shared ? p.heads : many ? samples * p.heads : 0, longest = p.keys->longest();
   const int64_t cut = shared || longest <= kKeys || pairs > kWholeRounds * threads ? 0 : pairs % threads;
   int64_t next = 0;
   Scratch scratch;
-  const PerThread<Workspace<F>> workspaces(scratch, threads, p);
+  const PerThread<FewRoom> rooms(scratch, few ? threads : 0, p);
+  const PerThread<Workspace<F>> workspaces(scratch, many ? threads : 0, p);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Workspace<F>& w = workspaces.own();
+    if (few) backward_of_few<F>(p, threads, rooms);
+    if (many) {
+      const Workspace<F>& w = workspaces.own();
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < pairs - cut; ++i)
-      shared ? run_shared<F>(p, i, w) : Task<F>(p, w.sample, i / p.heads, i % p.heads).run(w);
-    if (cut > 0) {
-      const auto task = [&](int64_t i) {
-        const int64_t pair = pairs - cut + i;
-        return Task<F>(p, workspaces.of(i).sample, pair / p.heads, pair % p.heads);
-      };
+      for (int64_t i = 0; i < pairs - cut; ++i) {
+        if (shared)
+          run_shared<F>(p, i, w);
+        else if (!is_few(p, i / p.heads))
+          Task<F>(p, w.sample, i / p.heads, i % p.heads).run(w);
+      }
+      if (cut > 0) {
+        const auto of = [&](int64_t i) { return (pairs - cut + i) / p.heads; };
+        const auto task = [&](int64_t i) {
+          return Task<F>(p, workspaces.of(i).sample, of(i), (pairs - cut + i) % p.heads);
+        };
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < cut * Task<F>::kParts; ++i) task(i % cut).prepare(i / cut, w.work);
-      const int64_t blocks = (longest + kKeys - 1) / kKeys;
-      for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < cut * blocks;) {
-        const Task<F> one = task(i % cut);
-        const int64_t first = i / cut * kKeys;
-        if (one.q.count > 0 && first < one.k.count) one.block(first, w), one.write_block(first, w);
+        for (int64_t i = 0; i < cut * Task<F>::kParts; ++i)
+          if (!is_few(p, of(i % cut))) task(i % cut).prepare(i / cut, w.work);
+        const int64_t blocks = (longest + kKeys - 1) / kKeys;
+        for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < cut * blocks;) {
+          const Task<F> one = task(i % cut);
+          const int64_t first = i / cut * kKeys;
+          if (!is_few(p, of(i % cut)) && first < one.k.count) one.block(first, w), one.write_block(first, w);
+        }
       }
     }
   }

@@ -1,7 +1,6 @@
 #include "uvg/linear.h"
 
 #include "cpu/gemm.h"
-#include "cpu/partial_sums.h"
 
 namespace uvg {
 namespace UVG_ISA {

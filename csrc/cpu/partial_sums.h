@@ -2,20 +2,13 @@
 #pragma once
 
 #include "common/row_chunks.h"
-#include "common/row_lists.h"
-#include "common/threads.h"
-#include "cpu/vec.h"
+#include "cpu/per_thread.h"
 
 namespace uvg {
 namespace UVG_ISA {
 
 constexpr int64_t kFewestRows = 16, kFewestColumns = 64;  // that a thread takes at once; untuned
 constexpr int kManyThreads = 8;  // from which on they put sums together: few wait longer for one another; untuned
-
-// Threads worth starting for so many rows.
-inline int threads_for_rows(int threads, int64_t rows, int64_t width) {
-  return rows * width <= kAloneRowValues ? 1 : threads;
-}
 
 // Rows of a chunk where nothing is summed up over them: fewer where threads would be left without any.
 template <typename Params>

@@ -1,4 +1,5 @@
-// What each thread of a region works in, made before the region starts: an exception inside would end the process.
+// How many threads a region has, and what each works in, made before the region starts: an exception inside would end
+// the process.
 #pragma once
 
 #include "common/row_lists.h"
@@ -11,6 +12,11 @@
 
 namespace uvg {
 namespace UVG_ISA {
+
+// Threads worth starting for so many rows.
+inline int threads_for_rows(int threads, int64_t rows, int64_t width) {
+  return rows * width <= kAloneRowValues ? 1 : threads;
+}
 
 // Threads worth starting for so many multiplications: waking many takes longer than waking one.
 inline int threads_for_products(int threads, int64_t products) {
