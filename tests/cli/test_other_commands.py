@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from uvg_engine import backends
 from uvg_engine.cli._op_calls import ask
@@ -160,3 +161,10 @@ def test_doctor_tells_of_another_order_on_a_gpu():
     failed = usual | {"why": ""}
     report = {"backends": {"order": ["cuda", "reference"]}, "ops": {"flash_attention": [usual, swapped, failed]}}
     assert _orders(report) == ["flash_attention (bfloat16 on cuda): asked: reference, cuda; because: short"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's orders are told")
+def test_doctor_tells_of_no_order_where_there_is_but_the_usual_one(uvg):
+    """On the CPU a line for each op said that the backends of GPUs are not asked."""
+    ran = uvg("doctor")
+    assert ran.code == 0 and "flash_attention" in ran.out and "because" not in ran.out

@@ -98,6 +98,18 @@ def test_every_option_reaches_the_engine(uvg, model, engine):
     assert told["text"] == engine.caption("clip.gif", **own, **text)[0].text and told["seed"] == 7
 
 
+@pytest.mark.parametrize("job", ["generate", "joint"])
+def test_fps_is_that_of_the_file(uvg, model, job):
+    line = (job, PROMPT, "--model", model, "--seed", 3)
+    told = document(uvg(*line, "-o", "a.mp4", "--fps", 12.5, "--json"))["results"][0]
+    assert told["fps"] == read_video("a.mp4")[1] == 12.5
+    uvg(*line, "-o", "usual.gif")
+    ran = uvg(*line, "-o", "a.gif", "--fps", 60)
+    assert ran.code == 0 and ran.err == "note: a.gif: a gif shows at most 50 frames a second, not 60\n"
+    (usual, slow), (frames, fast) = read_video("usual.gif"), read_video("a.gif")
+    assert fast == pytest.approx(50 / 4 * slow) and torch.equal(usual, frames)
+
+
 def test_precision_reaches_the_engine(uvg, model):
     assert uvg("generate", PROMPT, "-o", "got.png", "--model", model, "--seed", 7, "--precision", "int8").code == 0
     in_bytes = Engine.from_pretrained(model, precision="int8").generate(PROMPT, seeds=7)[0]
@@ -207,6 +219,9 @@ def test_a_bad_video_is_one_clear_error(uvg, model, kind):
         ("-o a.mp4 --size 0x32x32", "--size must be FRAMESxHEIGHTxWIDTH, such as 8x32x32, got '0x32x32'"),
         ("-o a.mp4 --size 5x32x32", "multiples of the block (4, 8, 8), got (5, 32, 32)"),
         ("-o a.mp4 --steps 0", "num_steps must be an integer of at least 1, got 0"),
+        ("-o a.mp4 --fps 0", "fps must be a number in [0.01, 1000], got 0.0"),
+        ("-o a.gif --fps nan", "fps must be a number in [0.01, 1000], got nan"),
+        ("-o a.png --fps 8", "--fps must go with a .mp4 or .gif, got a.png"),
         ("-o a.mp4 --guidance nan", "guidance must be finite, got nan"),
         ("-o a.mp4 --shift 0", "shift must be finite and positive, got 0.0"),
         ("-o a.mp4 --solver rk4", "solver must be one of euler, unipc, got 'rk4'"),

@@ -101,6 +101,27 @@ def test_png_is_a_contact_sheet(tmp_path):
     assert np.array_equal(sheet[40:72, 40:72], moving_square(20)[17].numpy())
 
 
+@pytest.mark.parametrize("fps", [0.01, 0.25, 29.97, 1000, np.float32(12.5), np.int64(12), Fraction(30000, 1001)])
+def test_any_number_is_a_rate(fps, tmp_path):
+    write_video(tmp_path / "a.mp4", moving_square(), fps)
+    assert read_video(tmp_path / "a.mp4")[1] == pytest.approx(float(fps), rel=1e-6)
+
+
+def test_a_gif_shows_at_most_50_frames_a_second_and_says_so(tmp_path, caplog):
+    write_video(tmp_path / "a.gif", moving_square(), 50)
+    assert caplog.text == ""
+    write_video(tmp_path / "a.gif", moving_square(), 60)
+    assert "a.gif: a gif shows at most 50 frames a second, not 60" in caplog.text
+    assert read_video(tmp_path / "a.gif")[1] == pytest.approx(50)
+    write_video(tmp_path / "slow.gif", moving_square(), 0.01)
+    with Image.open(tmp_path / "slow.gif") as picture:
+        assert picture.info["duration"] == 100_000
+
+
+SUFFIXES = ("a.mp4", "a.gif", "a.png")
+NO_RATES = (0, -1, 0.001, 1001, 10**400, float("nan"), float("inf"), True, "8", None, torch.tensor(8.0))
+
+
 def test_refusals_on_write(tmp_path):
     video = moving_square()
     (tmp_path / "folder.mp4").mkdir()
@@ -115,8 +136,7 @@ def test_refusals_on_write(tmp_path):
         ("a.mp4", video[0], 8, r"\[F, H, W, 3\]"),
         ("a.mp4", video[:0], 8, "at least 1"),
         ("a.mp4", video.numpy(), 8, "tensor"),
-        ("a.mp4", video, 0, "fps"),
-        ("a.mp4", video, float("nan"), "fps"),
+        *[(name, video, fps, r"fps must be a number in \[0\.01, 1000\], got") for name in SUFFIXES for fps in NO_RATES],
     ]
     for name, frames, fps, message in bad:
         with pytest.raises(VideoError, match=message):

@@ -19,6 +19,7 @@ TextRule = Annotated[str | None, typer.Option(help="How tokens change: euler, ex
 Temperature = Annotated[float | None, typer.Option(help="Of the text; 0 takes the likeliest words.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same bits; the n-th input has seed + n.")]
 Size = Annotated[str | None, typer.Option(help="FRAMESxHEIGHTxWIDTH in pixels; default: the model's own.")]
+Fps = Annotated[float | None, typer.Option(help="Frames a second of the .mp4 or .gif; default: the model's own.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Trajectory = Annotated[Path | None, typer.Option(help="A .png that shows how noise became the result.")]
 Precision = Annotated[str, typer.Option(help="full, or int8: the blocks' products in bytes, faster and less exact.")]

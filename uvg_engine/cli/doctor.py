@@ -224,7 +224,7 @@ def _orders(report: dict[str, Any]) -> list[str]:
     for op, answers in report["ops"].items():
         for call in answers:
             order, reason = (call["why"].splitlines() + ["", ""])[:2]
-            if order not in ("", f"asked: {usual}"):
+            if call["device"] != "cpu" and order not in ("", f"asked: {usual}"):
                 lines.append(f"{op} ({call['dtype']} on {call['device']}): {order}; {reason}")
     return lines
 

@@ -31,6 +31,7 @@ def generate(
     solver: opt.Solver = None,
     seed: opt.Seed = None,
     size: opt.Size = None,
+    fps: opt.Fps = None,
     trajectory: opt.Trajectory = None,
     json: opt.Json = False,
     precision: opt.Precision = "full",
@@ -39,7 +40,7 @@ def generate(
 ) -> None:
     """Make a video from each prompt."""
     own = {"num_steps": steps, "guidance": guidance, "shift": shift, "solver": solver, **opt.parse_size(size)}
-    _sample("generate", prompts, output, model, seed, trajectory, json, precision, device, threads, own)
+    _sample("generate", prompts, output, fps, model, seed, trajectory, json, precision, device, threads, own)
 
 
 def joint(
@@ -54,6 +55,7 @@ def joint(
     temperature: opt.Temperature = None,
     seed: opt.Seed = None,
     size: opt.Size = None,
+    fps: opt.Fps = None,
     trajectory: opt.Trajectory = None,
     json: opt.Json = False,
     precision: opt.Precision = "full",
@@ -63,13 +65,14 @@ def joint(
     """Make a video and its detailed caption in one process, from each prompt."""
     own = {"num_steps": steps, "guidance": guidance, "shift": shift, "solver": solver, **opt.parse_size(size)}
     own |= {"text_rule": text_rule, "temperature": temperature}
-    _sample("joint", prompts, output, model, seed, trajectory, json, precision, device, threads, own)
+    _sample("joint", prompts, output, fps, model, seed, trajectory, json, precision, device, threads, own)
 
 
 def _sample(
     kind: str,
     prompts: Sequence[str],
     output: Path,
+    fps: float | None,
     model: str,
     seed: int | None,
     trajectory: Path | None,
@@ -82,11 +85,16 @@ def _sample(
     """Check the names, run the job, write the files, tell what there is."""
     files = numbered(output, len(prompts), VIDEO_SUFFIXES, "--output")
     drawn = pictures(trajectory, len(prompts), taken=files)
+    if fps is not None and output.suffix.lower() == ".png":
+        raise ValueError(f"--fps must go with a .mp4 or .gif, got {output}")
     if not all(prompt.strip() for prompt in prompts):
         note("an empty prompt asks for nothing, so anything may come")
     engine = opt.load_engine(model, device, threads, precision)
     from uvg_engine.media import write_video
+    from uvg_engine.media.video import check_fps
 
+    rate = engine.defaults.fps if fps is None else fps
+    check_fps(rate)
     start = time.perf_counter()
     with Progress(kind, unit="steps") as bar:
         own |= {"seeds": seed, "trajectory": _SHOWN_STEPS if trajectory else False}
@@ -94,10 +102,10 @@ def _sample(
     seconds = time.perf_counter() - start
     told = []
     for result, file, picture in zip(results, files, drawn, strict=True):
-        write_video(file, result.frames, result.fps)
+        write_video(file, result.frames, rate)
         save_trajectory(result.trajectory, picture)
         frames, height, width = result.frames.shape[:3]
-        entry = {"prompt": result.prompt, "file": str(file), "seed": result.seed, "fps": result.fps}
+        entry = {"prompt": result.prompt, "file": str(file), "seed": result.seed, "fps": rate}
         entry |= {"frames": frames, "height": height, "width": width}
         entry |= {"text": result.text} if kind == "joint" else {}
         told.append(entry | ({"trajectory": str(picture)} if picture else {}))

@@ -12,7 +12,9 @@ import os
 import stat
 from collections.abc import Sequence
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ _FORMATS = (
 )
 _MAX_BYTES = 1 << 30
 _VISIBLE = 256  # a shorter side below this many pixels is shown enlarged
+_FASTEST_GIF = 50  # frames a second; players take a frame of less than 0.02 s as "very slow"
 _WIDEST = 4096  # but not past this longer side, which players and encoders still take
 
 
@@ -78,13 +81,13 @@ def write_video(
     """Write .mp4 (h264), .gif, or .png (a contact sheet); the suffix decides. The file appears whole or not at all.
 
     frames uint8 [F, H, W, 3]. scale: enlarge every pixel to scale x scale; None enlarges small videos to 256 pixels or
-    more, which also keeps each pixel's colour in yuv420p. gif shows times in hundredths of a second and joins equal
-    neighbours. Raises VideoError for a bad shape, rate, suffix or folder.
+    more, which also keeps each pixel's colour in yuv420p. fps: in [0.01, 1000]; gif shows times in hundredths of a second,
+    two at least (past 50 a warning is logged), and joins equal neighbours; a png has none. Raises VideoError for a bad
+    shape, rate, suffix or folder.
     """
     path = Path(path)
     frames = _check_frames(frames_FHWc).cpu().numpy()
-    if not (math.isfinite(fps) and 0 < fps <= 1000):
-        raise VideoError(f"fps must be in (0, 1000], got {fps}")
+    check_fps(fps)
     if scale is not None and (isinstance(scale, bool) or scale != int(scale) or not 1 <= scale <= 64):
         raise VideoError(f"scale must be an integer in [1, 64], got {scale}")
     writers = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
@@ -92,14 +95,22 @@ def write_video(
         raise VideoError(f"{path}: the name must end in one of {', '.join(writers)}, got {path.suffix!r}")
     if path.is_dir():
         raise VideoError(f"{path}: is a folder")
+    if path.suffix.lower() == ".gif" and fps > _FASTEST_GIF:
+        _log.warning("%s: a gif shows at most %d frames a second, not %g", path, _FASTEST_GIF, fps)
     try:
         with replacing(path) as temporary:
-            writers[path.suffix.lower()](temporary, frames, fps, scale)
+            writers[path.suffix.lower()](temporary, frames, float(fps), scale)
     except OSError as error:  # PyAV's errors are OSErrors too
         what = f"no such folder:  {path.parent}" if error.errno == errno.ENOENT else error.strerror or str(error)
         raise VideoError(f"{path}: cannot be written: {what}") from error
     except VideoError as error:  # a writer knows the temporary name alone
         raise VideoError(f"{path}: {error}") from error
+
+
+def check_fps(fps: Any) -> None:
+    """Raise VideoError unless it is a number of frames a second that a file can hold."""
+    if not isinstance(fps, Real) or isinstance(fps, bool) or not 0.01 <= fps <= 1000:
+        raise VideoError(f"fps must be a number in [0.01, 1000], got {fps!r:.80}")
 
 
 def resize_video(frames_FHWc: torch.Tensor, shape: Sequence[int]) -> tuple[torch.Tensor, str | None]:
@@ -176,7 +187,7 @@ def _write_gif(path: Path, frames: np.ndarray, fps: float, scale: int | None) ->
     scale = scale or default_scale(*frames.shape[1:3])
     enlarged = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     images = [Image.fromarray(image).quantize(256, dither=Image.Dither.NONE) for image in enlarged]
-    duration = max(20, 10 * round(100 / fps))  # players take less than 0.02 s as "very slow"
+    duration = 10 * round(100 / min(fps, _FASTEST_GIF))
     images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from uvg_engine.flow import KINDS, FlowSettings
+from uvg_engine.media.video import check_fps
 
 SOURCES = ("uniform", "mask")
 
@@ -41,8 +42,7 @@ class EngineDefaults:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if not isinstance(self.name, str):
             raise ValueError(f"name must be a string, got {self.name!r}")
-        if not (_is_number(self.fps) and self.fps > 0):
-            raise ValueError(f"fps must be a positive number, got {self.fps!r}")
+        check_fps(self.fps)
         if self.source not in SOURCES:
             raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
         check_temperature(self.temperature)
