@@ -333,6 +333,16 @@ def test_throughput_multiplies_in_the_dtype_it_tells(given, dtype, monkeypatch, 
     assert len(made) == 4 and {one[-1] for one in made} == {dtype}
 
 
+@pytest.mark.parametrize("supported", [True, False])
+@pytest.mark.parametrize("given", ["digits", "1.3b", "1.3b --dtype fp32", "digits --dtype bf16"])
+def test_throughput_says_before_it_waits_that_bf16_is_slow_here(given, supported, monkeypatch, capsys):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(throughput, "lines", lambda *given: iter(()))
+    throughput.main("train", f"--model {given} --json".split())
+    slow = not supported and given in ("1.3b", "digits --dtype bf16")
+    assert ("no bf16 instructions here" in capsys.readouterr().err) == slow
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_timed_multiplies_as_asked_and_leaves_no_folder(dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -11,6 +11,7 @@ from tiny_run import TINY, assert_same, assert_same_run, log_of, stage, tiny, tr
 from uvg_engine.model.univigu import UniViGU
 from uvg_engine.training.config import TrainConfig
 from uvg_engine.training.data import export
+from uvg_engine.training.data.digits import DigitsDataset
 from uvg_engine.training.loop import Trainer
 from uvg_engine.training.pieces import make_dataset, make_pieces, model_config
 from uvg_engine.training.publish import engine_parts
@@ -226,9 +227,13 @@ def test_what_a_run_started_from_is_not_asked_for_again(tmp_path):
     assert engine_parts(tmp_path / "run")["model"].config == sizes
 
 
-def test_torchs_defaults_are_those_of_nothing(tmp_path):
-    """In fp64 weights, losses and checkpoints were fp64. Before and after, torch's defaults are the caller's."""
+def test_torchs_defaults_are_those_of_nothing(tmp_path, monkeypatch):
+    """In fp64 weights, losses and checkpoints were fp64. Before, meanwhile and after, torch's defaults are the
+    caller's: the default dtype of all threads was fp32 while a trainer was made or made a step."""
     want = trained(tiny(), tmp_path / "plain")
+    seen = []
+    monkeypatch.setattr(DigitsDataset, "batch", _telling(DigitsDataset.batch, seen))
+    monkeypatch.setattr(UniViGU, "reset_parameters", _telling(UniViGU.reset_parameters, seen))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -240,3 +245,14 @@ def test_torchs_defaults_are_those_of_nothing(tmp_path):
         torch.set_default_dtype(before)
     assert_same_run(got, want)
     assert_same(model.state_dict(), want.ema.model.state_dict())
+    assert len(seen) > 6 and set(seen) == {torch.float64}
+
+
+def _telling(method, seen):
+    """The method; torch's default dtype, which is that of all threads, is added to `seen` at its calls."""
+
+    def call(*args, **more):
+        seen.append(torch.get_default_dtype())
+        return method(*args, **more)
+
+    return call

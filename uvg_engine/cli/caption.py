@@ -15,7 +15,7 @@ from uvg_engine.cli.generate import _SHOWN_STEPS, save_trajectory
 
 
 def caption(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Video files of any size and length.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Video files of any size and length.")],
     model: opt.Model = "digits",
     steps: opt.Steps = None,
     text_rule: opt.TextRule = None,

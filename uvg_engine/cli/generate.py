@@ -15,7 +15,7 @@ from uvg_engine.cli._notes import note
 from uvg_engine.cli._progress import Progress
 
 _SHOWN_STEPS = 12  # rows of a trajectory picture
-Prompts = Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to see, one sentence a video.")]
+Prompts = Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to see, one sentence a video.")]
 Output = Annotated[
     Path, typer.Option("--output", "-o", help=".mp4, .gif or .png (frames side by side). Several: numbered.")
 ]

@@ -81,9 +81,9 @@ def write_video(
     """Write .mp4 (h264), .gif, or .png (a contact sheet); the suffix decides. The file appears whole or not at all.
 
     frames uint8 [F, H, W, 3]. scale: enlarge every pixel to scale x scale; None enlarges small videos to 256 pixels or
-    more, which also keeps each pixel's colour in yuv420p. fps: in [0.01, 1000]; gif shows times in hundredths of a second,
-    two at least (past 50 a warning is logged), and joins equal neighbours; a png has none. Raises VideoError for a bad
-    shape, rate, suffix or folder.
+    more, which also keeps each pixel's colour in yuv420p. fps: in [0.01, 1000]; gif shows times in hundredths of a
+    second, two at least (past 50 a warning is logged), and joins equal neighbours; a png has none. Raises VideoError
+    for a bad shape, rate, suffix or folder.
     """
     path = Path(path)
     frames = _check_frames(frames_FHWc).cpu().numpy()
@@ -109,7 +109,8 @@ def write_video(
 
 def check_fps(fps: Any) -> None:
     """Raise VideoError unless it is a number of frames a second that a file can hold."""
-    if not isinstance(fps, Real) or isinstance(fps, bool) or not 0.01 <= fps <= 1000:
+    number = isinstance(fps, Real) and not isinstance(fps, bool)
+    if not (number and 0.01 <= fps <= 1000):
         raise VideoError(f"fps must be a number in [0.01, 1000], got {fps!r:.80}")
 
 

@@ -112,7 +112,7 @@ def make_batch(
     noisy, velocity, tokens = flow_noise(
         latents.flatten(), targets, sigma, kappa, seeds, step, latent_spans, token_spans, model.vocab, mask_id
     )
-    lens = torch.tensor(text_lens)
+    lens = torch.tensor(text_lens, dtype=torch.int64)
     slope = times.text_power * text_time.clamp_min(1e-4) ** (times.text_power - 1)
     rate = slope / (1 - kappa).clamp_min(1e-3)
     return Batch(

@@ -16,7 +16,7 @@ from uvg_engine.files import replacing
 from uvg_engine.model.patches import patch_grid
 from uvg_engine.model.text_init import text_from_video
 from uvg_engine.model.univigu import UniViGU
-from uvg_engine.surroundings import fresh_defaults
+from uvg_engine.surroundings import cpu_by_default, fp32_by_default
 from uvg_engine.training import distributed
 from uvg_engine.training.batch import make_batch
 from uvg_engine.training.config import Stage, TrainConfig, differences
@@ -38,7 +38,7 @@ class Trainer:
     the same numbers. resume: go on from the newest checkpoint, if there is one.
     """
 
-    @fresh_defaults()
+    @cpu_by_default()
     def __init__(self, config: TrainConfig, folder: str | Path, *, resume: bool = False) -> None:
         self.config, self.folder = config, Path(folder)
         self.rank, self.ranks = distributed.start()
@@ -68,7 +68,8 @@ class Trainer:
     def _make_model(self, init: str | None) -> UniViGU:
         sizes = model_config(self.config, self.pieces)
         patch_grid(self.pieces.codec.latent_shape(self.dataset.clip_shape)[1:], sizes)  # its error, now
-        model = UniViGU(sizes, compute_dtype=getattr(torch, self.config.dtype))
+        with fp32_by_default():
+            model = UniViGU(sizes, compute_dtype=getattr(torch, self.config.dtype))
         return initial_weights(model, init)
 
     def _make_optimizer(self, stage: Stage) -> torch.optim.Optimizer:
@@ -106,7 +107,7 @@ class Trainer:
         """The stage that the last step belonged to."""
         return self.config.stages[self.config.stage_at(max(self.step - 1, 0))[0]]
 
-    @fresh_defaults()
+    @cpu_by_default()
     def train_step(self) -> Log:
         """One optimiser step: `accumulate` micro-batches, clipped, averaged into the EMA.
 

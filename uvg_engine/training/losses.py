@@ -37,7 +37,7 @@ def compute_losses(model: UniViGU, batch: Batch, stage: Stage, loss: str = "ce")
     if layout.num_text and not want_text:
         reading = Reading(Selection.of_read(layout, [True] * layout.num_samples, [False] * layout.num_samples))
     out = model.packed(batch.latents, batch.tokens, layout, batch.time_v, batch.time_t, condition, reading=reading)
-    nan = torch.tensor(float("nan"))
+    nan = torch.tensor(float("nan"), dtype=torch.float32)
     total, video, text = batch.latents.new_zeros(()), nan, nan
     count = batch.video_weight.sum()
     if out.velocity is not None and count > 0:

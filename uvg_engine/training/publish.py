@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from uvg_engine.model.univigu import UniViGU
-from uvg_engine.surroundings import fresh_defaults
+from uvg_engine.surroundings import cpu_by_default
 from uvg_engine.training.config import TrainConfig
 from uvg_engine.training.data.digits import DigitsDataset
 from uvg_engine.training.data.folder import DEFAULT_CLIP_SHAPE, checked_clip_shape
@@ -30,7 +30,7 @@ def find_checkpoint(run: str | Path) -> Path:
     return found[-1]
 
 
-@fresh_defaults()
+@cpu_by_default()
 def engine_parts(source: Trainer | str | Path, *, ema: bool = True) -> dict[str, Any]:
     """What `uvg_engine.Engine(**parts)` takes: model, codec, tokenizer, text_encoder, defaults (a mapping).
 
@@ -41,7 +41,7 @@ def engine_parts(source: Trainer | str | Path, *, ema: bool = True) -> dict[str,
     saved = source.state() if isinstance(source, Trainer) else load_checkpoint(find_checkpoint(source))
     config = TrainConfig.from_dict(saved["config"])
     pieces = saved_pieces(config, saved)
-    model = UniViGU(model_config(config, pieces))
+    model = UniViGU(model_config(config, pieces)).float()  # whatever torch's default dtype is
     model.load_state_dict(saved["ema" if ema else "model"])
     return {
         "model": model.eval().requires_grad_(False),
