@@ -99,7 +99,7 @@ UVG_NOINLINE void score_gradient(const uint32_t* values, const uint32_t* panel, 
     }
     F::put(out + r * row, column, ds);
     if (F::kPer == 2 && r % 2 == 1)
-      pair_rows<F, V>(out + (r - 1) * row, row, column, by_keys + r / 2 * Workspace<F>::kKeyRow + column);
+      pair_rows<V>(out + (r - 1) * row, row, column, by_keys + r / 2 * Workspace<F>::kKeyRow + column);
   }
 }
 

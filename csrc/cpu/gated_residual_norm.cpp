@@ -82,13 +82,13 @@ UVG_NOINLINE void backward_rows(const Params& p, int64_t r, const Gate& gate, co
                               ask_ahead<kRows>(out, width, i), ask_ahead<kRows>(dout, width, i);
                               ask_ahead<kRows>(y, width, i), ask_ahead<kRows>(dnormed, width, i);
                               const Vec weight = gate.at(i, n);
-                              Vec column = {};
+                              Vec column = {}, g[kRows], gated[kRows];
                               each<kRows>([&](auto k) UVG_INLINED {
-                                const Vec g = load(dout + k * width + i, n) + values[k];
-                                dh.put(r + k, i, g, n);
-                                dy.put(r + k, i, weight * g, n);
-                                if (sums[kGatePart] != nullptr) column += g * load(y + k * width + i, n);
+                                g[k] = load(dout + k * width + i, n) + values[k];
+                                gated[k] = weight * g[k];
+                                if (sums[kGatePart] != nullptr) column += g[k] * load(y + k * width + i, n);
                               });
+                              dh.put_rows(r, i, g, n), dy.put_rows(r, i, gated, n);
                               if (sums[kGatePart] != nullptr) add_to(sums[kGatePart] + i, column, n);
                             });
 }

@@ -97,7 +97,7 @@ struct Backward {
       }
       for (int j = 0; j < kTileVecs; ++j) store(sums + j * kLanes, load(sums + j * kLanes) + d[j]);
       F::put(scores + i * row, at, d);
-      if (F::kPer == 2 && r % 2 == 1) pair_rows<F>(scores + (i - 1) * row, row, at, by_columns + i / 2 * by_row + at);
+      if (F::kPer == 2 && r % 2 == 1) pair_rows(scores + (i - 1) * row, row, at, by_columns + i / 2 * by_row + at);
     });
   }
 

@@ -8,6 +8,13 @@ namespace UVG_ISA {
 
 constexpr int64_t kLarge = int64_t{1} << 23;  // bytes of one result; untuned
 
+#if defined(__AVX512BF16__)
+template <typename T>
+constexpr bool kInPairs = false;
+template <>
+constexpr bool kInPairs<BFloat16> = true;  // rounded two vectors at a time
+#endif
+
 // Where a kernel puts one of its results: [rows, width] at `data`. Past the cache, memory is not read before it is
 // written; that asks for whole cache lines.
 template <typename T>
@@ -31,6 +38,11 @@ class Target {
   // The same columns of kRows rows from r on.
   template <int64_t kRows>
   UVG_INLINE void put_rows(int64_t r, int64_t i, const Vec (&v)[kRows], int64_t n) const {
+#if defined(__AVX512BF16__)
+    if constexpr (kInPairs<T> && kRows % 2 == 0)
+      if (n >= kLanes)
+        return each<kRows / 2>([&](auto k) UVG_INLINED { put_two(r + 2 * k, i, v[2 * k], v[2 * k + 1]); });
+#endif
     each<kRows>([&](auto k) UVG_INLINED { put(r + k, i, v[k], n); });
   }
 
@@ -42,6 +54,15 @@ class Target {
   }
 
  private:
+#if defined(__AVX512BF16__)
+  UVG_INLINE void put_two(int64_t r, int64_t i, Vec v, Vec next) const {
+    const __m512i both = narrowed(v, next);
+    auto *p = reinterpret_cast<__m256i*>(row(r) + i), *q = reinterpret_cast<__m256i*>(row(r + 1) + i);
+    if (past_) return _mm256_stream_si256(p, lower(both)), _mm256_stream_si256(q, upper(both));
+    _mm256_storeu_si256(p, lower(both)), _mm256_storeu_si256(q, upper(both));
+  }
+#endif
+
   static bool is_past([[maybe_unused]] const void* data, [[maybe_unused]] int64_t rows,
                       [[maybe_unused]] int64_t width) {
 #if defined(__AVX512F__)

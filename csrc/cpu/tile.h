@@ -117,6 +117,7 @@ struct Pairs {
   }
 
   static UVG_INLINE VecBits across(const BFloat16* const* rows, int64_t i, int64_t n) {
+    if (n >= kLanes && rows[0] != nullptr && rows[1] != nullptr) return in_pairs(rows[0] + i, rows[1] + i);
     const VecBits low = rows[0] == nullptr ? VecBits{} : as<VecBits>(load(rows[0] + i, n)) >> 16;
     return rows[1] == nullptr ? low : low | as<VecBits>(load(rows[1] + i, n));
   }
@@ -181,12 +182,11 @@ UVG_INLINE void with_vecs(int64_t columns, Body&& body) {
 }
 
 // Two rows of bf16 pairs along the row to one of pairs across the rows.
-template <typename F, int V = kTileVecs>
+template <int V = kTileVecs>
 UVG_INLINE void pair_rows(const uint32_t* two, int64_t row, int64_t column, uint32_t* out) {
-  for (int j = 0; j < V; ++j) {
-    const auto low = as<VecBits>(F::get(two, column + j * kLanes)) >> 16;
-    store_bits(out + j * kLanes, low | as<VecBits>(F::get(two + row, column + j * kLanes)));
-  }
+  const auto *low = reinterpret_cast<const BFloat16*>(two) + column,
+             *high = reinterpret_cast<const BFloat16*>(two + row) + column;
+  for (int j = 0; j < V; ++j) store_bits(out + j * kLanes, in_pairs(low + j * kLanes, high + j * kLanes));
 }
 
 // sum[r][j] += left row r times columns j of a panel. left(r, k) = left[r * row + k * step]; rows of the panel lie

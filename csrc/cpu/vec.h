@@ -95,12 +95,33 @@ UVG_INLINE void narrowed(V v, Float16* p) {
 }
 #endif
 
+#if defined(__AVX512F__)
+// Where each 16-bit word of a result comes from: those of one vector for the upper halves, those of two in turns. One
+// shuffle does what a conversion and a shift did.
+constexpr uint16_t kUpper[2 * kLanes] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                         0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+constexpr uint16_t kInTurns[2 * kLanes] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+
+UVG_INLINE __m512i load_words(const BFloat16* p) {  // sixteen; what is above them is never looked at
+  return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#endif
+
 UVG_INLINE Vec load(const BFloat16* p) {
 #if defined(__AVX512F__)
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (Vec)((VecBits)_mm512_maskz_cvtepu16_epi32(0xFFFF, half) << 16);  // unmasked, g++ 12 warns of its own header
+  return (Vec)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, _mm512_loadu_si512(kUpper), load_words(p));
 #else
   return widened<Vec>(p);
+#endif
+}
+
+// Dwords of two rows' values: the lower halves are low's.
+UVG_INLINE VecBits in_pairs(const BFloat16* low, const BFloat16* high) {
+#if defined(__AVX512F__)
+  return (VecBits)_mm512_permutex2var_epi16(load_words(low), _mm512_loadu_si512(kInTurns), load_words(high));
+#else
+  return as<VecBits>(load(low)) >> 16 | as<VecBits>(load(high));
 #endif
 }
 
@@ -131,6 +152,15 @@ UVG_INLINE void store(BFloat16* p, Vec v) {
   narrowed(v, p);
 #endif
 }
+
+#if defined(__AVX512BF16__)
+// Two vectors as bf16 by one conversion, the second one in the upper half.
+UVG_INLINE __m512i narrowed(Vec low, Vec high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+
+// Unmasked, g++ 12 warns of its own header.
+UVG_INLINE __m256i lower(__m512i v) { return _mm512_maskz_extracti64x4_epi64(0xFF, v, 0); }
+UVG_INLINE __m256i upper(__m512i v) { return _mm512_maskz_extracti64x4_epi64(0xFF, v, 1); }
+#endif
 
 UVG_INLINE void store(Float16* p, Vec v) {
 #if defined(__AVX512F__)

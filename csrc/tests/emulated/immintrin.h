@@ -150,6 +150,22 @@ inline __m512i shuffle_words_named(__m512i otherwise, unsigned mask, __m512i a, 
   return load_named<int32_t>(otherwise, mask, &shuffled);
 }
 
+// Words of 16 bits, each from where `places` say: of two vectors, of one where the mask names the lane.
+inline __m512i place_words(__m512i a, __m512i places, __m512i b) {
+  const auto from = lanes<uint16_t>(places);
+  return moved<uint16_t>(a, b, [&](size_t i) { return static_cast<size_t>(from[i] & 63); });
+}
+
+inline __m512i place_words_named(unsigned mask, __m512i places, __m512i a) {
+  const __m512i placed = place_words(a, each<uint16_t>(places, [](uint16_t x) { return x & 31; }), a);
+  return load_named<uint16_t>(__m512i{}, mask, &placed);
+}
+
+// The lower half of the result; what stands above it on a real CPU is nobody's business, so here it is never zero.
+inline __m512i with_upper_half(__m256i low) {
+  return vector<__m512i>(std::array<__m256i, 2>{low, _mm256_set1_epi8(0x5A)});
+}
+
 inline __m256 half(__m512 v, int which) {
   __m256 out;
   std::memcpy(&out, reinterpret_cast<const char*>(&v) + 32 * which, sizeof out);
@@ -259,6 +275,10 @@ float over(__m512 a, F&& f) {
 #define _mm512_maskz_permute_ps(mask, a, order) ((__m512)emulated::shuffle_words((__m512i)(a), order))
 #define _mm512_maskz_moveldup_ps(mask, a) ((__m512)emulated::shuffle_words((__m512i)(a), 0xA0))
 #define _mm512_maskz_movehdup_ps(mask, a) ((__m512)emulated::shuffle_words((__m512i)(a), 0xF5))
+#define _mm512_permutex2var_epi16 emulated::place_words
+#define _mm512_maskz_permutexvar_epi16 emulated::place_words_named
+#define _mm512_castsi256_si512 emulated::with_upper_half
+#define _mm512_maskz_extracti64x4_epi64(mask, a, which) ((__m256i)emulated::half((__m512)(a), which))
 #define _mm512_maskz_extractf32x8_ps(mask, a, which) emulated::half(a, which)
 #define _mm512_maskz_cvtepu16_epi32 emulated::widened
 #define _mm512_maskz_cvtph_ps(mask, a) emulated::of_fp16(a)
