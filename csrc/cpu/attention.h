@@ -200,9 +200,13 @@ struct PackedKeys {
       auto* tile = score<S, kTileVecs, false, kWhat>;
       if (here - c < kPanel)
         with_vecs<F>(here - c, [&](auto vecs) { tile = score<S, decltype(vecs)::value, true, kWhat>; });
-      for (int64_t r = 0; r < queries; r += kTileRows)
-        tile(w.queries + r * S::query_words(width), packed.keys + (k + c) / kPanel * S::panel_words(width), width,
-             factor, here - c, w.probabilities + r * kRow, c, w.rows, r);
+      const uint32_t* panel = packed.keys + (k + c) / kPanel * S::panel_words(width);
+      Ahead next(panel + S::panel_words(width), S::panel_words(width), queries / kTileRows);
+      for (int64_t r = 0; r < queries; r += kTileRows) {
+        next.ask();
+        tile(w.queries + r * S::query_words(width), panel, width, factor, here - c, w.probabilities + r * kRow, c,
+             w.rows, r);
+      }
     }
   }
 

@@ -115,6 +115,32 @@ UVG_INLINE V select(Mask mask, V a, V b) {
   }
 }
 
+// The larger, the smaller of a number and each of v; NaN stays.
+template <typename V>
+UVG_INLINE V at_least(float low, V v) {
+  if constexpr (kIsTwo<V>) {
+    return {at_least(low, v.low), at_least(low, v.high)};
+  } else {
+#if defined(__AVX__) && !defined(__AVX512F__)  // g++ 12 makes two instructions of the other
+    return (V)_mm256_max_ps(_mm256_set1_ps(low), (__m256)v);
+#else
+    return v < low ? low - V{} : v;
+#endif
+  }
+}
+template <typename V>
+UVG_INLINE V at_most(float high, V v) {
+  if constexpr (kIsTwo<V>) {
+    return {at_most(high, v.low), at_most(high, v.high)};
+  } else {
+#if defined(__AVX__) && !defined(__AVX512F__)
+    return (V)_mm256_min_ps(_mm256_set1_ps(high), (__m256)v);
+#else
+    return v > high ? high - V{} : v;
+#endif
+  }
+}
+
 // a * b + c, rounded once where the instruction set can. Elsewhere in the kernels a product and a sum are rounded one
 // by one (CMakeLists.txt): left to itself, g++ fuses them in one branch and not in the other, and a row's bits would
 // depend on the rows beside it. With AVX-512 it is left to itself.
