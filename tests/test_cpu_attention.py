@@ -1,4 +1,4 @@
-"""Attention of a few queries, for which the cpu backend reads keys as they lie: each has the bits that it has alone."""
+"""Attention of a few queries, which the cpu backend reads keys for as they lie: the bits that it has among many."""
 
 import pytest
 import torch
@@ -32,34 +32,19 @@ def bits(x):
 @pytest.mark.parametrize("kind", ["plain", "references", "small", "infinite"])
 @pytest.mark.parametrize("keys", [1, 16, 70, 257, 600])
 @pytest.mark.parametrize("heads, width", [(1, 128), (3, 16), (2, 80), (2, 33)])
-def test_few_queries_have_the_bits_of_one(kind, keys, heads, width, isa_restored):
+def test_few_queries_have_the_bits_of_many(kind, keys, heads, width, isa_restored):
     q, k, v = made(kind, keys, heads, width)
     spans = torch.tensor([[[keys - keys // 3, keys // 3], [0, keys - keys // 3]]], dtype=torch.int32)  # out of order
-
-    def attend(rows, dtype=torch.float32):
-        given = (x.to(dtype) for x in (q[rows], k, v))
-        return ops.flash_attention(*given, torch.tensor([[[0, len(q[rows])]]], dtype=torch.int32), spans)
-
-    with backends.force("reference"):
-        truth = attend(slice(None), torch.float64)
-    eps = torch.finfo(torch.float32).eps
-    of_score = 2 * eps * float(torch.einsum("qnh,knh->nqk", q.abs(), k.nan_to_num(posinf=0).abs()).max()) / width**0.5
-    allowed = (2 * of_score + 8 * eps) * float(v.nan_to_num().abs().max()), of_score + 8 * eps
     for isa in usable():
         native.core().use_isa(isa)
         with backends.force("cpu"):
-            many, one = attend(slice(None)), [attend(slice(i, i + 1)) for i in range(MANY)]
-            alone = torch.cat([out for out, _ in one]), torch.cat([lse for _, lse in one], 1)
-            for few in range(2, 7):
+            out, lse = ops.flash_attention(q, k, v, torch.tensor([[[0, MANY]]], dtype=torch.int32), spans)
+            for few in range(1, 9):
                 for first in (0, MANY - few):
-                    got = attend(slice(first, first + few))
-                    assert torch.equal(bits(got[0]), bits(alone[0][first : first + few]))
-                    assert torch.equal(bits(got[1]), bits(alone[1][:, first : first + few]))
-        for got, want, true, most in zip(alone, many, truth, allowed, strict=True):
-            assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
-            finite = true.isfinite() & got.isfinite()
-            assert kind == "infinite" or finite.all()
-            torch.testing.assert_close(got[finite].double(), true[finite], rtol=4 * eps, atol=most)
+                    rows = slice(first, first + few)
+                    got = ops.flash_attention(q[rows], k, v, torch.tensor([[[0, few]]], dtype=torch.int32), spans)
+                    assert torch.equal(bits(got[0]), bits(out[rows]))
+                    assert torch.equal(bits(got[1]), bits(lse[:, rows]))
 
 
 def test_few_and_many_queries_in_one_call(isa_restored):
@@ -90,7 +75,7 @@ def test_few_and_many_queries_in_one_call(isa_restored):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradients_of_few_and_many_queries_in_one_call(dtype, isa_restored):
-    """Each sample's are those that it has alone, on any number of threads; the last ones may be cut."""
+    """Each sample's are those that it has alone, on any number of threads; the last ones are cut where there are few."""
     lengths, lengths_k = (9, 8, 1, 13, 3, 2), (97, 200, 17, 300, 0, 120)
     ends, ends_k = torch.tensor(lengths).cumsum(0), torch.tensor(lengths_k).cumsum(0)
     spans = [

@@ -1,5 +1,5 @@
-// Keys and values of a few queries, read as they lie: packing all of them would cost more than the products. A score is
-// summed up along the key, sixteen sums side by side, where a packed key's is one sum in the order of the width.
+// Keys and values of a few queries, read as they lie: packing all of them would cost more than the products. A row has
+// the bits that it has with packed ones: each of its sums runs in the same order.
 #pragma once
 
 #include "cpu/attention.h"
@@ -10,18 +10,22 @@ namespace UVG_ISA {
 constexpr int64_t kFew = 6;  // queries of a sample at the most
 
 constexpr int64_t kRowsAhead = 12;  // of values that are asked for
-constexpr int kAtOnce = 4;          // keys
+constexpr int kAtOnce = 4;          // vectors of keys, or of columns
 
-// out[i] = query . rows[i], kAtOnce of them.
-UVG_NOINLINE inline void dots(const float* query, const float* const* rows, int64_t width, float* out) {
-  Vec sums[kAtOnce] = {};
-  for (int64_t d = 0; d < width; d += kLanes) {
-    const Vec values = load(query + d);
+// Goes on with the products of R queries and V vectors of keys over kLanes values of the depth. x: kAtOnce vectors of
+// each query; row: values of a query.
+template <typename F, int R, int V>
+UVG_NOINLINE void go_on(Vec* x, const uint32_t* queries, int64_t row, const uint32_t* panel, int64_t panel_row) {
+  Vec sum[R][V];
+#pragma GCC unroll 3
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int i = 0; i < kAtOnce; ++i) sums[i] = multiply_add(values, load(rows[i] + d), sums[i]);
-  }
+    for (int j = 0; j < V; ++j) sum[r][j] = x[r * kAtOnce + j];
+  multiply<F>(sum, queries, row, 1, panel, panel_row, kLanes);
+#pragma GCC unroll 3
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-  for (int i = 0; i < kAtOnce; ++i) out[i] = sum(sums[i]);
+    for (int j = 0; j < V; ++j) x[r * kAtOnce + j] = sum[r][j];
 }
 
 // V vectors of columns of R results (+)= probabilities, kRow apart, times `count` rows of values.
@@ -68,31 +72,21 @@ struct LyingKeys {
   static constexpr int64_t kRows = 1, kRow = Workspace<S>::row_of_probabilities();
   const Rows<float> keys, values;
   const int64_t width;
-  uint32_t* const none;  // work_words: a row of zeros where there is no key
+  uint32_t* const work;  // work_words
 
   LyingKeys(const Rows<float>& k, const Rows<float>& v, int64_t row_width, uint32_t* room)
-      : keys(k), values(v), width(row_width), none(room) {
-    std::memset(none, 0, static_cast<size_t>(width) * sizeof *none);
+      : keys(k), values(v), width(row_width), work(room) {
+    std::memset(work + kLanes * kAtOnce * kLanes, 0, static_cast<size_t>(width) * sizeof *work);
   }
 
-  static int64_t work_words(int64_t width) { return round_up(width, kLanes); }
+  static int64_t work_words(int64_t width) { return kLanes * kAtOnce * kLanes + round_up(width, kLanes); }
 
   template <What kWhat>
   void scores(const Workspace<S>& w, int64_t queries, int64_t k, int64_t here, float factor) const {
-    for (int64_t c = 0; c < here; c += kLanes) {
-      const int64_t left = here - c;
-      const float* rows[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) rows[i] = row_of(keys, k + c + i, i < left);
-      ahead(k + c + kLanes);
-      for (int64_t r = 0; r < queries; ++r) {
-        const auto* query = reinterpret_cast<const float*>(w.queries + r * width);
-        float products[kLanes];
-        for (int64_t i = 0; i < kLanes; i += kAtOnce) dots(query, rows + i, width, products + i);
-        Vec x[1] = {load(products)};
-        const auto put = left < kLanes ? put_scores<S, 1, true, kWhat> : put_scores<S, 1, false, kWhat>;
-        put(x, 1.0f, factor, left, w.probabilities + r * kRow, c, w.rows, r);
-      }
-    }
+    int64_t c = 0;
+    for (; c + kAtOnce * kLanes <= here; c += kAtOnce * kLanes)
+      tile<kAtOnce, kWhat>(w, queries, k, c, here - c, factor);
+    for (; c < here; c += kLanes) tile<1, kWhat>(w, queries, k, c, here - c, factor);
   }
 
   void multiply(const Workspace<S>& w, int64_t queries, int64_t k, int64_t here) const {
@@ -110,13 +104,41 @@ struct LyingKeys {
   }
 
  private:
+  // A row of zeros where there is none: such keys are computed as they are among packed ones.
   const float* row_of(const Rows<float>& rows, int64_t i, bool real) const {
-    return real ? rows.at(i) : reinterpret_cast<const float*>(none);
+    return real ? rows.at(i) : reinterpret_cast<const float*>(work) + kLanes * kAtOnce * kLanes;
   }
 
-  // The next keys, for they lie apart.
-  void ahead(int64_t first) const {
-    for (int64_t i = first; i < first + kLanes && i < keys.count; ++i) keys.prefetch(i, width);
+  void ahead(int64_t first, int64_t count, int64_t d) const {
+    for (int64_t i = first; i < first + count && i < keys.count; ++i) __builtin_prefetch(keys.at(i) + d, 0, 2);
+  }
+
+  template <int V, What kWhat>
+  UVG_NOINLINE void tile(const Workspace<S>& w, int64_t queries, int64_t k, int64_t c, int64_t left,
+                         float factor) const {
+    const uint32_t* rows[V * kLanes];
+    Vec x[kFew][kAtOnce] = {};
+    for (int64_t i = 0; i < V * kLanes; ++i)
+      rows[i] = reinterpret_cast<const uint32_t*>(row_of(keys, k + c + i, i < left));
+    for (int64_t d = 0; d < width; d += kLanes) {
+      for (int j = 0; j < V; ++j) transpose16(rows + j * kLanes, d, work + j * kLanes, V * kLanes);
+      by_few(queries, [&](int64_t r, auto together, auto at_once) {
+        constexpr int R = decltype(together)::value, kMost = decltype(at_once)::value, kPart = V < kMost ? V : kMost;
+        for (int j = 0; j < V; j += kPart)
+          go_on<F, R, kPart>(x[r] + j, w.queries + r * width + d, width, work + j * kLanes, V * kLanes);
+      });
+      ahead(k + c + V * kLanes, V * kLanes, d);
+    }
+    for (int64_t r = 0; r < queries; ++r)
+      for (int j = 0; j < V; ++j) {
+        Vec one[1] = {x[r][j]};
+        uint32_t* probabilities = w.probabilities + r * kRow;
+        const int64_t column = c + j * kLanes;
+        if (V > 1 || left >= kLanes)
+          put_scores<S, 1, false, kWhat>(one, 1.0f, factor, left, probabilities, column, w.rows, r);
+        else
+          put_scores<S, 1, true, kWhat>(one, 1.0f, factor, left, probabilities, column, w.rows, r);
+      }
   }
 };
 
