@@ -24,6 +24,7 @@ from torch import Tensor
 from bench.memory import alone, extra_memory
 from bench.timing import Clock, machine, positive
 from uvg_engine import Engine, Request, Savings, backends
+from uvg_engine.cli._progress import Progress
 from uvg_engine.media import HashTextEncoder, PixelCodec, WordTokenizer
 from uvg_engine.model import UniViGU, named_config
 from uvg_engine.process import keep_freed_memory
@@ -77,8 +78,8 @@ def lines(
     """One line per way of doing a job ("generate", "caption", "joint" or "train")."""
     dtype = dtype or DTYPES[model]
     given = (job, model, layers, samples, steps, dtype)
-    calls = {way: make(way, *given) for way in WAYS}
-    timings = clock.alternate(calls)
+    with Progress(f"throughput {job}", unit="calls", lines=True) as bar:
+        timings = clock.alternate({way: _counted(make(way, *given), way, bar) for way in WAYS})
     data = "digits" if job == "train" else model
     frames, height, width = SIDE[data]
     tokens = samples * steps * (frames // 2 * height // 8 * width // 8 + TEXT[data])
@@ -92,6 +93,16 @@ def lines(
         line["extra_mb"] = alone("bench.throughput", "memory", torch.get_num_threads(), way, *given)
         faster = {"reference": timing.times_faster_than(timings["reference"])} if way == "uvg" else {}
         yield line | {"times_faster": faster}
+
+
+def _counted(call: Callable[[], Any], way: str, bar: Progress) -> Callable[[], None]:
+    """The call, told to who waits."""
+
+    def counted() -> None:
+        call()
+        bar.advance(note=way)
+
+    return counted
 
 
 def memory(threads: int, way: str, *given: Any) -> float:

@@ -75,7 +75,7 @@ def test_few_and_many_queries_in_one_call(isa_restored):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradients_of_few_and_many_queries_in_one_call(dtype, isa_restored):
-    """Each sample's are those that it has alone, on any number of threads; the last ones are cut where there are few."""
+    """Each sample's are those that it has alone, on any number of threads; the last ones may be cut."""
     lengths, lengths_k = (9, 8, 1, 13, 3, 2), (97, 200, 17, 300, 0, 120)
     ends, ends_k = torch.tensor(lengths).cumsum(0), torch.tensor(lengths_k).cumsum(0)
     spans = [

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,24 @@ def test_the_config_of_wan_itself():
     stored = {key: torch.empty(1).expand(value.shape) for key, value in shapes.items()}
     assert wan_config(stored, vocab=config.vocab) == config
     assert wan_config(stored, vocab=9, round_temb=True) == named_config("1.3b", layers=2, vocab=9, round_temb=True)
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "original"])
+def test_a_folders_config_tells_the_width_of_a_head(naming, tmp_path):
+    """The shapes fit heads of 128 as well as those of 64."""
+    config, wide = (replace(CONFIG, heads=256 // width, head_dim=width) for width in (64, 128))
+    save_wan(make_model(config), tmp_path, naming)
+    assert wan_config(tmp_path, vocab=40) == config
+    assert wan_config(tmp_path, vocab=40, head_dim=128) == wide
+    with pytest.raises(CheckpointError, match=r"head_dim must be 64 by the config.json of .*, got 128"):
+        load_wan(UniViGU(wide), tmp_path)
+    load_wan(UniViGU(config), tmp_path)
+    for text in ('{"attention_head_dim": "wide"}', '{"dim": 4, "num_heads": 0}', "7", "{"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config.json must be the json of a Wan2.1 transformer, got "):
+            wan_config(tmp_path, vocab=40)
+    (tmp_path / "config.json").write_text("{}")
+    assert wan_config(tmp_path, vocab=40) == wide
 
 
 def wan_model_on_meta(config):

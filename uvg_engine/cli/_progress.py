@@ -11,16 +11,19 @@ _LINE_EVERY = 30.0  # seconds, where stderr is no terminal
 
 
 class Progress:
-    """`with Progress("captions", total) as bar: bar.advance()`. done: how much was there before. unit: of the count."""
+    """`with Progress("captions", total) as bar: bar.advance()`. done: how much was there before. unit: of the count.
+    lines: no bar, which has a thread of its own, for what is being timed."""
 
-    def __init__(self, label: str, total: int | None = None, *, done: int = 0, unit: str = "") -> None:
-        self.label, self.total, self.done, self.unit = label, total, done, unit
+    def __init__(
+        self, label: str, total: int | None = None, *, done: int = 0, unit: str = "", lines: bool = False
+    ) -> None:
+        self.label, self.total, self.done, self.unit, self.lines = label, total, done, unit, lines
         self._bar: Any = None
         self._task: Any = None
         self._last = time.monotonic()
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.lines:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -50,7 +53,8 @@ class Progress:
             self._bar.update(self._task, description=self.label, completed=self.done, total=self.total, note=note)
         elif time.monotonic() - self._last >= _LINE_EVERY:
             self._last = time.monotonic()
-            print(f"{self.label}: {self.done}/{self.total} {self.unit} {note}".rstrip(), file=sys.stderr, flush=True)
+            of = "" if self.total is None else f"/{self.total}"
+            print(f"{self.label}: {self.done}{of} {self.unit} {note}".rstrip(), file=sys.stderr, flush=True)
 
     def show(self, label: str, done: int, total: int) -> None:
         """Stand at `done` of `total`, under this label: for work in several parts."""

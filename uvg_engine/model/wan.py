@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from uvg_engine.model.tensor_files import (
     Entries,
     PathLike,
     difference,
+    find_weights,
     open_weights,
     write_folder,
     write_weights,
@@ -67,8 +70,12 @@ def load_wan(model: UniViGU, source: PathLike | Mapping[str, Any]) -> UniViGU:
 
     source: a state dict, a .safetensors or .pth, a shard index, or a folder (of a pipeline too); diffusers' or the
     original names. With text absent the model then gives Wan's velocity. The text embedding is drawn from torch's
-    global generator. Every key and shape must fit: CheckpointError (a ValueError) otherwise, with the model untouched.
+    global generator. Every key and shape must fit, and the heads where a folder's config.json tells them:
+    CheckpointError (a ValueError) otherwise, with the model untouched.
     """
+    told = _told_head_dim(source)
+    if told not in (None, model.config.head_dim):
+        raise CheckpointError(f"head_dim must be {told} by the config.json of {source}, got {model.config.head_dim}")
     stored, naming = _recognised(source)
     keys = {theirs: ours for ours in model.state_dict() if (theirs := _rename(ours, *NAMINGS[naming]))}
     if set(stored) != set(keys):
@@ -79,13 +86,16 @@ def load_wan(model: UniViGU, source: PathLike | Mapping[str, Any]) -> UniViGU:
 
 
 def wan_config(
-    source: PathLike | Mapping[str, Any], *, vocab: int, head_dim: int = 128, **changes: Any
+    source: PathLike | Mapping[str, Any], *, vocab: int, head_dim: int | None = None, **changes: Any
 ) -> UniViGUConfig:
     """The config of a model that can hold these Wan2.1 weights, from their shapes.
 
-    vocab: V of the text stream to be added. head_dim: the shapes do not tell it; 128 in every Wan2.1. changes: other
-    fields. Raises CheckpointError where a tensor that tells a size is missing.
+    vocab: V of the text stream to be added. head_dim: the shapes do not tell it; None is what a folder's config.json
+    says, and without one 128, as in every Wan2.1. changes: other fields. Raises CheckpointError where a tensor that
+    tells a size is missing.
     """
+    if head_dim is None:
+        head_dim = _told_head_dim(source) or 128
     stored, naming = _recognised(source)
     top, block = ({theirs: ours for ours, theirs in table.items()} for table in NAMINGS[naming])
     known = {ours: entry for key, entry in stored.items() if (ours := _rename(key, top, block))}
@@ -120,6 +130,22 @@ def _folder_config(config: UniViGUConfig, naming: str) -> dict[str, Any]:
         return {"_class_name": "WanTransformer3DModel", **shared, **own}
     own = {"in_dim": channels, "out_dim": channels, "dim": config.dim, "num_heads": config.heads, "qk_norm": True}
     return {"_class_name": "WanModel", "model_type": "t2v", "text_len": 512, **shared, **own}
+
+
+def _told_head_dim(source: PathLike | Mapping[str, Any]) -> int | None:
+    """The width of a head by the config.json beside a folder's weights; None where nothing tells it."""
+    if not isinstance(source, (str, os.PathLike)) or not Path(source).is_dir():
+        return None
+    path = find_weights(Path(source)).parent / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if "attention_head_dim" in told:
+            return int(told["attention_head_dim"])
+        return int(told["dim"]) // int(told["num_heads"]) if {"dim", "num_heads"} <= set(told) else None
+    except (OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(f"{path} must be the json of a Wan2.1 transformer, got {error}") from error
 
 
 def _recognised(source: PathLike | Mapping[str, Any]) -> tuple[Entries, str]:
