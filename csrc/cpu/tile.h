@@ -263,7 +263,7 @@ class Ahead {
 };
 
 // out [rows, width] (+)= left times a matrix packed by pack_columns, of which depth rows of dwords from `skip` on are
-// used; `total` rows of dwords lie in it. rows: a multiple of kTileRows. out has round_up(width, kLanes) columns.
+// used; `total` rows of dwords lie in it. out has round_up(rows, kTileRows) rows of round_up(width, kLanes) columns.
 template <typename F>
 void multiply_all(float* out, int64_t rows, int64_t width, const uint32_t* left, int64_t row, int64_t step,
                   const uint32_t* packed, int64_t total, int64_t skip, int64_t depth, bool first) {
@@ -271,7 +271,7 @@ void multiply_all(float* out, int64_t rows, int64_t width, const uint32_t* left,
   for (int64_t c = 0; c < width; c += kPanel) {
     const int64_t vecs = (width - c + kLanes - 1) / kLanes;
     const uint32_t* base = packed + c * total;
-    Ahead next(base + (total + skip) * kPanel, c + kPanel < width ? depth * kPanel : 0, rows / kTileRows);
+    Ahead next(base + (total + skip) * kPanel, c + kPanel < width ? depth * kPanel : 0, (rows + kTileRows - 1) / kTileRows);
     for (int64_t r = 0; r < rows; r += kTileRows) {
       next.ask();
       const int64_t panel_row = (vecs < kTileVecs ? vecs : kTileVecs) * kLanes;
