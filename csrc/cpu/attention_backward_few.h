@@ -9,7 +9,7 @@
 namespace uvg {
 namespace UVG_ISA {
 
-constexpr int64_t kFewQueries = 8;  // of a sample at the most: 9 by 512 keys take as long as in tiles (AVX2, AGENTS.md)
+constexpr int64_t kFewQueries = 8;  // of a sample at the most (fp32 and AVX2: AGENTS.md; else untuned)
 constexpr int kFewKeys = 4;         // whose sums run side by side
 
 // What a thread works in: [queries, heads, round_up(width, kLanes)] and [queries, heads].

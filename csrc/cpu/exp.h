@@ -1,4 +1,4 @@
-// exp of sixteen floats, and exp2 where the instruction set has its parts.
+// exp and exp2 of sixteen floats.
 #pragma once
 
 #include "cpu/vec.h"

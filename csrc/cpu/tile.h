@@ -271,7 +271,8 @@ void multiply_all(float* out, int64_t rows, int64_t width, const uint32_t* left,
   for (int64_t c = 0; c < width; c += kPanel) {
     const int64_t vecs = (width - c + kLanes - 1) / kLanes;
     const uint32_t* base = packed + c * total;
-    Ahead next(base + (total + skip) * kPanel, c + kPanel < width ? depth * kPanel : 0, (rows + kTileRows - 1) / kTileRows);
+    Ahead next(base + (total + skip) * kPanel, c + kPanel < width ? depth * kPanel : 0,
+               (rows + kTileRows - 1) / kTileRows);
     for (int64_t r = 0; r < rows; r += kTileRows) {
       next.ask();
       const int64_t panel_row = (vecs < kTileVecs ? vecs : kTileVecs) * kLanes;
