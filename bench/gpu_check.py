@@ -52,6 +52,7 @@ ONE_CORE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 # Whose cases take one core the longest to compile (python -m bench.gpu_variants): a process for each dtype.
 BY_DTYPE = ("window_attention", "flash_attention", "moe_mlp", "linear_cross_entropy")
 DTYPES = {"fp32": "not float16", "bf16": "bfloat16", "fp16": "float16 and not bfloat16"}  # as tests' names have them
+_RUNNING: set[int] = set()  # groups of the processes that were begun and have not ended
 SIZE = "1.3b-8192"  # large enough that the device is timed and not the host
 
 
@@ -325,11 +326,13 @@ def _python(seconds: int, *arguments: str, environment: Mapping[str, str] = Mapp
 
 def _begun(*arguments: str, environment: Mapping[str, str] = MappingProxyType({})) -> subprocess.Popen[str]:
     """A Python process with a session of its own: compilers leave processes behind."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *arguments],
         **{"cwd": ROOT, "env": os.environ | environment, "text": True, "start_new_session": True},
         **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
     )
+    _RUNNING.add(process.pid)
+    return process
 
 
 def _ended(process: subprocess.Popen[str], seconds: int, word: str | None = None, grace: int = 0) -> tuple[int, str]:
@@ -346,8 +349,7 @@ def _ended(process: subprocess.Popen[str], seconds: int, word: str | None = None
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=grace)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process.pid)
     if code == 124:
         try:
             output, _ = process.communicate(timeout=PIPE_LASTS)
@@ -358,5 +360,20 @@ def _ended(process: subprocess.Popen[str], seconds: int, word: str | None = None
     return code, output
 
 
+def _kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    _RUNNING.discard(group)
+
+
+def _stop(number: int, frame: Any) -> None:
+    """On a signal: sessions of their own do not get it."""
+    for group in tuple(_RUNNING):
+        _kill(group)
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _stop)
     sys.exit(main())

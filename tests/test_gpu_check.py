@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -322,21 +323,77 @@ def run_script(folder, **environment):
     return subprocess.run(["bash", "bench/gpu_check.sh"], cwd=folder, env=clean, capture_output=True, text=True)
 
 
+def with_commands(folder, case):
+    """The script in a tree whose make and Pythons do what a shell's `case` says for "NAME ARGUMENTS"."""
+    for name in ("bench/gpu_check.sh", "bin/make", "bin/python3", ".venv/bin/python"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/bash\ncase "{name} $*" in {case} ;; esac\n[ "$1" != -c ]\n')
+        path.chmod(0o755)
+    script = Path(gpu_check.__file__).with_suffix(".sh")
+    (folder / "bench" / script.name).write_bytes(script.read_bytes())
+
+
 @pytest.mark.parametrize("part", ["make", "import", "bench.gpu_check"])
 def test_the_script_ends_whatever_hangs(part, tmp_path):
     """A build, a look at the installed package, or the check itself, all deaf to TERM; seconds stand for minutes."""
-    script = Path(gpu_check.__file__).with_suffix(".sh")
-    hangs = 'trap "" TERM; for i in $(seq 90); do sleep 1; done'
-    for name in ("bench/gpu_check.sh", "bin/make", "bin/python3", ".venv/bin/python"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'#!/bin/bash\ncase "{name} $*" in *{part}*) {hangs} ;; esac\n[ "$1" != -c ]\n')
-        path.chmod(0o755)
-    (tmp_path / "bench" / script.name).write_bytes(script.read_bytes())
+    with_commands(tmp_path, f'*{part}*) trap "" TERM; for i in $(seq 90); do sleep 1; done')
     begun = time.monotonic()
     own = {"PYTHON": "python3"} if part == "import" else {}
     done = run_script(tmp_path, UVG_BUILD_ENDS="2", UVG_CHECK_ENDS="4", **own)
     assert time.monotonic() - begun < 30 and done.returncode == 1
     told = (tmp_path / json.loads(done.stdout)["report"]).read_text()
     assert "All well: no." in told
-    assert ("bench.gpu_check did not end" if part == "bench.gpu_check" else "Building ended with exit") in told
+    assert ("bench.gpu_check ended with exit" if part == "bench.gpu_check" else "Building ended with exit") in told
+
+
+def test_the_script_reports_a_check_that_breaks(tmp_path):
+    with_commands(tmp_path, "*bench.gpu_check*) exit 1")
+    done = run_script(tmp_path)
+    report = tmp_path / json.loads(done.stdout)["report"]
+    assert done.returncode == 1 and "bench.gpu_check ended with exit 1 after" in report.read_text()
+    with_commands(tmp_path, """*bench.gpu_check*) echo '{"ok": false}'; exit 1""")
+    done = run_script(tmp_path)
+    assert done.returncode == 1 and json.loads(done.stdout) == {"ok": False} and not report.exists()
+
+
+def gone(pid):
+    """Whether a process has ended, within some seconds."""
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_an_interrupt_ends_the_script_and_what_it_began(tmp_path):
+    with_commands(tmp_path, f"*bench.gpu_check*) echo $$ > {tmp_path}/pid; sleep 90")
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    clean["PATH"] = f"{tmp_path}/bin:{clean['PATH']}"
+    script = subprocess.Popen(["bash", "bench/gpu_check.sh"], cwd=tmp_path, env=clean, stderr=subprocess.DEVNULL)
+    assert written(tmp_path / "pid")
+    script.send_signal(signal.SIGINT)
+    assert script.wait(20) == 130 and gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_check_that_is_ended_ends_what_it_began(tmp_path):
+    code = "import signal\nfrom bench import gpu_check\nsignal.signal(signal.SIGTERM, gpu_check._stop)\n"
+    begun = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(90)"
+    code += f"gpu_check._ended(gpu_check._begun('-c', {begun!r}), 90)"
+    check = subprocess.Popen([sys.executable, "-c", code], cwd=gpu_check.ROOT)
+    assert written(tmp_path / "pid")
+    check.terminate()
+    assert check.wait(30) == 128 + signal.SIGTERM and gone(int((tmp_path / "pid").read_text()))
+
+
+def written(path):
+    """Whether a line comes to stand in a file, within a minute."""
+    for _ in range(600):
+        if path.exists() and path.read_text().endswith("\n"):
+            return True
+        time.sleep(0.1)
+    return False
