@@ -58,11 +58,15 @@ def main(job: str, arguments: Sequence[str] | None = None) -> int:
     if not args.json:
         print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     dtype = NAMES[args.dtype] if args.dtype else None
-    if (dtype or DTYPES[args.model]) == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if (dtype or DTYPES[args.model]) == "bfloat16" and not _multiplies_bf16():
         print("note: no bf16 instructions here: a call may take minutes; --dtype fp32 is faster", file=sys.stderr)
     for line in lines(job, args.model, args.layers, args.samples, args.steps, clock, dtype):
         print(json.dumps(line | about) if args.json else _text(line), flush=True)
     return 0
+
+
+def _multiplies_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _text(line: LINE) -> str:

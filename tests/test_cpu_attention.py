@@ -75,8 +75,8 @@ def test_few_and_many_queries_in_one_call(isa_restored):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradients_of_few_and_many_queries_in_one_call(dtype, isa_restored):
-    """Each sample's are those that it has alone, on any number of threads; the last ones may be cut."""
-    lengths, lengths_k = (9, 8, 1, 13, 3, 2), (97, 200, 17, 300, 0, 120)
+    """Each sample's are those that it has alone, on any number of threads; the last ones, few and many, may be cut."""
+    lengths, lengths_k = (9, 8, 1, 13, 3, 2, 9), (97, 200, 17, 300, 0, 120, 260)
     ends, ends_k = torch.tensor(lengths).cumsum(0), torch.tensor(lengths_k).cumsum(0)
     spans = [
         torch.stack([end - torch.tensor(count), torch.tensor(count)], 1)[:, None].int()
@@ -97,7 +97,7 @@ def test_gradients_of_few_and_many_queries_in_one_call(dtype, isa_restored):
         with backends.force("cpu"):
             try:
                 seen = []
-                for threads in (1, 2, 3, 5):
+                for threads in (1, 2, 3, 8):
                     torch.set_num_threads(threads)
                     seen.append(gradients(*spans))
             finally:

@@ -116,6 +116,9 @@ def test_a_gif_shows_at_most_50_frames_a_second_and_says_so(tmp_path, caplog):
     write_video(tmp_path / "slow.gif", moving_square(), 0.01)
     with Image.open(tmp_path / "slow.gif") as picture:
         assert picture.info["duration"] == 100_000
+    with pytest.raises(VideoError, match=r"still.gif: a gif shows a frame, and equal ones .* at most, got fps 0.01"):
+        write_video(tmp_path / "still.gif", moving_square()[:1].expand(8, -1, -1, -1), 0.01)
+    assert not (tmp_path / "still.gif").exists()
 
 
 SUFFIXES = ("a.mp4", "a.gif", "a.png")

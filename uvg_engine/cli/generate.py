@@ -83,18 +83,19 @@ def _sample(
     own: dict[str, Any],
 ) -> None:
     """Check the names, run the job, write the files, tell what there is."""
+    from uvg_engine.media import write_video
+    from uvg_engine.media.video import check_fps
+
     files = numbered(output, len(prompts), VIDEO_SUFFIXES, "--output")
     drawn = pictures(trajectory, len(prompts), taken=files)
     if fps is not None and output.suffix.lower() == ".png":
         raise ValueError(f"--fps must go with a .mp4 or .gif, got {output}")
+    if fps is not None:
+        check_fps(fps)
     if not all(prompt.strip() for prompt in prompts):
         note("an empty prompt asks for nothing, so anything may come")
     engine = opt.load_engine(model, device, threads, precision)
-    from uvg_engine.media import write_video
-    from uvg_engine.media.video import check_fps
-
     rate = engine.defaults.fps if fps is None else fps
-    check_fps(rate)
     start = time.perf_counter()
     with Progress(kind, unit="steps") as bar:
         own |= {"seeds": seed, "trajectory": _SHOWN_STEPS if trajectory else False}

@@ -189,7 +189,10 @@ def _write_gif(path: Path, frames: np.ndarray, fps: float, scale: int | None) ->
     enlarged = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     images = [Image.fromarray(image).quantize(256, dither=Image.Dither.NONE) for image in enlarged]
     duration = 10 * round(100 / min(fps, _FASTEST_GIF))
-    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
+    try:
+        images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
+    except OverflowError as error:
+        raise VideoError(f"a gif shows a frame, and equal ones after it, for 655 s at most, got fps {fps:g}") from error
 
 
 def _write_png(path: Path, frames: np.ndarray, fps: float, scale: int | None) -> None:
