@@ -38,6 +38,7 @@ FORWARD = Table(
         (SM80, 2, "odd", 127): AttentionConfig(64, 32, 8, 2),
         (SM80, 4, 32): AttentionConfig(32, 32, 8, 1, maxnreg=128),
         (SM80, 4, 64): AttentionConfig(32, 32, 8, 1),
+        (SM80, 4, 127): AttentionConfig(32, 16, 8, 1, maxnreg=255),  # padded to 128
         (SM80, 4, 128): AttentionConfig(32, 32, 8, 1),
         (SM90, 2, 64): AttentionConfig(128, 128, 8, 2, tma=True),
         (SM90, 2, 128): AttentionConfig(128, 128, 8, 2, tma=True),
@@ -212,4 +213,5 @@ AOT_CASES = (
     _aot_case(2944, 4, 32, torch.float32, tested=False),
     _aot_case(2944, 4, 64, torch.float32, tested=False),
     _aot_case(2944, 4, 128, torch.float32),
+    _aot_case(2944, 4, 65, torch.float32),
 )

@@ -52,11 +52,19 @@ _ROWS: dict[tuple[Any, ...], RopeConfig | RopePartsConfig] = {
     (SM80, "wide fp32", 8192): RopeConfig(16),
     (SM80, "wide odd", 8192): RopePartsConfig(8, 128, 16, maxnreg=128),
 }
-FORWARD = Table("qk_norm_rope.FORWARD", _ROWS | {(SM100, "wide fp32", 8192): RopePartsConfig(8, 256, 16, maxnreg=128)})
+FORWARD = Table(
+    "qk_norm_rope.FORWARD",
+    _ROWS
+    | {
+        (SM80, "even fp32", 512): RopeConfig(2),
+        (SM100, "wide fp32", 8192): RopePartsConfig(8, 256, 16, maxnreg=128),
+    },
+)
 BACKWARD = Table(
     "qk_norm_rope.BACKWARD",
     _ROWS
     | {
+        (SM80, "even fp32", 512): RopeConfig(1),
         (SM80, "wide fp32", 8192): RopePartsConfig(8, 256, 16, maxnreg=128),
         (SM90, "wide fp32", 8192): RopeConfig(16),
     },
@@ -66,6 +74,8 @@ BACKWARD = Table(
 def _config(table: Table[RopeConfig | RopePartsConfig], x: Tensor, half: int) -> RopeConfig | RopePartsConfig:
     """Even: a thread's pairs are neighbours in memory for text too, or in rows up to 4,096 nearly so."""
     width, even = x.shape[1], half == power_of_two(half)
+    if even and width <= 512 and x.dtype == torch.float32:
+        return table.on(x.device, "even fp32", width)
     if width <= 2048:
         return table.on(x.device, "even" if even else "odd", width)
     if half % 2 or half < 8 or (width > 4096 and not even):
@@ -185,5 +195,6 @@ AOT_CASES = tuple(
         (32768, 17, 126, torch.bfloat16, True, True),
         (32768, 40, 126, torch.float32, True, False),
         (32768, 50, 124, torch.bfloat16, True, False),
+        (32768, 4, 128, torch.float32, True, True),
     )
 )

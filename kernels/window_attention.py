@@ -49,6 +49,9 @@ FORWARD = Table(
         (SM90, 2, "odd", 127): WindowConfig(64, 32, 8, 1),  # 32 rows are too few for wgmma and tcgen05
         (SM80, 4, 32): WindowConfig(32, 32, 8, 1, maxnreg=128, held=2),
         (SM80, 4, 64): WindowConfig(32, 32, 8, 1, held=3),
+        (SM90, 4, 64): WindowConfig(32, 32, 8, 1, maxnreg=255, held=2),  # three: tiles of 1x2x2 spilled
+        (SM100, 4, 64): WindowConfig(32, 32, 8, 1, held=3),
+        (SM80, 4, 127): WindowConfig(32, 16, 8, 1, maxnreg=255, held=2),  # padded to 128
         (SM80, 4, 128): WindowConfig(32, 32, 8, 1, held=2),
     },
 )
@@ -204,5 +207,5 @@ AOT_CASES = (
     _odd_case((SM80, SM90), "dot"),
     _odd_case((SM100,), "mma"),
     _aot_case(torch.bfloat16, 80, ("dot",), ("dot",), tested=False),
-    *(_aot_case(torch.float32, width, (), ()) for width in (8, 32, 64, 128)),
+    *(_aot_case(torch.float32, width, (), ()) for width in (8, 32, 64, 128, 65)),
 )
