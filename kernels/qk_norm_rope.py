@@ -196,5 +196,6 @@ AOT_CASES = tuple(
         (32768, 40, 126, torch.float32, True, False),
         (32768, 50, 124, torch.bfloat16, True, False),
         (32768, 4, 128, torch.float32, True, True),
+        (32768, 4, 128, torch.bfloat16, True, True),
     )
 )
