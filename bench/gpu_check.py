@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             fill(found, begun + min(TESTS_LAST, TESTS_SHARE * left), begun + left, args.no_bench)
         except Exception as error:  # of the check itself: told beside what was found until then
+            traceback.print_exc()
             found["broken"] = f"{type(error).__name__}: {error}"
     wrong = [line for line in found["bench"] if "wrong" in line]
     tests = found["tests"]
