@@ -179,6 +179,23 @@ def test_large_results_have_the_bits_of_small_ones(dtype):
             assert all(torch.equal(a[rows], b) for a, b in zip(whole, results(rows), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_results_of_narrow_heads_have_the_bits_of_small_ones(dtype):
+    """Heads of 16 are no whole vectors where text turns their halves: value by value, and not past the cache."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(4224, 1024, generator=g).to(dtype) for _ in range(2))
+    table, weight = rope_table(16, 4154, inverse_frequencies(16)), torch.randn(2, 1024, generator=g)
+
+    def results(rows, *spans):
+        table_of_spans = torch.tensor([[*span, 1, 0, 0, 0] for span in spans], dtype=torch.int32)
+        return ops.qk_norm_rope(q[rows], k[rows], *weight, table_of_spans, table, 64)
+
+    with backends.force("cpu"):
+        whole = results(slice(None), (0, 4154), (4154, 70))
+        for rows in (slice(0, 70), slice(-70, None)):
+            assert all(torch.equal(a[rows], b) for a, b in zip(whole, results(rows, (0, 70)), strict=True))
+
+
 def test_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="UVG_CPU_ISA must be one of"):
         native.core().use_isa("sse9")

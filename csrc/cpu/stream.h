@@ -6,7 +6,11 @@
 namespace uvg {
 namespace UVG_ISA {
 
+#if defined(UVG_LARGE)  // the emulated build, whose arrays are small
+constexpr int64_t kLarge = UVG_LARGE;
+#else
 constexpr int64_t kLarge = int64_t{1} << 23;  // bytes of one result; untuned
+#endif
 
 #if defined(__AVX512BF16__)
 template <typename T>
@@ -30,7 +34,7 @@ class Target {
   UVG_INLINE void put(int64_t r, int64_t i, Vec v, int64_t n) const {
     T* p = row(r) + i;
 #if defined(__AVX512F__)
-    if (past_) return stream(p, v);
+    if (past_ && n >= kLanes) return stream(p, v);  // rope of odd heads puts value by value
 #endif
     store(p, v, n);
   }

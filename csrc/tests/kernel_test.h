@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,20 @@
 #include "tests/check.h"
 
 namespace uvg::test {
+
+// Memory as torch's: it begins a cache line, so that results may go past the cache (cpu/stream.h).
+template <typename T>
+struct OnLines {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+  OnLines() = default;
+  template <typename U>
+  OnLines(const OnLines<U>&) {}  // NOLINT: as the standard has it
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, kLine); }
+  friend bool operator==(const OnLines&, const OnLines&) { return true; }
+  friend bool operator!=(const OnLines&, const OnLines&) { return false; }
+};
 
 // One array of floats in a dtype, on the heap by itself. Empty is a null pointer.
 class Array {
@@ -72,7 +87,7 @@ class Array {
 
  private:
   Dtype dtype_ = Dtype::kFloat32;
-  std::vector<uint8_t> bytes_;
+  std::vector<uint8_t, OnLines<uint8_t>> bytes_;
 };
 
 using Arrays = std::vector<Array>;

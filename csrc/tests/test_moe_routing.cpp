@@ -88,5 +88,6 @@ int main() {
   check_round_trip(1, 1, 1, 1);
   check_round_trip(301, 57, 5, 2);
   check_round_trip(40, 130, 8, 8);
+  check_round_trip(23, 64, 5, 2);
   return finish("moe_routing");
 }

@@ -79,7 +79,7 @@ int main() {
   static_assert(kRows * kHeads * kThreaded > kAloneRowValues);
   constexpr int64_t kPutTogether = 3650;  // wide enough that several threads put the sums of three chunks together
   static_assert(3 * kHeads * kPutTogether > kAloneRowValues);
-  for (int64_t head : {int64_t{2}, int64_t{6}, int64_t{32}, int64_t{44}, kThreaded}) check(head, true, 2);
+  for (int64_t head : {int64_t{2}, int64_t{6}, int64_t{16}, int64_t{32}, int64_t{44}, kThreaded}) check(head, true, 2);
   for (int64_t head : {6, 44}) check(head, true, 1), check(head, false, 1);
   check(kPutTogether, true, 2);
   return finish("qk_norm_rope");

@@ -8,6 +8,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #define __AVX512F__ 1
@@ -109,6 +110,12 @@ inline __m512i load(const void* p) {
 template <typename V>
 void store(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
+}
+
+template <typename V>
+void stream(void* p, V v) {  // which ends the program off its lines, as the CPU would
+  if (reinterpret_cast<uintptr_t>(p) % sizeof v != 0) std::abort();
+  store(p, v);
 }
 
 template <typename T, typename V>
@@ -252,7 +259,7 @@ float over(__m512 a, F&& f) {
 #define _mm512_loadu_si512 emulated::load
 #define _mm512_storeu_si512 emulated::store
 #define _mm512_storeu_ps emulated::store
-#define _mm512_stream_ps emulated::store
+#define _mm512_stream_ps emulated::stream
 #define _mm512_mask_loadu_ps emulated::load_named<float>
 #define _mm512_mask_storeu_ps emulated::store_named<float>
 #define _mm256_maskz_loadu_epi16(mask, p) emulated::load_named<uint16_t>(__m256i{}, mask, p)
