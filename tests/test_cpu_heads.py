@@ -18,7 +18,7 @@ ROWS = 400  # more than a task has
 def head(dtype, vocab=2500, width=54):
     g = torch.Generator().manual_seed(3)
     x, weight, bias = (torch.randn(*shape, generator=g) for shape in ((ROWS, width), (vocab, width), (vocab,)))
-    return x.to(dtype), (weight * width**-0.5).to(dtype), bias.to(dtype)
+    return x.to(dtype), (weight * max(width, 1) ** -0.5).to(dtype), bias.to(dtype)
 
 
 @functools.cache
@@ -66,6 +66,20 @@ def test_losses_in_every_instruction_set_with_any_threads(isa, dtype, loss, isa_
     for a, b, c, true in zip(*seen, want, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
         torch.testing.assert_close(a, true, rtol=slack, atol=slack * float(true.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_no_width(dtype):
+    """The bias alone says what is likely, and alone gets a gradient."""
+    names, seen = torch.arange(5), []
+    for backend in ("reference", "cpu"):
+        x, weight, bias = (value.requires_grad_() for value in head(dtype, vocab=40, width=0))
+        with backends.force(backend):
+            losses = ops.linear_cross_entropy(x[:5], weight, bias, names)
+            picked = ops.linear_sample(x[:5].detach(), weight.detach(), bias.detach(), names, names, names)
+            seen.append((losses, *torch.autograd.grad(losses.sum(), (x, weight, bias)), picked))
+    for want, got in zip(*seen, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")

@@ -152,7 +152,7 @@ struct Backward {
     const int threads = threads_for(3 * head.multiplications(), p.threads);
     Scratch scratch;
     const PerThread<Room> rooms(scratch, threads, head);
-    const int64_t wanted = (2 * threads + panels - 1) / panels,
+    const int64_t wanted = panels > 0 ? (2 * threads + panels - 1) / panels : 1,
                   even = round_up((padded + wanted - 1) / wanted, kTileRows);
     const int64_t part = even < kFewestRows ? kFewestRows : even, parts = (padded + part - 1) / part;
 #pragma omp parallel num_threads(threads)

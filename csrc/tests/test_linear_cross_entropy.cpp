@@ -60,6 +60,7 @@ void check(int64_t rows, int64_t width, int64_t vocab, bool kl) {
 
 int main() {
   check(1, 1, 1, false);
+  check(5, 0, 40, false);  // the bias alone
   check(13, 33, 700, false);
   check(13, 33, 700, true);
   static_assert(97 * 64 * 700 > kAloneHeadProducts);
