@@ -54,11 +54,13 @@ const RowChunk& RowChunks::operator[](int64_t index) const { return chunks_[inde
 void check_rope_spans(const int32_t* spans, int64_t num_spans, int64_t positions) {
   for (int64_t s = 0; s < num_spans; ++s) {
     const int32_t* span = spans + s * 6;
-    const int64_t length = span[1], kind = span[2];
+    const int64_t length = span[1], kind = span[2], frames = span[3], height = span[4], width = span[5];
     if (length <= 0) continue;  // negative ones are told by RowChunks
     const bool video = kind == 0;
-    const int64_t most = video ? std::max({span[3], span[4], span[5]}) : span[1];
-    if ((video && int64_t{span[3]} * span[4] * span[5] != length) || kind < 0 || kind > 1 || most > positions)
+    const int64_t most = video ? std::max({frames, height, width}) : length;
+    const bool grid = std::min({frames, height, width}) > 0 && height * width <= length &&  // which no number overflows
+                      frames * height * width == length;
+    if ((video && !grid) || kind < 0 || kind > 1 || most > positions)
       throw std::invalid_argument("rope_spans must be (start, len, 0, F, Y, X) with len = F*Y*X, or kind 1, within " +
                                   std::to_string(positions) + " positions, got len " + std::to_string(length) +
                                   ", kind " + std::to_string(kind));

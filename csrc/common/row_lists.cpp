@@ -12,6 +12,7 @@ namespace uvg {
 
 RowLists::RowLists(const int32_t* spans, int64_t samples, int64_t per_sample, int64_t num_rows)
     : samples_(samples), longest_(0), shared_(false) {
+  if (num_rows > INT32_MAX) throw std::invalid_argument("there may be 2^31 - 1 rows, got " + std::to_string(num_rows));
   bool rising = true;  // no row comes before one of an earlier span
   int64_t end = 0, listed = 0, size = 0;
   for (int64_t i = 0; i < samples * per_sample; ++i) {

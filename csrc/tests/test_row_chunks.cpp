@@ -58,6 +58,8 @@ int main() {
   CHECK(!rope_refused({0, 12, 0, 3, 2, 2}, 3));
   CHECK(rope_refused({0, 12, 0, 3, 2, 2}, 2));
   CHECK(rope_refused({0, 12, 0, 3, 2, 1}, 9));
+  CHECK(rope_refused({0, 12, 0, 3, -2, -2}, 9));
+  CHECK(rope_refused({0, 12, 0, 1 << 30, 1 << 30, 16}, 1 << 30));
   CHECK(!rope_refused({0, 12, 1, 0, 0, 0}, 12));
   CHECK(rope_refused({0, 12, 1, 0, 0, 0}, 11));
   CHECK(rope_refused({0, 12, 2, 0, 0, 0}, 99));

@@ -85,6 +85,7 @@ int main() {
   CHECK(refused({-1, 2}, 5));
   CHECK(refused({0, -2}, 5));
   CHECK(!refused({3, 2}, 5));
+  CHECK(refused({3, 2}, int64_t{1} << 31));  // a list holds 32 bits of a row
 
   CHECK(!leaks({3, 2}, 9));
   CHECK(!leaks({3, 2, 0, 4}, 9));
