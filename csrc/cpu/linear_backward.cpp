@@ -21,6 +21,9 @@ constexpr int64_t kBlock = 4 * kLeft, kDepthAtOnce = 768;
 constexpr int64_t kBlock = 2 * kLeft, kDepthAtOnce = 96;
 #endif
 constexpr int64_t kPackedWords = int64_t{4} << 20;  // of one operand at a time, where kBlock columns need no more
+constexpr int64_t kMostShares = 8;                  // of them, where threads need no more (columns_at_once); untuned
+constexpr int64_t kTasks = 8;                       // of kLeft columns and a panel, for each thread; untuned
+constexpr int64_t kEven = 1024;                     // columns of dz that x is to meet for them, where dz has more
 constexpr int64_t kWeightWords = int64_t{1} << 20;  // of a weight packed at a time, where kFewestPanels need no more
 constexpr int64_t kFewestPanels = 256 / kPanel;     // untuned; that a thread takes at once (gemm.h)
 constexpr int64_t kFewRows = 16;                    // for which an fp32 weight is read as it lies
@@ -86,10 +89,13 @@ int64_t piece_of(int64_t columns, int threads) {
 // Of kPackedWords and kWeightWords: what two threads have at once would leave many without a task.
 constexpr int64_t shares(int threads) { return (threads + 3) / 4; }
 
-// So many columns at a time that one operand stays within kPackedWords a share, in parts of like size.
-int64_t columns_at_once(int64_t columns, int64_t depth, int threads) {
-  const int64_t fit = shares(threads) * kPackedWords / (depth * kBlock + 1) * kBlock,
-                most = fit < kBlock ? kBlock : fit;
+// So many columns at a time that one operand stays within kPackedWords a share, in parts of like size. From kMostShares
+// on only as many as give the threads tasks, with the `others` of the other operand.
+int64_t columns_at_once(int64_t columns, int64_t depth, int threads, int64_t others) {
+  const auto fit = [&](int64_t count) { return count * kPackedWords / (depth * kBlock + 1) * kBlock; };
+  const int64_t busy = kTasks * threads * kLeft * kPanel / (others + 1), few = fit(kMostShares);
+  const int64_t all = fit(shares(threads)), wanted = few < busy ? busy : few;
+  const int64_t fitting = all < wanted ? all : wanted, most = fitting < kBlock ? kBlock : fitting;
   const int64_t parts = columns > most ? (columns + most - 1) / most : 1;
   return round_up(columns > 0 ? (columns + parts - 1) / parts : 1, kBlock);
 }
@@ -131,8 +137,8 @@ struct WeightGradient {
   }
 
   void run() const {
-    const int64_t left_columns = columns_at_once(p.width, depth, p.threads);
-    const int64_t right_columns = columns_at_once(p.depth, depth, p.threads);
+    const int64_t right_columns = columns_at_once(p.depth, depth, p.threads, p.width < kEven ? p.width : kEven);
+    const int64_t left_columns = columns_at_once(p.width, depth, p.threads, right_columns);
     Scratch scratch;
     uint32_t *left = scratch.words(left_columns * depth), *right = scratch.words(right_columns * depth);
     const PerThread<Sums> sums(scratch, p.threads);

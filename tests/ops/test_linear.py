@@ -265,3 +265,19 @@ def test_a_weight_packed_for_one_call_gives_the_bits_of_a_kept_one(dtype, on_cpu
                 want = linear(x[:rows], weight, bias, activation="gelu_tanh")
             got = linear(x[:rows], weight.clone().requires_grad_(), bias, activation="gelu_tanh")
             assert torch.equal(got, want)
+
+
+def test_gradients_of_more_columns_than_are_packed_at_once(on_cpu, threads_restored):
+    """One thread makes the weight's by parts of dy's columns and of x's; for many, all lie packed at once."""
+    g = torch.Generator().manual_seed(0)
+    shapes = (6000, 690), (700, 690), (700,), (6000, 700)
+    x, weight, bias, dy = (torch.randn(*shape, generator=g) for shape in shapes)
+    seen = []
+    for threads in (1, 2, 17):
+        torch.set_num_threads(threads)
+        given = [value.clone().requires_grad_() for value in (x, weight, bias)]
+        seen.append(torch.autograd.grad(linear(*given), given, dy))
+    want = dy.double() @ weight.double(), dy.double().T @ x.double(), dy.double().sum(0)
+    for one, two, many, true in zip(*seen, want, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, many)
+        torch.testing.assert_close(one.double(), true, rtol=2e-5, atol=2e-5 * float(true.abs().max()))
