@@ -5,7 +5,8 @@ UVG_NATIVE=1: build it or fail. UVG_NATIVE=0: pure Python. Code that does not co
 but 0. UVG_BUILD_DIR keeps the CMake tree at a place of yours, UVG_CMAKE_ARGS is passed on.
 
 The CUDA kernels are built where an nvcc is found: CUDA_HOME, PATH, or PyPI's nvidia-cuda-nvcc. UVG_CUDA_ARCHS says for
-which GPUs, "80,90,100" unless given; "none" leaves them out. What came of it: `python -m uvg_engine.backends.native`.
+which GPUs, "80,90,100" unless given, and demands them; "none" leaves them out. What came of it:
+`python -m uvg_engine.backends.native`.
 """
 
 from __future__ import annotations
@@ -106,9 +107,12 @@ def cuda_options() -> tuple[str, ...]:
         raise SetupError(f"UVG_CUDA_ARCHS must be none or numbers like 80,90,100, got {wish!r}")
     nvcc = None if wish == "none" else find_nvcc()
     if nvcc is None:
-        reason = "UVG_CUDA_ARCHS=none" if wish == "none" else "no nvcc on PATH, in CUDA_HOME or from PyPI"
-        how = "" if wish == "none" else "; pip install 'nvidia-cuda-nvcc>=13' 'nvidia-cuda-cccl>=13' brings one"
-        print(f"uvg_engine CUDA kernels: left out: {reason}{how}", file=sys.stderr, flush=True)
+        lacking = "no nvcc on PATH, in CUDA_HOME or from PyPI"
+        lacking += "; pip install 'nvidia-cuda-nvcc>=13' 'nvidia-cuda-cccl>=13' brings one"
+        if wish not in (None, "none"):
+            raise SetupError(f"UVG_CUDA_ARCHS={wish} asks for the CUDA kernels, but: {lacking}")
+        reason = "UVG_CUDA_ARCHS=none" if wish else lacking
+        print(f"uvg_engine CUDA kernels: left out: {reason}", file=sys.stderr, flush=True)
         return ()
     known = known_archs(nvcc)
     archs = wish.split(",") if wish else [arch for arch in CUDA_ARCHS if arch in known]
@@ -171,16 +175,19 @@ class EditableWheel(editable_wheel):
 
 
 def forget_foreign_cache(build_dir: Path, generator: str | None) -> None:
-    """Drop a CMake cache of another checkout, Python or generator, or of a cmake that is gone (pip's build
+    """Drop a CMake cache of another checkout, Python, generator or compiler, or of a cmake that is gone (pip's build
     environments come and go)."""
     cache = build_dir / "CMakeCache.txt"
     if not cache.exists():
         return
     entries = dict(line.partition("=")[::2] for line in cache.read_text().splitlines() if "=" in line)
+    compilers = {value for name, value in entries.items() if name.startswith("CMAKE_CXX_COMPILER:")}
+    wish = os.environ.get("CXX")  # which CMake asks for once
     ours = (
         entries.get("CMAKE_HOME_DIRECTORY:INTERNAL") == str(ROOT)
         and entries.get("Python_EXECUTABLE:UNINITIALIZED", sys.executable) == sys.executable
         and (generator is None or entries.get("CMAKE_GENERATOR:INTERNAL") == generator)
+        and (wish is None or shutil.which(shlex.split(wish)[0]) in compilers)
         and Path(entries.get("CMAKE_COMMAND:INTERNAL", "")).is_file()
     )
     if not ours:
@@ -188,10 +195,11 @@ def forget_foreign_cache(build_dir: Path, generator: str | None) -> None:
         shutil.rmtree(build_dir / "CMakeFiles", ignore_errors=True)
 
 
-setup(
-    packages=[*find_packages(include=["uvg_engine", "uvg_engine.*"]), "uvg_engine.kernels"],
-    package_dir={"uvg_engine.kernels": "kernels"},
-    ext_modules=EXTENSIONS,
-    cmdclass={"build_ext": CMakeBuild, "editable_wheel": EditableWheel},
-    distclass=UvgDistribution,
-)
+if __name__ == "__main__":  # bench/gpu_check.sh asks the functions above
+    setup(
+        packages=[*find_packages(include=["uvg_engine", "uvg_engine.*"]), "uvg_engine.kernels"],
+        package_dir={"uvg_engine.kernels": "kernels"},
+        ext_modules=EXTENSIONS,
+        cmdclass={"build_ext": CMakeBuild, "editable_wheel": EditableWheel},
+        distclass=UvgDistribution,
+    )

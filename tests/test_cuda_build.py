@@ -1,7 +1,9 @@
 """How setup.py finds nvcc, for which GPUs it builds, and what it says: with an nvcc that only lists what it knows."""
 
 import os
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,3 +81,21 @@ def test_an_older_nvcc_builds_for_what_it_knows(build, monkeypatch):
     monkeypatch.setenv("UVG_CUDA_ARCHS", "100")
     with pytest.raises(SetupError, match=r"^UVG_CUDA_ARCHS must be of 75, 80, 90 for .*nvcc, got '100'$"):
         options()
+
+
+def test_gpus_that_are_asked_for_need_an_nvcc(build, monkeypatch):
+    options, _ = build
+    monkeypatch.setenv("UVG_CUDA_ARCHS", "90")
+    with pytest.raises(SetupError, match=r"^UVG_CUDA_ARCHS=90 asks for the CUDA kernels, but: no nvcc on PATH"):
+        options()
+
+
+@pytest.mark.parametrize("arch, known", [("90", True), ("91", False)])
+def test_gpu_check_asks_whether_nvcc_knows_the_gpu(build, arch, known):
+    """By functions of setup.py, imported: where that set something up, gpu_check would build for every GPU."""
+    _, nvcc = build
+    nvcc(".")
+    (asks,) = re.findall(r'known="(import setup.*)"', (SETUP.parent / "bench/gpu_check.sh").read_text())
+    command = [sys.executable, "-c", asks.replace("$arch", arch)]
+    done = subprocess.run(command, cwd=SETUP.parent, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0, done.stdout, done.stderr) == (known, "", "")

@@ -134,3 +134,24 @@ def test_without_a_compiler_the_reason_is_told(checkout, tmp_path):
 def test_a_wrong_wish_is_an_error(checkout, tmp_path, env, message):
     code, said, made = wheel(checkout, tmp_path, **env)
     assert code != 0 and made is None and message in said
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler to name")
+@pytest.mark.parametrize("another", [False, True])
+def test_another_compiler_begins_anew(checkout, tmp_path, another):
+    """CMake would go on with the one that its cache names."""
+    pytest.importorskip("pybind11")
+    programs, build = tmp_path / "bin", tmp_path / "build"
+    programs.mkdir(), build.mkdir()
+    for name, does in (("cmake", "exit 1"), ("mine", 'exec c++ "$@"')):
+        (programs / name).write_text(f"#!/bin/sh\n{does}\n")
+        (programs / name).chmod(0o755)
+    (build / "CMakeCache.txt").write_text(
+        f"CMAKE_HOME_DIRECTORY:INTERNAL={checkout}\nCMAKE_GENERATOR:INTERNAL=Ninja\n"
+        f"CMAKE_COMMAND:INTERNAL={programs / 'cmake'}\n"
+        f"CMAKE_CXX_COMPILER:FILEPATH={'/usr/bin/c++' if another else programs / 'mine'}\n"
+    )
+    env = {"CXX": str(programs / "mine"), "UVG_BUILD_DIR": str(build), "UVG_CUDA_ARCHS": "none"}
+    code, said, _ = wheel(checkout, tmp_path, PATH=os.pathsep.join([str(programs), os.environ["PATH"]]), **env)
+    assert code != 0 and "the native core did not build" in said
+    assert (build / "CMakeCache.txt").exists() is not another
