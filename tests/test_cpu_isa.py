@@ -196,6 +196,19 @@ def test_large_results_of_narrow_heads_have_the_bits_of_small_ones(dtype):
             assert all(torch.equal(a[rows], b) for a, b in zip(whole, results(rows, (0, 70)), strict=True))
 
 
+@pytest.mark.parametrize("isa", usable())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_far_from_0(isa, dtype, isa_restored):
+    """Nothing is left of a large negative value, and minus infinity is no number, as in torch."""
+    native.core().use_isa(isa)
+    x = torch.tensor([0.0, 20.0, 1e4, 1e20, 3e38, torch.inf], dtype=dtype)
+    x = torch.cat([x, -x])[:, None]
+    with backends.force("cpu"):
+        got = ops.linear(x, torch.ones(1, 1, dtype=dtype), activation="gelu_tanh")
+    want = torch.nn.functional.gelu(x, approximate="tanh")
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-30, equal_nan=True)
+
+
 def test_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="UVG_CPU_ISA must be one of"):
         native.core().use_isa("sse9")

@@ -12,10 +12,11 @@ namespace UVG_ISA {
 
 constexpr float kLog2E = 1.44269504f;
 
-// Within 2 ulps where the result is a normal number. Arguments are held to -87..88. Cody and Waite's reduction to
-// |r| <= ln 2 / 2, then a polynomial of degree 6 (coefficients of S. Moshier's Cephes expf).
-inline Vec exp(Vec x) {
-  x = at_most(88.0f, at_least(-87.0f, x));
+// Within 2 ulps where the result is a normal number. Arguments are held to -87..most; with 89, the result is infinite
+// from 88.38 on. Cody and Waite's reduction to |r| <= ln 2 / 2, then a polynomial of degree 6 (coefficients of S.
+// Moshier's Cephes expf).
+inline Vec exp(Vec x, float most = 88.0f) {
+  x = at_most(most, at_least(-87.0f, x));
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec whole = multiply_add(x, splat(kLog2E), magic), n = whole - magic;
   const Vec r = multiply_add(n, splat(2.12194440e-4f), multiply_add(n, splat(-0.693359375f), x));
