@@ -10,18 +10,10 @@ namespace {
 
 using Params = MoeRouteParams;
 
-inline float number(float value) { return value; }
-
-inline float number(BFloat16 value) {
-  const uint32_t bits = uint32_t{value.bits} << 16;
+template <typename T>
+inline float number(T value) {
   float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
-inline float number(Float16 value) {
-  float out;
-  convert(value, out);
+  uvg::convert(value, out);
   return out;
 }
 
