@@ -19,11 +19,15 @@ from bench.one_case import NAMES, Line, Options, bench_case, cases
 from bench.peers import PEERS
 from bench.record import record
 from bench.sampling import bench_sampling
-from bench.timing import MIN_ROUNDS, Clock, Roof, machine, positive
+from bench.timing import MIN_ROUNDS, Clock, Roof, duration, machine, positive
 from uvg_engine import backends
 from uvg_engine.process import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OF_A_RECORD = ("record", "resume", "dtype", "threads", "cpu_time", "json")  # its runs have the other options themselves
+MORE = """Programs of their own, with --help: bench.throughput_generate, _caption, _joint and _train (end to end beside
+a plain loop), bench.report (a recorded file as a page), bench.wheel_check (our wheel beside other versions of torch);
+for kernels of GPUs bench.aot, aot_rocm, cuda_static, gpu_variants and tune. docs/benchmarks.md says how it is measured."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,21 +58,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         if not args.json:
             print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-        for _ in told(args):
-            pass
+        if not sum(1 for _ in told(args)):
+            print("nothing was timed: no case has such a pass, backend or peer", file=sys.stderr)
+            return 2
     return int(bool(wrong))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what = [*NAMES, "sampling"]
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, epilog=MORE)
     parser.add_argument("what", nargs="*", help=f"out of {', '.join(what)}; all if none is named")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="fp32 and bf16 if not given")
     parser.add_argument("--size", choices=SIZES, action="append", help="if not given: those of the table of cases")
     parser.add_argument("--pass", choices=PASSES, action="append", dest="passes", help="if not given: the case's own")
     parser.add_argument("--only", action="append", help="this backend or peer only (may be repeated)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each contender (default 1)")
-    parser.add_argument("--peer-seconds", type=float, help="that a peer may take to compile (no end if not given)")
+    parser.add_argument("--seconds", type=duration, default=1.0, help="for each contender (default 1)")
+    parser.add_argument("--peer-seconds", type=duration, help="that a peer may take to compile (no end if not given)")
     parser.add_argument("--threads", type=positive, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--cpu-time", action="store_true", help="time by the cores' seconds; needs --threads 1")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -94,6 +99,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--only: no backend or peer is called {', '.join(strangers)}; have {', '.join(contenders)}")
     if args.resume and not (args.record and args.resume.is_file()):
         parser.error(f"--resume needs --record and a file of results, got {args.resume}")
+    if args.record:
+        asked = {name: value for name, value in vars(args).items() if value not in (parser.get_default(name), [])}
+        if strangers := sorted(asked.keys() - set(OF_A_RECORD)):
+            names = {"what": " ".join(args.what), "passes": "--pass"}
+            told = ", ".join(names.get(name, f"--{name.replace('_', '-')}") for name in strangers)
+            parser.error(f"--record has runs of its own, on the CPU: leave out {told}")
+        if len(args.dtype or ()) > 1:
+            parser.error(f"--record takes one --dtype, got {' and '.join(args.dtype)}")
+    if args.memory and args.device != "cpu":
+        parser.error(f"--memory is measured on the CPU only, got --device {args.device}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here")
     if args.cpu_time and (args.threads != 1 or args.device != "cpu"):

@@ -114,7 +114,7 @@ class Pass:
             except Exception as error:  # of a peer: this dtype, this shape or this chip is not its own
                 if name not in PEERS:
                     raise
-                yield {"backend": name, "missing": f"{type(error).__name__}: {str(error).splitlines()[:1]}"}
+                yield {"backend": name, "missing": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
                 continue
             if wrong:
                 yield {"backend": name, "wrong": wrong}

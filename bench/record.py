@@ -1,18 +1,21 @@
 """`python -m bench --record [PAGE]`: the runs that stand in docs/<PAGE>.md, one after the other.
 
 It writes bench/results/<date>-<machine>[-<page>].jsonl, each run when it is done, then the page's table and pictures
-(see `bench.report`). After an early end, `--resume FILE` runs what the file lacks; the table of what is there:
-`python -m bench.report FILE PAGE`.
+(see `bench.report`). After an early end, `--resume FILE` runs what it lacks: on the same machine and versions, for
+the same page and dtype. The table of what is there: `python -m bench.report FILE`.
 """
 
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from uvg_engine.files import replacing
 
 LINE = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
@@ -53,19 +56,25 @@ def record(
     begun: Path | None = None,
 ) -> Path:
     """run: the lines of a command line of `python -m bench`; how: options of all; page: docs/<page>.md is written.
-    begun: a file of results of this machine that is gone on with. Returns the file of results."""
+    begun: a file of results of this machine that is gone on with. Returns the file of results. Stops before the first
+    run where matplotlib is missing, where a record of today would be lost, and where `begun` is of another record."""
     from bench import report
 
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--record draws pictures with matplotlib: pip install '.[bench]'")
     path = begun or _file(about["device"], page)
-    done = _begun(path, about) if begun else set()
+    runs = dict(_runs(run, how, dtype))  # measured when their lines are taken
+    done = _begun(path, about, page, runs.keys()) if begun else set()
     if not begun:
+        if path.exists() and path.stat().st_size:
+            raise SystemExit(f"--record: there is a record of today: go on with --resume {path}, or move it away")
         path.parent.mkdir(exist_ok=True)
         path.write_text("")
-    for name, lines in _runs(run, how, dtype):
+    for name, lines in runs.items():
         if name not in done:
             found = [json.dumps(rounded({"run": name} | line | about)) + "\n" for line in lines]
-            with path.open("a") as file:
-                file.write("".join(found))  # a run is in the file whole
+            with replacing(path) as temporary:  # a run is in the file whole, whenever it is ended
+                temporary.write_text(path.read_text() + "".join(found))
     report.write(path, page)
     return path
 
@@ -96,17 +105,24 @@ def _file(device: str, page: str) -> Path:
     return RESULTS / f"{datetime.date.today()}-{name}{page.removeprefix('benchmarks').replace('_', '-')}.jsonl"
 
 
-def _begun(path: Path, about: LINE) -> set[str | None]:
-    """Names of the runs that a file of results has, of this machine and these versions. The commit may differ: the page
-    names all."""
-    lines = [json.loads(text) for text in path.read_text().splitlines()]
+def _begun(path: Path, about: LINE, page: str, runs: Collection[str]) -> set[str]:
+    """Names of the runs that a file of results has: for this page, out of `runs`, of this machine and these versions.
+    The commit may differ: the page names all."""
+    if (of := path.name[len("YYYY-MM-DD") :]) != (ours := _file(about["device"], page).name[len("YYYY-MM-DD") :]):
+        raise SystemExit(f"--resume: a file of docs/{page}.md is called DATE{ours}, got DATE{of}")
+    try:
+        lines = [json.loads(text) for text in path.read_text().splitlines()]
+    except ValueError as error:
+        raise SystemExit(f"--resume: {path.name} must have one JSON object a line: {error}") from error
     for line in lines:
         if "run" not in line:
             raise SystemExit(f"--resume: lines must name their run, got {path.name} of an older bench")
+        if line["run"] not in runs:
+            raise SystemExit(f"--resume: no run of this record (another --dtype?) is in {path.name}: {line['run']}")
         for name in about.keys() - {"date", "commit"}:
             if (there := line.get(name)) != about[name]:
                 raise SystemExit(f"--resume: {name} must be {there} as in {path.name}, got {about[name]}")
-    return {line.get("run") for line in lines}
+    return {line["run"] for line in lines}
 
 
 def rounded(value: Any) -> Any:

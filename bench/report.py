@@ -1,12 +1,12 @@
 """A recorded run as pictures and a table in docs/: `python -m bench.report bench/results/FILE.jsonl [PAGE]`.
 
-PAGE is docs/<PAGE>.md, benchmarks unless given.
+PAGE is docs/<PAGE>.md; unless given, the one that the file's name ends in (-avx2: benchmarks_avx2).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -157,6 +157,25 @@ def _saved(figure: Any, name: str) -> Path | None:
     return DOCS / "images" / name
 
 
-if __name__ == "__main__":
-    for made in write(Path(sys.argv[1]), *sys.argv[2:]):
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page of a recorded file and tell what was written."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="A recorded run as a page of docs/.")
+    parser.add_argument("file", type=Path, help="bench/results/*.jsonl, as python -m bench --record writes it")
+    parser.add_argument("page", nargs="?", help="docs/PAGE.md is written; default: the one of the file's name")
+    args = parser.parse_args(arguments)
+    page = args.page or page_of(args.file)
+    for path in (args.file, DOCS / f"{page}.md"):
+        if not path.is_file():
+            parser.error(f"no such file: {path}")
+    for made in write(args.file, page):
         print(made)
+
+
+def page_of(path: Path) -> str:
+    """The page that a file of results is of, by its name."""
+    others = (page.stem for page in DOCS.glob(f"{PAGE}_*.md"))
+    return next((name for name in others if path.stem.endswith(name.removeprefix(PAGE).replace("_", "-"))), PAGE)
+
+
+if __name__ == "__main__":
+    main()

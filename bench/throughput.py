@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.memory import alone, extra_memory
-from bench.timing import Clock, machine, positive
+from bench.timing import Clock, duration, machine, positive
 from uvg_engine import Engine, Request, Savings, backends
 from uvg_engine.cli._progress import Progress
 from uvg_engine.media import HashTextEncoder, PixelCodec, WordTokenizer
@@ -47,7 +47,7 @@ def main(job: str, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=positive, default=8, help="in one batch (default 8)")
     parser.add_argument("--steps", type=positive, default=8, help="of the sampler, or of training (default 8)")
     parser.add_argument("--dtype", choices=NAMES, help="of the products (default: fp32 for digits, bf16 for 1.3b)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each way (default 10)")
+    parser.add_argument("--seconds", type=duration, default=10.0, help="for each way (default 10)")
     parser.add_argument("--threads", type=positive, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import math
 import os
 import platform
 import shutil
@@ -38,6 +39,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def duration(text: str) -> float:
+    """Seconds on the command line, for argparse."""
+    if not 0 <= float(text) < math.inf:
+        raise ValueError(f"seconds must be finite and not negative, got {text}")
+    return float(text)
+
+
 class _Late(BaseException):
     """Passes through those who catch every Exception, as compilers do."""
 
@@ -53,7 +61,8 @@ def within(seconds: float | None) -> Iterator[None]:
         raise _Late
 
     before, begun = signal.signal(signal.SIGALRM, ring), time.monotonic()
-    rest, again = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again every second: somebody may have caught it
+    # Again every second: somebody may have caught it. 0 would be no end at all.
+    rest, again = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6), 1.0)
     try:
         yield
     except _Late:

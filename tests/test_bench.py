@@ -17,7 +17,7 @@ from bench.case import SIZES
 from bench.one_case import OPS, Options, _difference, bench_case, cases
 from bench.ops import window_attention
 from bench.peers import PEERS
-from bench.record import THROUGHPUT
+from bench.record import RESULTS, THROUGHPUT
 from bench.timing import Clock, Roof, Timing, within
 from uvg_engine import backends
 
@@ -91,8 +91,9 @@ def test_a_peer_that_takes_too_long_is_left():
                 pass
 
     begun = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"not ready after 0\.2 s"), within(0.2):
-        stubborn()
+    for seconds in (0.2, 0):
+        with pytest.raises(TimeoutError, match=f"not ready after {seconds} s"), within(seconds):
+            stubborn()
     with within(5):
         pass
     with within(None):
@@ -107,7 +108,7 @@ def test_a_late_peer_is_a_line_without_a_time(monkeypatch):
     monkeypatch.setitem(PEERS, "torch", dataclasses.replace(PEERS["torch"], adapt=slow))
     lines = lines_of("moe_combine", only=("torch", "reference"), passes=("forward",), peer_lasts=0.2)
     (line,) = [line for line in lines if line["backend"] == "torch"]
-    assert line["missing"] == "TimeoutError: ['not ready after 0.2 s']" and len(lines) == 2
+    assert line["missing"] == "TimeoutError: not ready after 0.2 s" and len(lines) == 2
 
 
 def test_a_wrong_result_is_told_and_not_timed(monkeypatch):
@@ -238,13 +239,19 @@ def test_a_record_is_of_one_dtype_and_the_embedded_models_calls(given, tmp_path,
     lines = file.read_text().splitlines(keepends=True)
     assert len(lines) == len(seen) + len(THROUGHPUT)
 
+    with pytest.raises(SystemExit, match=f"a record of today: go on with --resume {file}"):
+        main(["--record", *given.split()])
+    for other in ({"benchmarks", "benchmarks_avx2"} - {page}).pop(), f"{page} --dtype {'bf16' if given else 'fp32'}":
+        with pytest.raises(SystemExit, match=r"--resume: (a file of|no run of this record)"):
+            main(["--record", *other.split(), "--resume", str(file)])
     file.write_text("".join(lines[:5] + lines[7:]))  # as if two runs had not been done
     seen.clear()
     assert main(["--record", *given.split(), "--resume", str(file)]) == 0
     assert len(seen) == 2 and sorted(file.read_text().splitlines(keepends=True)) == sorted(lines)
-    file.write_text(lines[0].replace('"threads": ', '"threads": 1'))
-    with pytest.raises(SystemExit, match="threads must be 1"):
-        main(["--record", *given.split(), "--resume", str(file)])
+    for damage, told in (('"threads": ', '"threads": 1'), "threads must be 1"), (("}", ""), "one JSON object a line"):
+        file.write_text(lines[0].replace(*damage))
+        with pytest.raises(SystemExit, match=told):
+            main(["--record", *given.split(), "--resume", str(file)])
 
 
 def test_a_run_that_is_ended_leaves_none_of_its_lines(tmp_path, monkeypatch):
@@ -272,12 +279,30 @@ def test_a_run_that_is_ended_leaves_none_of_its_lines(tmp_path, monkeypatch):
         ("linear --cpu-time", "--cpu-time needs --threads 1"),
         ("--resume bench", "--resume needs --record and a file of results, got bench"),
         ("--record --resume none.jsonl", "--resume needs --record and a file of results, got none.jsonl"),
+        ("linear --record", "--record has runs of its own, on the CPU: leave out linear"),
+        ("--record --device cuda --pass forward", "leave out --device, --pass"),
+        ("--record --dtype fp32 --dtype bf16", "--record takes one --dtype, got fp32 and bf16"),
+        ("linear --memory --device cuda", "--memory is measured on the CPU only, got --device cuda"),
+        ("linear --seconds -1", "argument --seconds: invalid duration value: '-1'"),
     ],
 )
 def test_mistakes_on_the_command_line_are_told(given, told, capsys):
     with pytest.raises(SystemExit) as stop:
         main(given.split())
     assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_nothing_timed_is_told(capsys):
+    assert main("linear --only uvg --size digits --dtype fp32".split()) == 2  # a block's name for what is ours
+    assert "nothing was timed" in capsys.readouterr().err
+
+
+def test_a_report_is_of_a_file_that_is_there(capsys):
+    with pytest.raises(SystemExit):
+        report.main(["none.jsonl"])
+    assert "no such file: none.jsonl" in capsys.readouterr().err
+    pages = {path.name: report.page_of(path) for path in RESULTS.glob("*.jsonl")}
+    assert pages and all(page == f"benchmarks{'_avx2' * ('-avx2.' in name)}" for name, page in pages.items())
 
 
 def test_a_contender_that_is_refused_may_be_the_only_one(capsys):

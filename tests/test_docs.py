@@ -3,22 +3,25 @@
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import itertools
 import re
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 import uvg_engine
 from uvg_engine import backends
+from uvg_engine.cli import app
 from uvg_engine.training import Stage, TimeSampling, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PACKAGES = ("ops", "backends", "model", "flow", "media", "sampling", "training", "training.data", "evaluation")
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
 
 def public_names(package):
@@ -89,11 +92,43 @@ def test_pages_are_in_the_navigation():
     assert sorted(listed) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 
+def anchors(page):
+    """Of a page's headings, as mkdocs and GitHub make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_pictures_are_there(page):
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)|src=\"([^\"]+)\"", page.read_text())
-    local = [a or b for a, b in targets if "://" not in (a or b)]
-    assert [target for target in local if not (page.parent / target).exists()] == []
+    targets = re.findall(r"\]\(([^)\s]+)[^)]*\)|src=\"([^\"]+)\"", page.read_text())
+    local = [(a or b).partition("#") for a, b in targets if "://" not in (a or b)]
+    places = [(page.parent / name if name else page, anchor) for name, _, anchor in local]
+    assert [str(place) for place, _ in places if not place.exists()] == []
+    assert [anchor for place, anchor in places if anchor and anchor not in anchors(place)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_there(page):
+    """Modules after `python -m`, targets after `make`."""
+    text = page.read_text()
+    modules = re.findall(r"python -m ([\w.]*\w)(?![\w.*])", text)
+    assert [name for name in modules if importlib.util.find_spec(name) is None] == []
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [name for line in re.findall(r"`make ([a-z ]+)`", text) for name in line.split()]
+    targets += re.findall(r"^(?:\$ )?make (\w+) +#", text, re.M)
+    assert [name for name in targets if not re.search(rf"^{name}:", makefile, re.M)] == []
+
+
+def options_of(command):
+    """Of a command of `uvg` and of all below it."""
+    own = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union(*(options_of(below) for below in getattr(command, "commands", {}).values()))
+
+
+def test_the_command_line_page_names_options_that_are_there():
+    told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", (DOCS / "cli.md").read_text()))
+    ours = options_of(typer.main.get_command(app))
+    assert {"--no-ema", "--trajectory"} <= ours and told - ours == {"--quick", "--dtype", "--help"}  # bench's; click's
 
 
 def test_training_page_explains_every_name():
