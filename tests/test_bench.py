@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import sys
 import tempfile
 import time
 from types import SimpleNamespace
@@ -57,6 +58,20 @@ def test_every_backend_and_peer_is_timed(op):
         beside = {other["backend"] for other in times if (other["case"], other["pass"]) == (line["case"], line["pass"])}
         if line["backend"] in serving:
             assert set(line["times_faster"]) >= beside - serving
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_block_is_timed_beside_its_peers(there, monkeypatch):
+    """Also where diffusers, which tells the truth of Wan's block, is not installed."""
+    if not there:
+        monkeypatch.setitem(PEERS, "diffusers", dataclasses.replace(PEERS["diffusers"], missing=lambda device: "away"))
+        monkeypatch.setitem(sys.modules, "diffusers.models.transformers.transformer_wan", None)
+    lines = lines_of("block", passes=("forward", "forward+backward"))
+    assert [line for line in lines if "wrong" in line] == []
+    timed = {(line["case"], line["pass"], line["backend"]) for line in lines if "ms" in line}
+    for case, peer in ("with text", "torch"), ("as Wan", "diffusers"):
+        for what in "forward", "forward+backward":
+            assert (case, what, "uvg") in timed and ((case, what, peer) in timed) == (there or peer == "torch")
 
 
 @pytest.mark.parametrize("op", OPS)
