@@ -27,7 +27,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OF_A_RECORD = ("record", "resume", "dtype", "threads", "cpu_time", "json")  # its runs have the other options themselves
 MORE = """Programs of their own, with --help: bench.throughput_generate, _caption, _joint and _train (end to end beside
 a plain loop), bench.report (a recorded file as a page), bench.wheel_check (our wheel beside other versions of torch);
-for kernels of GPUs bench.aot, aot_rocm, cuda_static, gpu_variants and tune. docs/benchmarks.md says how it is measured."""
+for kernels of GPUs bench.aot, aot_rocm, cuda_static, gpu_variants, tune. docs/benchmarks.md says how it is measured."""
+RATES = ("requests_per_second", "samples_per_second", "tokens_per_second")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     wrong: list[Line] = []
 
-    def told(given: argparse.Namespace) -> Iterator[Line]:
-        for line in _lines(given):
+    def told(lines: Iterator[Line]) -> Iterator[Line]:
+        for line in lines:
             if "wrong" in line:
                 wrong.append(line)
             print(json.dumps(line | about) if args.json else _text(line), flush=True)
@@ -54,11 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         how = (["--threads", str(args.threads)] if args.threads else []) + ["--cpu-time"] * args.cpu_time
         about["clock"] = "CPU time" if args.cpu_time else "wall"
         dtype = "bf16" if args.dtype is None or "bf16" in args.dtype else "fp32"
-        print(record(lambda given: told(_parse(given)), how, about, args.record, dtype, args.resume))
+        print(record(lambda given: _lines(_parse(given)), told, how, about, args.record, dtype, args.resume))
     else:
         if not args.json:
             print("  ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-        if not sum(1 for _ in told(args)):
+        if not sum(1 for _ in told(_lines(args))):
             print("nothing was timed: no case has such a pass, backend or peer", file=sys.stderr)
             return 2
     return int(bool(wrong))
@@ -141,8 +142,7 @@ def _text(line: Line) -> str:
     told = [f"{line['ms']:9.3f} ms +-{line['spread']:4.0%}"]
     if "gflops" in line:
         told.append(f"{line['gflops']:7.1f} GFLOP/s {line['gbs']:6.1f} GB/s {line['of_roof']:4.0%} of the roof")
-    if "requests_per_second" in line:
-        told.append(f"{line['requests_per_second']:.2f} requests/s")
+    told += [f"{line[rate]:.3g} {rate.replace('_per_second', '/s')}" for rate in RATES if rate in line]
     if "extra_mb" in line:
         told.append(f"{line['extra_mb']:.0f} MB")
     told += [f"{ratio:.2f} x {other}" for other, ratio in line.get("times_faster", {}).items()]

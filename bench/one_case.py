@@ -156,9 +156,9 @@ class Pass:
         """How the result differs from the truth, or nothing: all outputs or gradients of ours, the first of a peer."""
         slack = SLACK[self.dtype] if self.case.slack is None else self.case.slack
         if contender.ours and full:
-            return _difference(_tensors(contender.call()), full, slack, self.case.agree)
+            return difference(_tensors(contender.call()), full, slack, self.case.agree)
         got = contender.first()
-        return "" if self.case.draws else _difference((got,), (first,), 2 * slack, self.case.agree)
+        return "" if self.case.draws else difference((got,), (first,), 2 * slack, self.case.agree)
 
     def timed(self, fit: dict[str, Contender]) -> Iterator[Line]:
         once = {name: min(self.roof.clock.once(each.call) for _ in range(2)) for name, each in fit.items()}
@@ -248,7 +248,7 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _difference(got: tuple[Tensor, ...], truth: tuple[Tensor, ...], slack: float, agree: float) -> str:
+def difference(got: tuple[Tensor, ...], truth: tuple[Tensor, ...], slack: float, agree: float) -> str:
     """How a result differs from the truth, or nothing: floats within `slack` of the largest finite value, the same
     infinities, no NaN."""
     for place, (a, b) in enumerate(zip(got, truth, strict=True)):

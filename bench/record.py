@@ -49,15 +49,17 @@ THROUGHPUT = (  # job, model, layers, samples, steps, seconds
 
 def record(
     run: Callable[[Sequence[str]], Iterator[LINE]],
+    told: Callable[[Iterator[LINE]], Iterator[LINE]],
     how: Sequence[str],
     about: LINE,
     page: str = "benchmarks",
     dtype: str = "bf16",
     begun: Path | None = None,
 ) -> Path:
-    """run: the lines of a command line of `python -m bench`; how: options of all; page: docs/<page>.md is written.
-    begun: a file of results of this machine that is gone on with. Returns the file of results. Stops before the first
-    run where matplotlib is missing, where a record of today would be lost, and where `begun` is of another record."""
+    """run: the lines of a command line of `python -m bench`; told: the same lines, told; how: options of all; page:
+    docs/<page>.md is written; begun: a file of results of this machine that is gone on with. Returns the file of
+    results. Stops before the first run where matplotlib is missing, where a record of today would be lost, and where
+    `begun` is of another record."""
     from bench import report
 
     if importlib.util.find_spec("matplotlib") is None:
@@ -72,7 +74,7 @@ def record(
         path.write_text("")
     for name, lines in runs.items():
         if name not in done:
-            found = [json.dumps(rounded({"run": name} | line | about)) + "\n" for line in lines]
+            found = [json.dumps(rounded({"run": name} | line | about)) + "\n" for line in told(lines)]
             with replacing(path) as temporary:  # a run is in the file whole, whenever it is ended
                 temporary.write_text(path.read_text() + "".join(found))
     report.write(path, page)

@@ -1,9 +1,9 @@
 """Samples and tokens a second end to end, and peak memory: the engine as it is against the plain reference loop.
 
-The plain loop is the same engine with every saving off, on the reference backend. Memory as in `bench.memory`: what a
-call takes beside the weights and the optimiser's state. Model 1.3b: its widths, --layers blocks of random weights,
-products in bf16 (a CPU without bf16 instructions wants --dtype fp32), a small vocabulary, and pixels in place of the
-VAE; it is trained on the clips of digits.
+The plain loop is the same engine with every saving off, on the reference backend; where the first results of the two
+differ, that is told in place of a time. Memory as in `bench.memory`: what a call takes beside the weights and the
+optimiser's state. Model 1.3b: its widths, --layers blocks of random weights, products in bf16 (a CPU without bf16
+instructions wants --dtype fp32), a small vocabulary, pixels in place of the VAE; it is trained on the clips of digits.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.memory import alone, extra_memory
+from bench.one_case import difference
 from bench.timing import Clock, duration, machine, positive
 from uvg_engine import Engine, Request, Savings, backends
 from uvg_engine.cli._progress import Progress
@@ -36,6 +37,8 @@ SIDE = {"digits": (8, 32, 32), "1.3b": (8, 128, 160)}  # frames, height, width: 
 TEXT = {"digits": 28, "1.3b": 64}
 DTYPES = {"digits": "float32", "1.3b": "bfloat16"}  # of the products, unless asked for another
 NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+SLACK = {"float32": 1e-2, "bfloat16": 0.2}  # of the largest latent or loss: a few steps, with guidance
+AGREE = 0.9  # share of equal words: a rounded logit may tip a draw, which later ones depend on
 LINE = dict[str, Any]
 
 
@@ -60,9 +63,11 @@ def main(job: str, arguments: Sequence[str] | None = None) -> int:
     dtype = NAMES[args.dtype] if args.dtype else None
     if (dtype or DTYPES[args.model]) == "bfloat16" and not _multiplies_bf16():
         print("note: no bf16 instructions here: a call may take minutes; --dtype fp32 is faster", file=sys.stderr)
+    wrong = False
     for line in lines(job, args.model, args.layers, args.samples, args.steps, clock, dtype):
+        wrong |= "wrong" in line
         print(json.dumps(line | about) if args.json else _text(line), flush=True)
-    return 0
+    return int(wrong)
 
 
 def _multiplies_bf16() -> bool:
@@ -71,6 +76,8 @@ def _multiplies_bf16() -> bool:
 
 def _text(line: LINE) -> str:
     head = f"{line['op']} {line['case']:6} {line['shape']:32} {line['dtype']:8} {line['backend']:10}"
+    if "wrong" in line:
+        return f"{head} wrong: {line['wrong']}"
     told = [f"{line['ms']:9.1f} ms +-{line['spread']:4.0%}", f"{line['samples_per_second']:8.3f} samples/s"]
     told += [f"{line['tokens_per_second']:9.0f} tokens/s", f"{line['extra_mb']:6.0f} MB"]
     return "  ".join([head, *told, *(f"{ratio:.2f} x {other}" for other, ratio in line["times_faster"].items())])
@@ -82,16 +89,21 @@ def lines(
     """One line per way of doing a job ("generate", "caption", "joint" or "train")."""
     dtype = dtype or DTYPES[model]
     given = (job, model, layers, samples, steps, dtype)
+    first: dict[str, Any] = {}
     with Progress(f"throughput {job}", unit="calls", lines=True) as bar:
-        timings = clock.alternate({way: _counted(make(way, *given), way, bar) for way in WAYS})
+        timings = clock.alternate({way: _counted(make(way, *given), way, bar, first) for way in WAYS})
+    wrong = difference(*(_values(first[way]) for way in WAYS), SLACK[dtype], AGREE)
     data = "digits" if job == "train" else model
     frames, height, width = SIDE[data]
     tokens = samples * steps * (frames // 2 * height // 8 * width // 8 + TEXT[data])
     shape = f"{samples} x {frames}x{height}x{width}, {steps} steps" + (f", {layers} layers" if model == "1.3b" else "")
     for way, timing in timings.items():
         line = {"op": f"throughput {job}", "case": model, "shape": shape, "pass": "end to end", "backend": way}
-        line |= {"dtype": dtype, "ms": timing.median * 1e3}
-        line |= {"spread": timing.spread, "rounds": len(timing.rounds)}
+        line |= {"dtype": dtype}
+        if wrong and way == "uvg":
+            yield line | {"wrong": wrong}
+            continue
+        line |= {"ms": timing.median * 1e3, "spread": timing.spread, "rounds": len(timing.rounds)}
         line |= {"samples_per_second": samples * (steps if job == "train" else 1) / timing.median}
         line |= {"tokens_per_second": tokens / timing.median}
         line["extra_mb"] = alone("bench.throughput", "memory", torch.get_num_threads(), way, *given)
@@ -99,14 +111,23 @@ def lines(
         yield line | {"times_faster": faster}
 
 
-def _counted(call: Callable[[], Any], way: str, bar: Progress) -> Callable[[], None]:
-    """The call, told to who waits."""
+def _counted(call: Callable[[], Any], way: str, bar: Progress, first: dict[str, Any]) -> Callable[[], None]:
+    """The call, told to who waits; its first result is kept."""
 
     def counted() -> None:
-        call()
+        result = call()
+        first.setdefault(way, result)
         bar.advance(note=way)
 
     return counted
+
+
+def _values(results: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Latents and words of an engine's results, losses of training steps (NaN where a stream has none)."""
+    latents = [result.latent.flatten() for result in results if hasattr(result, "latent")]
+    words = [torch.tensor(result.tokens) for result in results if hasattr(result, "tokens")]
+    losses = [torch.tensor([log["video"], log["text"]]).nan_to_num() for log in results if isinstance(log, dict)]
+    return tuple(torch.cat(parts) for parts in (latents, words, losses) if parts)
 
 
 def memory(threads: int, way: str, *given: Any) -> float:

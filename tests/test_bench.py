@@ -1,21 +1,17 @@
 """The bench times the right thing: every op and peer agrees with the reference, and every line says what it is."""
 
 import dataclasses
-import gc
 import json
 import sys
-import tempfile
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 
 from bench import block, gpu_check, gpu_peers, report, throughput
 from bench.__main__ import main
 from bench.case import SIZES
-from bench.one_case import OPS, Options, _difference, bench_case, cases
+from bench.one_case import OPS, Options, bench_case, cases, difference
 from bench.ops import window_attention
 from bench.peers import PEERS
 from bench.record import RESULTS, THROUGHPUT
@@ -146,7 +142,7 @@ def test_a_wrong_result_is_told_and_not_timed(monkeypatch):
 def test_a_wrong_result_fails_the_run(monkeypatch, record, capsys):
     line = {"op": "linear", "shape": "", "dtype": "float32", "pass": "forward", "backend": "cpu"}
     seen = []
-    monkeypatch.setattr("bench.__main__.record", lambda run, *rest: seen.extend(run([])))
+    monkeypatch.setattr("bench.__main__.record", lambda run, told, *rest: seen.extend(told(run([]))))
     for more, code in (({"missing": "no"}, 0), ({"wrong": "by 2"}, 1)):
         monkeypatch.setattr("bench.__main__._lines", lambda args, more=more: iter([line | more]))
         assert main(["--record"] * record) == code
@@ -169,7 +165,7 @@ def test_a_wrong_result_fails_the_run(monkeypatch, record, capsys):
     ],
 )
 def test_what_is_a_difference(got, truth, wrong):
-    told = _difference((torch.tensor(got),), (torch.tensor(truth),), 1e-4, 1.0)
+    told = difference((torch.tensor(got),), (torch.tensor(truth),), 1e-4, 1.0)
     assert wrong in told and bool(told) == bool(wrong)
 
 
@@ -327,25 +323,6 @@ def test_a_contender_that_is_refused_may_be_the_only_one(capsys):
     assert "refused: moe_route is not served here: triton: tensors are on cpu" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("model", ["digits", "1.3b"])
-@pytest.mark.parametrize("job", ["generate", "train"])
-def test_throughput_tells_of_what_was_run(job, model, monkeypatch, capsys):
-    monkeypatch.setattr(throughput, "make", lambda *given: lambda: time.sleep(1e-3))
-    monkeypatch.setattr(throughput, "alone", lambda *given: 3.0)
-    given = f"--model {model} --layers 5 --samples 2 --steps 3 --seconds 0".split()
-    assert throughput.main(job, [*given, "--json"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["backend"] for line in lines] == ["uvg", "reference"]
-    digits = job == "train" or model == "digits"  # training takes the clips of digits
-    for line in lines:
-        assert line["tokens_per_second"] * line["ms"] / 1e3 == pytest.approx(2 * 3 * (64 + 28 if digits else 1280 + 64))
-        assert line["shape"].startswith("2 x 8x32x32, 3 steps" if digits else "2 x 8x128x160, 3 steps")
-        assert ("5 layers" in line["shape"]) == (model == "1.3b")
-    throughput.main(job, given)
-    about, ours, plain = capsys.readouterr().out.splitlines()
-    assert "torch" in about and "samples/s" in ours and "x reference" in ours and "tokens/s" in plain
-
-
 def test_a_block_asks_the_host_for_nothing_in_a_call(monkeypatch):
     """Tables made on the host wait for a device that is at work: made once, as a model makes them once a batch. A
     gradient is wanted of them after the forwards of inference mode."""
@@ -361,40 +338,3 @@ def test_a_block_asks_the_host_for_nothing_in_a_call(monkeypatch):
     ours.to("meta")
     there = ours(*(x.to("meta") for x in (h, condition, modulation)))
     assert there.is_meta and len(made) == 2
-
-
-@pytest.mark.parametrize(
-    "given, dtype", [("digits", "float32"), ("1.3b", "bfloat16"), ("1.3b --dtype fp32", "float32")]
-)
-def test_throughput_multiplies_in_the_dtype_it_tells(given, dtype, monkeypatch, capsys):
-    made = []
-    monkeypatch.setattr(throughput, "make", lambda *given: made.append(given) or (lambda: time.sleep(1e-3)))
-    monkeypatch.setattr(throughput, "alone", lambda *given: made.append(given) or 3.0)
-    throughput.main("train", f"--model {given} --seconds 0 --json".split())
-    assert [json.loads(line)["dtype"] for line in capsys.readouterr().out.splitlines()] == [dtype, dtype]
-    assert len(made) == 4 and {one[-1] for one in made} == {dtype}
-
-
-@pytest.mark.parametrize("supported", [True, False])
-@pytest.mark.parametrize("given", ["digits", "1.3b", "1.3b --dtype fp32", "digits --dtype bf16"])
-def test_throughput_says_before_it_waits_that_bf16_is_slow_here(given, supported, monkeypatch, capsys):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    monkeypatch.setattr(throughput, "lines", lambda *given: iter(()))
-    throughput.main("train", f"--model {given} --json".split())
-    slow = not supported and given in ("1.3b", "digits --dtype bf16")
-    assert ("no bf16 instructions here" in capsys.readouterr().err) == slow
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_timed_multiplies_as_asked_and_leaves_no_folder(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    call = throughput.training("digits", 2, 2, 1, dtype)
-    (folder,) = tmp_path.iterdir()
-    assert yaml.safe_load((folder / "config.yaml").read_text())["dtype"] == dtype
-    del call
-    gc.collect()
-    assert list(tmp_path.iterdir()) == []
-    seen = []
-    monkeypatch.setattr(throughput, "Engine", SimpleNamespace(from_pretrained=lambda *_, **given: seen.append(given)))
-    throughput.sampling("joint", "digits", 2, 1, 1, dtype, False)
-    assert [given["compute_dtype"] for given in seen] == [getattr(torch, dtype)]
