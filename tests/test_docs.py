@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import itertools
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,16 @@ def options_of(command):
     """Of a command of `uvg` and of all below it."""
     own = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     return own.union(*(options_of(below) for below in getattr(command, "commands", {}).values()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_uvg_are_there(page):
+    for line in re.findall(r"^\$ uvg ([^#\n]+)", page.read_text(), re.M):
+        command, words = typer.main.get_command(app), shlex.split(line)
+        while words and words[0] in getattr(command, "commands", {}):
+            command = command.commands[words.pop(0)]
+        options = {word for word in words if word.startswith("-")}
+        assert not hasattr(command, "commands") and (command.name == "bench" or options <= options_of(command)), line
 
 
 def test_the_command_line_page_names_options_that_are_there():
