@@ -100,6 +100,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--only: no backend or peer is called {', '.join(strangers)}; have {', '.join(contenders)}")
     if args.resume and not (args.record and args.resume.is_file()):
         parser.error(f"--resume needs --record and a file of results, got {args.resume}")
+    if args.peer_seconds == 0:
+        parser.error("--peer-seconds must be more than 0")
     if args.record:
         asked = {name: value for name, value in vars(args).items() if value not in (parser.get_default(name), [])}
         if strangers := sorted(asked.keys() - set(OF_A_RECORD)):

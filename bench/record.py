@@ -12,6 +12,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,16 @@ def record(
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("--record draws pictures with matplotlib: pip install '.[bench]'")
     path = begun or _file(about["device"], page)
-    runs = dict(_runs(run, how, dtype))  # measured when their lines are taken
+    runs = dict(_runs(run, how, dtype))
     done = _begun(path, about, page, runs.keys()) if begun else set()
     if not begun:
         if path.exists() and path.stat().st_size:
             raise SystemExit(f"--record: there is a record of today: go on with --resume {path}, or move it away")
         path.parent.mkdir(exist_ok=True)
         path.write_text("")
-    for name, lines in runs.items():
+    for name, measure in runs.items():
         if name not in done:
-            found = [json.dumps(rounded({"run": name} | line | about)) + "\n" for line in told(lines)]
+            found = [json.dumps(rounded({"run": name} | line | about)) + "\n" for line in told(measure())]
             with replacing(path) as temporary:  # a run is in the file whole, whenever it is ended
                 temporary.write_text(path.read_text() + "".join(found))
     report.write(path, page)
@@ -83,22 +84,22 @@ def record(
 
 def _runs(
     run: Callable[[Sequence[str]], Iterator[LINE]], how: Sequence[str], dtype: str
-) -> Iterator[tuple[str, Iterator[LINE]]]:
-    """Every run of a record: its name and its lines, which are measured as they are taken."""
+) -> Iterator[tuple[str, Callable[[], Iterator[LINE]]]]:
+    """Every run of a record: its name, and what measures its lines as they are taken."""
     from bench import throughput
     from bench.timing import Clock
 
-    def named(runs: Sequence[str], dtype: str) -> Iterator[tuple[str, Iterator[LINE]]]:
+    def named(runs: Sequence[str], dtype: str) -> Iterator[tuple[str, Callable[[], Iterator[LINE]]]]:
         for arguments in runs:
             name = f"{arguments} --dtype {dtype}"
-            yield name, run([*name.split(), *how])
+            yield name, partial(run, [*name.split(), *how])
 
     yield from named(RUNS, dtype)
     yield from named((*FP32_RUNS, SMALL_RUN) if dtype != "fp32" else (SMALL_RUN,), "fp32")
     own = throughput.NAMES[dtype] if dtype == "fp32" else None  # or each model's
     for *given, seconds in THROUGHPUT:
         clock = Clock(seconds=seconds, min_rounds=3, cpu_time="--cpu-time" in how)
-        yield f"throughput {' '.join(map(str, given))} {dtype}", throughput.lines(*given, clock, own)
+        yield f"throughput {' '.join(map(str, given))} {dtype}", partial(throughput.lines, *given, clock, own)
     yield from named(LONG_RUNS, dtype)
 
 

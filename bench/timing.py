@@ -61,8 +61,7 @@ def within(seconds: float | None) -> Iterator[None]:
         raise _Late
 
     before, begun = signal.signal(signal.SIGALRM, ring), time.monotonic()
-    # Again every second: somebody may have caught it. 0 would be no end at all.
-    rest, again = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6), 1.0)
+    rest, again = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again every second: somebody may have caught it
     try:
         yield
     except _Late:
