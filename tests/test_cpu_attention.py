@@ -107,3 +107,41 @@ def test_gradients_of_few_and_many_queries_in_one_call(dtype, isa_restored):
                 for got in seen:
                     for x, want, (start, count) in zip(got, alone, (table[0], table_k[0], table_k[0]), strict=True):
                         assert torch.equal(x[start : start + count], want[start : start + count])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_beside_samples_that_share_keys(dtype, isa_restored):
+    """Whoever shares keys changes the gradients of these keys, and no bit of anything else."""
+    q_spans = torch.tensor([[[0, 3]], [[3, 9]], [[12, 5]], [[17, 11]], [[28, 2]], [[30, 9]]], dtype=torch.int32)
+    own = torch.tensor([[[0, 40]], [[40, 130]], [[170, 60]], [[230, 150]], [[380, 0]], [[380, 20]]], dtype=torch.int32)
+    sharing = own.clone()
+    sharing[3, 0], sharing[5, 0] = torch.tensor([210, 170]), torch.tensor([225, 10])  # keys of samples 2 and 3
+    g = torch.Generator().manual_seed(4)
+    q, k, v, dout = (torch.randn(rows, 2, 72, generator=g).to(dtype) for rows in (39, 400, 400, 39))
+
+    def gradients(rows, spans, k_spans):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, _ = ops.flash_attention(*leaves, spans, k_spans)
+        return torch.autograd.grad(out[rows], leaves, dout[rows])
+
+    before = torch.get_num_threads()
+    for isa in usable():
+        native.core().use_isa(isa)
+        with backends.force("cpu"):
+            try:
+                seen = []
+                for threads in (1, 3):
+                    torch.set_num_threads(threads)
+                    seen.append(gradients(slice(None), q_spans, sharing))
+            finally:
+                torch.set_num_threads(before)
+            for s in range(len(q_spans)):
+                rows = slice(int(q_spans[s, 0, 0]), int(q_spans[s].sum()))
+                first, count = sharing[s, 0].tolist()
+                alone = gradients(rows, q_spans[s, None], sharing[s, None])
+                here = [row for row in range(first, first + count) if not (s > 1 and 210 <= row < 235)]  # nobody else's
+                for got in seen:
+                    assert torch.equal(got[0][rows], alone[0][rows]), (isa, s)
+                    for i in (1, 2):
+                        assert torch.equal(got[i][here], alone[i][here]), (isa, s, i)
+        assert not seen[0][1][380:].any() and not seen[0][2][380:].any()

@@ -27,10 +27,12 @@ RowLists::RowLists(const int32_t* spans, int64_t samples, int64_t per_sample, in
     rising = rising && start >= end;
     end = start + length;
   }
-  std::vector<char> taken(rising ? 0 : static_cast<size_t>(num_rows), 0);
+  constexpr int32_t kNobody = -1;
+  std::vector<int32_t> owner(rising ? 0 : static_cast<size_t>(num_rows), kNobody);   // of a row: the list before
   std::unique_ptr<int64_t[]> firsts(new int64_t[static_cast<size_t>(samples) + 2]);  // freed if there is no memory
+  std::unique_ptr<bool[]> shares(new bool[static_cast<size_t>(samples) + 1]());
   rows_ = new int32_t[static_cast<size_t>(listed + num_rows)];
-  first_ = firsts.release();
+  first_ = firsts.release(), shares_ = shares.release();
   int32_t* to = rows_;
   const auto list = [&](int64_t from, int64_t before) {
     for (int64_t row = from; row < before; ++row) *to++ = static_cast<int32_t>(row);
@@ -41,8 +43,9 @@ RowLists::RowLists(const int32_t* spans, int64_t samples, int64_t per_sample, in
       const int64_t start = spans[2 * i], length = spans[2 * i + 1];
       list(start, start + length);
       for (int64_t row = start; !rising && row < start + length; ++row) {
-        shared_ = shared_ || taken[static_cast<size_t>(row)] != 0;
-        taken[static_cast<size_t>(row)] = 1;
+        int32_t& before = owner[static_cast<size_t>(row)];
+        if (before != kNobody) shares_[before] = shares_[b] = shared_ = true;
+        before = static_cast<int32_t>(b);
       }
     }
   }
@@ -55,13 +58,14 @@ RowLists::RowLists(const int32_t* spans, int64_t samples, int64_t per_sample, in
   }
   if (rising) list(end, num_rows);
   for (int64_t row = 0; !rising && row < num_rows; ++row)
-    if (taken[static_cast<size_t>(row)] == 0) list(row, row + 1);
+    if (owner[static_cast<size_t>(row)] == kNobody) list(row, row + 1);
   first_[samples + 1] = to - rows_;
 }
 
 RowLists::~RowLists() {
   delete[] first_;
   delete[] rows_;
+  delete[] shares_;
 }
 
 int64_t RowLists::samples() const { return samples_; }
@@ -71,6 +75,8 @@ int64_t RowLists::size(int64_t list) const { return first_[list + 1] - first_[li
 int64_t RowLists::longest() const { return longest_; }
 
 const int32_t* RowLists::rows(int64_t list) const { return rows_ + first_[list]; }
+
+bool RowLists::shares(int64_t list) const { return shares_[list]; }
 
 bool RowLists::shared() const { return shared_; }
 

@@ -21,13 +21,14 @@ class RowLists {
   int64_t size(int64_t list) const;
   int64_t longest() const;
   const int32_t* rows(int64_t list) const;
-  bool shared() const;  // a row is in two lists, or twice in one
+  bool shares(int64_t list) const;  // a row of it is in another list too, or twice in this one
+  bool shared() const;              // so it is of any list
 
  private:
   int64_t samples_, longest_;
   int64_t* first_;  // of each list in rows_
   int32_t* rows_;
-  bool shared_;
+  bool *shares_, shared_;
 };
 
 // Memory that is handed out piece by piece, each on a cache line of its own, and freed at once. Not zeroed.

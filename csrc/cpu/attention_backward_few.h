@@ -56,9 +56,10 @@ UVG_NOINLINE void add_rows(const float* factors, const T* const* rows, int64_t w
   });
 }
 
-// out = the sum of factors[i][key] * rows[i].
-template <int64_t kCount, typename T>
-UVG_NOINLINE void put_sum(const float (*factors)[kLanes], int64_t key, const T* const* rows, int64_t width, T* out) {
+// out = scale * the sum of factors[i][key] * rows[i]; or, if it is floats that are added to, without the scale.
+template <int64_t kCount, bool kAdds, typename T>
+UVG_NOINLINE void put_sum(const float (*factors)[kLanes], int64_t key, const T* const* rows, int64_t width, float scale,
+                          void* out) {
   const T* row[kCount];
   float factor[kCount];
   each<kCount>([&](auto i) UVG_INLINED { row[i] = rows[i], factor[i] = factors[i][key]; });
@@ -66,7 +67,10 @@ UVG_NOINLINE void put_sum(const float (*factors)[kLanes], int64_t key, const T* 
     Vec total = load(row[0] + c, n) * factor[0];
     each<kCount - 1>([&](auto i)
                          UVG_INLINED { total = multiply_add(splat(factor[i + 1]), load(row[i + 1] + c, n), total); });
-    store(out + c, total, n);
+    if constexpr (kAdds)
+      add_to(static_cast<float*>(out) + c, total, n);
+    else
+      store(static_cast<T*>(out) + c, total * scale, n);
   });
 }
 
@@ -83,8 +87,9 @@ class Few {
  public:
   using T = typename F::Value;
 
-  // Heads from `first` on.
-  Few(const FlashAttentionParams& params, int64_t s, int64_t first, int64_t count, const FewRoom& own)
+  // Heads from `first` on. Of one head, gradients of keys and values may be added to sums [2, rows_k, columns].
+  Few(const FlashAttentionParams& params, int64_t s, int64_t first, int64_t count, const FewRoom& own,
+      float* sums_of_head = nullptr)
       : p(params),
         room(own),
         query_rows(p.queries->rows(s)),
@@ -92,7 +97,8 @@ class Few {
         queries(p.queries->size(s)),
         keys(p.keys->size(s)),
         begin(first),
-        end(first + count) {}
+        end(first + count),
+        sums(sums_of_head) {}
 
   void run() const {
     const int64_t padded = round_up(p.width, kLanes);
@@ -104,14 +110,15 @@ class Few {
       for (int64_t head = begin; head < end; ++head) {
         T* to = at<T>(p.dq, query_rows[r], head);
         const float* from = room.dq + (r * p.heads + head) * padded;
-        columns(p.width, [&](int64_t c, int64_t n) { store(to + c, load(from + c), n); });
+        columns(p.width, [&](int64_t c, int64_t n) { store(to + c, load(from + c) * p.scale, n); });
       }
   }
 
  private:
-  static constexpr decltype(&put_sum<1, T>) kPutSums[kFewQueries] = {put_sum<1, T>, put_sum<2, T>, put_sum<3, T>,
-                                                                     put_sum<4, T>, put_sum<5, T>, put_sum<6, T>,
-                                                                     put_sum<7, T>, put_sum<8, T>};
+  template <bool kAdds>
+  static constexpr decltype(&put_sum<1, kAdds, T>) kPutSums[kFewQueries] = {
+      put_sum<1, kAdds, T>, put_sum<2, kAdds, T>, put_sum<3, kAdds, T>, put_sum<4, kAdds, T>,
+      put_sum<5, kAdds, T>, put_sum<6, kAdds, T>, put_sum<7, kAdds, T>, put_sum<8, kAdds, T>};
 
   template <typename X, typename Tensor>
   X* at(Tensor* x, int64_t row, int64_t head) const {
@@ -143,14 +150,18 @@ class Few {
         dots<together.value>(dout[r], value + i, p.width, gradient + i);
       });
       const Vec share = F::power(load(score) * (p.scale / F::kUnit) - room.lse[at_row]);
-      store(probabilities[r], share), store(scores[r], share * (load(gradient) - room.delta[at_row]) * p.scale);
+      store(probabilities[r], share), store(scores[r], share * (load(gradient) - room.delta[at_row]));
       float* dq = room.dq + at_row * round_up(p.width, kLanes);
       by_keys(count, [&](int64_t i, auto together) { add_rows<together.value>(scores[r] + i, key + i, p.width, dq); });
     }
-    const auto put = kPutSums[queries - 1];
+    const auto put = sums == nullptr ? kPutSums<false>[queries - 1] : kPutSums<true>[queries - 1];
+    const int64_t columns = round_up(p.width, kLanes);
     for (int64_t i = 0; i < count; ++i) {
-      put(scores, i, query, p.width, at<T>(p.dk, key_rows[k + i], head));
-      put(probabilities, i, dout, p.width, at<T>(p.dv, key_rows[k + i], head));
+      const int64_t row = key_rows[k + i];
+      void *dk = at<T>(p.dk, row, head), *dv = at<T>(p.dv, row, head);
+      if (sums != nullptr) dk = sums + row * columns, dv = sums + (p.rows_k + row) * columns;
+      put(scores, i, query, p.width, p.scale, dk);
+      put(probabilities, i, dout, p.width, 1.0f, dv);
     }
   }
 
@@ -158,6 +169,7 @@ class Few {
   const FewRoom& room;
   const int32_t *query_rows, *key_rows;
   const int64_t queries, keys, begin, end;
+  float* const sums;
 };
 
 }  // namespace UVG_ISA

@@ -217,33 +217,42 @@ struct Task {
     }
   }
 
-  void run(const Workspace<F>& w) const {
+  void run(const Workspace<F>& w, bool adds) const {
     if (q.count == 0 || k.count == 0) return;
     for (int64_t part = 0; part < kParts; ++part) prepare(part, w.work);
     for (int64_t first = 0; first < k.count; first += kKeys) {
       block(first, w);
-      w.sums == nullptr ? write_block(first, w) : add_block(first, w);
+      adds ? add_block(first, w) : write_block(first, w);
     }
   }
 };
 
-// Where samples share keys: one head of all samples, in their order.
+inline bool is_few(const Params& p, int64_t s) { return p.queries->size(s) <= kFewQueries; }
+
+// One head of all samples that share keys, in their order.
 template <typename F>
-void run_shared(const Params& p, int64_t head, const Workspace<F>& w) {
-  const int64_t columns = w.sample.columns;
+void run_shared(const Params& p, int64_t head, const Workspace<F>& w, const FewRoom& room) {
+  const int64_t samples = p.queries->samples(), columns = w.sample.columns;
   std::memset(w.sums, 0, static_cast<size_t>(2 * p.rows_k * columns) * sizeof(float));
-  for (int64_t s = 0; s < p.queries->samples(); ++s) Task<F>(p, w.sample, s, head).run(w);
-  const Task<F> task(p, w.sample, 0, head);
-  for (int64_t row = 0; row < p.rows_k; ++row) {
-    write(w.sums + row * columns, p.scale, p.width, task.at(p.dk, row));
-    write(w.sums + (p.rows_k + row) * columns, 1.0f, p.width, task.at(p.dv, row));
+  for (int64_t s = 0; s < samples; ++s) {
+    if (!p.keys->shares(s) || p.queries->size(s) == 0) continue;
+    if (is_few(p, s))
+      Few<F>(p, s, head, 1, room, w.sums).run();
+    else
+      Task<F>(p, w.sample, s, head).run(w, true);
+  }
+  for (int64_t s = 0; s < samples; ++s) {
+    if (!p.keys->shares(s)) continue;
+    const Task<F> task(p, w.sample, s, head);
+    for (int64_t i = 0; i < task.k.count; ++i) {  // what several samples have is written as often, the same each time
+      const int64_t row = task.k.index[i];
+      write(w.sums + row * columns, p.scale, p.width, task.at(p.dk, row));
+      write(w.sums + (p.rows_k + row) * columns, 1.0f, p.width, task.at(p.dv, row));
+    }
   }
 }
 
-// Whether a sample has few queries. Where samples share keys none has: gradients are summed up over them.
-inline bool is_few(const Params& p, int64_t s) { return !p.keys->shared() && p.queries->size(s) <= kFewQueries; }
-
-// Samples of few queries, in groups of heads that one thread does.
+// Samples of few queries and keys of their own, in groups of heads that one thread does.
 template <typename F>
 void backward_of_few(const Params& p, int threads, const PerThread<FewRoom>& rooms) {
   const int64_t samples = p.queries->samples();
@@ -252,13 +261,14 @@ void backward_of_few(const Params& p, int threads, const PerThread<FewRoom>& roo
 #pragma omp for schedule(dynamic, 1) nowait
   for (int64_t i = 0; i < samples * parts; ++i) {
     const int64_t s = i / parts, first = i % parts * heads, left = p.heads - first;
-    if (is_few(p, s) && p.queries->size(s) > 0 && p.keys->size(s) > 0)
+    if (is_few(p, s) && !p.keys->shares(s) && p.queries->size(s) > 0 && p.keys->size(s) > 0)
       Few<F>(p, s, first, left < heads ? left : heads, rooms.own()).run();
   }
 }
 
 // A task is one head of one sample. The last of them, fewer than threads, are cut into their blocks of keys, which are
-// taken in order: who waits for a block before waits for one that is being worked on.
+// taken in order: who waits for a block before waits for one that is being worked on. Samples that share keys are one
+// task a head. What a task is depends on its sample alone, and so do its bits.
 template <typename F>
 void backward(const Params& p) {
   using T = typename F::Value;
@@ -267,35 +277,35 @@ void backward(const Params& p) {
   zero(*p.queries, samples, size, static_cast<T*>(p.dq));
   for (T* dx : {static_cast<T*>(p.dk), static_cast<T*>(p.dv)}) {
     zero(*p.keys, samples, size, dx);
-    for (int64_t s = 0; s < samples && !shared; ++s)
+    for (int64_t s = 0; s < samples; ++s)
       if (p.queries->size(s) == 0) zero(*p.keys, s, size, dx);
   }
   int64_t products = 0;
-  bool few = false, many = false;
+  bool few = false, many = shared, own = false;  // own: many queries and keys of its own
   for (int64_t s = 0; s < samples; ++s) {
     if (p.keys->size(s) == 0) zero(*p.queries, s, size, static_cast<T*>(p.dq));
     products += p.queries->size(s) * p.keys->size(s) * size;
     is_few(p, s) ? few = true : many = true;
+    own = own || (!is_few(p, s) && !p.keys->shares(s));
   }
   const int threads = threads_for_products(p.threads, 5 * products);
-  const int64_t pairs = shared ? p.heads : many ? samples * p.heads : 0, longest = p.keys->longest();
+  const int64_t pairs = own ? samples * p.heads : 0, longest = p.keys->longest();
   const int64_t cut = shared || longest <= kKeys || pairs > kWholeRounds * threads ? 0 : pairs % threads;
   int64_t next = 0;
   Scratch scratch;
-  const PerThread<FewRoom> rooms(scratch, few ? threads : 0, p);
+  const PerThread<FewRoom> rooms(scratch, few || shared ? threads : 0, p);
   const PerThread<Workspace<F>> workspaces(scratch, many ? threads : 0, p);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     if (few) backward_of_few<F>(p, threads, rooms);
     if (many) {
       const Workspace<F>& w = workspaces.own();
+      const auto mine = [&](int64_t s) { return !is_few(p, s) && !p.keys->shares(s); };
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t head = 0; head < (shared ? p.heads : 0); ++head) run_shared<F>(p, head, w, rooms.own());
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < pairs - cut; ++i) {
-        if (shared)
-          run_shared<F>(p, i, w);
-        else if (!is_few(p, i / p.heads))
-          Task<F>(p, w.sample, i / p.heads, i % p.heads).run(w);
-      }
+      for (int64_t i = 0; i < pairs - cut; ++i)
+        if (mine(i / p.heads)) Task<F>(p, w.sample, i / p.heads, i % p.heads).run(w, false);
       if (cut > 0) {
         const auto of = [&](int64_t i) { return (pairs - cut + i) / p.heads; };
         const auto task = [&](int64_t i) {
@@ -303,12 +313,12 @@ void backward(const Params& p) {
         };
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < cut * Task<F>::kParts; ++i)
-          if (!is_few(p, of(i % cut))) task(i % cut).prepare(i / cut, w.work);
+          if (mine(of(i % cut))) task(i % cut).prepare(i / cut, w.work);
         const int64_t blocks = (longest + kKeys - 1) / kKeys;
         for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < cut * blocks;) {
           const Task<F> one = task(i % cut);
           const int64_t first = i / cut * kKeys;
-          if (!is_few(p, of(i % cut)) && first < one.k.count) one.block(first, w), one.write_block(first, w);
+          if (mine(of(i % cut)) && first < one.k.count) one.block(first, w), one.write_block(first, w);
         }
       }
     }

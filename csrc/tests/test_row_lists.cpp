@@ -73,6 +73,9 @@ int main() {
   const std::vector<int32_t> common = {0, 3, 2, 3};
   CHECK(uvg::RowLists(common.data(), 2, 1, 5).shared());
   CHECK(uvg::RowLists(common.data(), 1, 2, 5).shared());
+  const std::vector<int32_t> three{4, 3, 0, 2, 6, 2, 2, 1};  // the first and the third have row 6
+  const uvg::RowLists some(three.data(), 4, 1, 9);
+  CHECK(some.shared() && some.shares(0) && !some.shares(1) && some.shares(2) && !some.shares(3) && !some.shares(4));
   CHECK(uvg::RowLists(nullptr, 0, 0, 2).size(0) == 2);
   const uvg::RowLists two(common.data(), 2, 1, 7);
   CHECK(list(two, 0) == Rows({0, 1, 2}) && list(two, 1) == Rows({2, 3, 4}) && list(two, 2) == Rows({5, 6}));
