@@ -1,6 +1,7 @@
 """How flash-attn 2 and 3 and cuDNN are called: libraries that compute by the reference and take just what the real ones
 take stand in for them, on the CPU."""
 
+import copy
 import sys
 from types import SimpleNamespace
 
@@ -256,6 +257,19 @@ def test_a_table_is_read_once_until_it_is_written_to(monkeypatch):
     with torch.inference_mode():
         made = table([(1, 2)])
         assert samples.table_of(made) == samples.table_of(made) == (((1, 2),),) and len(read) == 3
+
+
+def test_a_copy_of_a_table_has_numbers_of_its_own():
+    """Also where it was written to as often as the table before."""
+    spans = table([(0, 4)])
+    for _ in range(5):
+        spans[0, 0, 1] = 4
+    assert samples.table_of(spans) == (((0, 4),),)
+    other = copy.deepcopy(spans)
+    assert other._version < spans._version and not vars(spans)
+    while other._version < spans._version:
+        other[0, 0, 1] = 3
+    assert samples.table_of(other) == (((0, 3),),) and samples.table_of(spans) == (((0, 4),),)
 
 
 def test_cudnn_is_called_as_torch_declares_it():

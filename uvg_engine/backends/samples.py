@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from uvg_engine.backends import devices
 
 Table = tuple[tuple[tuple[int, int], ...], ...]  # [B][M] of (start, len)
-_NAME = "_uvg_table"  # of the attribute of a table's tensor
+_tables = WeakTensorKeyDictionary()  # tensor: (its version, its table); an attribute would go with copies and into files
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,14 @@ def table_of(spans: Tensor) -> Table:
     """The numbers of an int32 table [B, M, 2].
 
     On a device the host waits for them once: they are kept with the tensor, until it is written to. A table made in
-    inference mode has no version that would tell: write to no such table.
+    inference mode has no version that would tell, nor does it tell of what a replayed graph writes: write to no such
+    table.
     """
     version = 0 if spans.is_inference() else spans._version
-    kept = getattr(spans, _NAME, None)
+    kept = _tables.get(spans)
     if kept is None or kept[0] != version:
         kept = version, tuple(tuple((start, length) for start, length in sample) for sample in spans.tolist())
-        setattr(spans, _NAME, kept)
+        _tables[spans] = kept
     return kept[1]
 
 
