@@ -211,6 +211,26 @@ def test_a_write_behind_torchs_back_can_be_told(on_cpu):
     assert torch.equal(linear(x, weight), linear(x, weight.clone())) and not torch.equal(linear(x, weight), stale)
 
 
+def test_another_part_may_be_packed_meanwhile(on_cpu):
+    """By another thread, while this one adds up what is kept."""
+    whole, x = torch.randn(64, 40), torch.ones(3, 40)
+    linear(x, whole[:8])
+    store = vars(whole.untyped_storage())[packed_weights._NAME]
+    one = next(iter(store.values()))
+
+    class Meanwhile:
+        version, mark = one.version, one.mark
+
+        @property
+        def words(self):
+            store["of another thread"] = one
+            return one.words
+
+    store["first"] = Meanwhile()
+    assert torch.equal(linear(x, whole[8:]), linear(x, whole[8:].clone()))
+    assert "of another thread" in store
+
+
 def test_views_of_ever_new_sizes_do_not_pile_up(on_cpu):
     weight, before = torch.randn(4096, 64), packed_weights.kept_bytes()
     for rows in range(4096, 64, -64):

@@ -104,7 +104,7 @@ def packed(weight: Tensor, keep: bool, op: str = "linear") -> Tensor:
         store.pop(key, None)
         made = _Packed(_pack(weight, op), version, mark)
         most = _MOST * _times_as_large(weight.dtype, op) * weight.untyped_storage().nbytes() + _MOST_MORE
-        if sum(p.words.nbytes for p in store.values()) > most:
+        if sum(p.words.nbytes for p in list(store.values())) > most:  # a copy: other threads may pack other parts
             store.clear()  # views of ever new sizes
         found = store[key] = made
         _count(found.words.nbytes)
