@@ -46,7 +46,11 @@ def test_signatures_are_flash_attns():
         "flash_attn_func": dict.fromkeys(DENSE, none) | COMMON,
         "flash_attn_varlen_func": dict.fromkeys(varlen, none) | COMMON | {"block_table": None},
         "flash_attn_qkvpacked_func": {"qkv": none} | COMMON,
+        "flash_attn_kvpacked_func": {"q": none, "kv": none} | COMMON,
+        "flash_attn_varlen_qkvpacked_func": dict.fromkeys(("qkv", "cu_seqlens", "max_seqlen"), none) | COMMON,
+        "flash_attn_varlen_kvpacked_func": dict.fromkeys(("q", "kv", *varlen[3:]), none) | COMMON,
     }
+    assert expected.keys() == set(ours.__all__)
     for name, parameters in expected.items():
         assert list(signature(getattr(ours, name)).items()) == list(parameters.items())
 
@@ -55,10 +59,10 @@ def test_signatures_are_flash_attns():
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 def test_dense_with_gradients(scale, key_heads):
     q, k, v = normal(2, 5, 4, 8), normal(2, 7, key_heads, 8, seed=1), normal(2, 7, key_heads, 8, seed=2)
-    out, lse, none = ours.flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)
+    out, lse, dropped = ours.flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)
     many = [x.repeat_interleave(4 // key_heads, 2) for x in (k, v)]
     want, want_lse = written_out(q, *many, scale)
-    assert none is None and out.shape == (2, 5, 4, 8)
+    assert out.shape == (2, 5, 4, 8) and dropped.shape == (0,) and dropped.dtype == q.dtype  # as of 2.7
     torch.testing.assert_close((out, lse), (want, want_lse))
     dout = torch.randn_like(out)
     torch.testing.assert_close(torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(want, (q, k, v), dout))
@@ -73,6 +77,9 @@ def test_packed_samples_share_key_heads_and_stay_apart():
     alone = ours.flash_attn_func(q[None, :3], k[None, :4], v[None, :4])
     assert out.shape == q.shape and out.is_contiguous() and torch.equal(out[None, :3], alone)
     assert not out[3:].any() and lse.shape == (4, 8) and torch.isneginf(lse[:, 3:]).all()  # the third has no keys
+    one = (x[:, :1] for x in (k, v))
+    results = ours.flash_attn_varlen_func(q, *one, bounds_q, bounds_k, 5, 5, return_attn_probs=True)
+    assert all(result.is_contiguous() for result in results)
     want, want_lse = written_out(
         *(x[None] for x in (q[:3], k[:4].repeat_interleave(2, 1), v[:4].repeat_interleave(2, 1)))
     )
@@ -105,6 +112,18 @@ def test_packed_qkv_is_its_parts():
     out = ours.flash_attn_qkvpacked_func(qkv, softmax_scale=0.2)
     assert torch.equal(out, ours.flash_attn_func(*qkv.unbind(2), softmax_scale=0.2))
     assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
+    kv = ours.flash_attn_kvpacked_func(qkv[:, :, 0], qkv[:, :, 1:], softmax_scale=0.2)
+    assert torch.equal(kv, out)
+
+    rows, bounds = qkv.flatten(0, 1), torch.tensor([0, 5, 12]).int()
+    q, k, v = rows.unbind(1)
+    want = ours.flash_attn_varlen_func(q, k, v, bounds, bounds, 7, 7, softmax_scale=0.2, return_attn_probs=True)
+    more = {"softmax_scale": 0.2, "return_attn_probs": True}
+    for got in (
+        ours.flash_attn_varlen_qkvpacked_func(rows, bounds, 7, **more),
+        ours.flash_attn_varlen_kvpacked_func(q, rows[:, 1:], bounds, bounds, 7, 7, **more),
+    ):
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
 
 
 def test_variable_lengths_are_samples_of_their_own():
@@ -131,6 +150,11 @@ def test_what_is_not_served_is_refused_by_name(name, value, match):
     calls = [
         lambda **more: ours.flash_attn_func(x, x, x, **more),
         lambda **more: ours.flash_attn_qkvpacked_func(torch.stack([x, x, x], 2), **more),
+        lambda **more: ours.flash_attn_kvpacked_func(x, torch.stack([x, x], 2), **more),
+        lambda **more: ours.flash_attn_varlen_qkvpacked_func(torch.stack([x[0], x[0], x[0]], 1), bounds, 3, **more),
+        lambda **more: ours.flash_attn_varlen_kvpacked_func(
+            x[0], torch.stack([x[0], x[0]], 1), bounds, bounds, 3, 3, **more
+        ),
         lambda **more: ours.flash_attn_varlen_func(x[0], x[0], x[0], bounds, bounds, 3, 3, **more),
     ]
     for call in calls:
@@ -155,6 +179,12 @@ def test_shapes_that_do_not_fit_are_told():
         ours.flash_attn_varlen_func(x[0], x[0, :, :2], x[0], bounds, bounds, 3, 3)
     with pytest.raises(ValueError, match=r"qkv must be \(B, L, 3, N, H\)"):
         ours.flash_attn_qkvpacked_func(x)
+    with pytest.raises(ValueError, match=r"kv must be \(B, S, 2, M, H\), got \(2, 3, 4, 8\)"):
+        ours.flash_attn_kvpacked_func(x, x)
+    with pytest.raises(ValueError, match=r"qkv must be \(T, 3, N, H\), got \(3, 4, 8\)"):
+        ours.flash_attn_varlen_qkvpacked_func(x[0], bounds, 3)
+    with pytest.raises(ValueError, match=r"kv must be \(U, 2, M, H\), got \(2, 3, 4, 8\)"):
+        ours.flash_attn_varlen_kvpacked_func(x[0], x, bounds, bounds, 3, 3)
     with pytest.raises(ValueError, match="cu_seqlens_k must be an int32"):
         ours.flash_attn_varlen_func(x[0], x[0], x[0], bounds, bounds.long(), 3, 3)
     with pytest.raises(ValueError, match="block_table must be None"):

@@ -22,9 +22,16 @@ from uvg_engine.ops._alone import alone, has_values
 from uvg_engine.ops._plans import planned
 from uvg_engine.ops.flash_attention import dense_with_gradient, require_attention, rows_of
 
-__all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func"]
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]
 
-Result = Tensor | tuple[Tensor, Tensor, None]
+Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
 @planned
@@ -44,8 +51,8 @@ def flash_attn_func(
     """Bidirectional attention of a dense batch. q: [B, L, N, H]; k, v: [B, S, M, H], the same floating dtype.
 
     softmax_scale: 1/sqrt(H) unless given. deterministic: always is, on the CPU. Returns out [B, L, N, H]; with
-    return_attn_probs also lse (fp32 [B, N, L]) and None, as flash-attn does without dropout. Raises ValueError on
-    dropout, causal, window, softcap, alibi_slopes, and on shapes that do not fit.
+    return_attn_probs also lse (fp32 [B, N, L]) and an empty tensor, as flash-attn does without dropout. Raises
+    ValueError on dropout, causal, window, softcap, alibi_slopes, and on shapes that do not fit.
     """
     _refuse(dropout_p, causal, window_size, softcap, alibi_slopes)
     shape_q, shape_k = q.shape, k.shape
@@ -68,7 +75,7 @@ def flash_attn_func(
         out, lse = _attend(q, k, v, q_spans, k_spans, softmax_scale, group)
         out = out.view(shape_q)
     if return_attn_probs:
-        return out, lse.view(heads, samples, queries).transpose(0, 1).contiguous(), None
+        return out, lse.view(heads, samples, queries).transpose(0, 1).contiguous(), out.new_empty(0)
     return out
 
 
@@ -94,7 +101,7 @@ def flash_attn_varlen_func(
 
     cu_seqlens_q, cu_seqlens_k: int32 [B + 1], where each sample starts, and the end. max_seqlen_q, max_seqlen_k: the
     longest sample; our kernels do not need them. Returns out [T, N, H], with return_attn_probs also lse (fp32 [N, T])
-    and None. A sample without keys gives 0 and -inf, and so do rows past the end. Raises ValueError as
+    and an empty tensor. A sample without keys gives 0 and -inf, and so do rows past the end. Raises ValueError as
     `flash_attn_func`, on block_table, and, of tensors on the CPU, on bounds that do not begin with 0,
     that fall, or that end beyond the rows.
     """
@@ -113,7 +120,7 @@ def flash_attn_varlen_func(
     group, q_spans = _group(q, q.shape[1], k.shape[1]), _spans(cu_seqlens_q)
     k_spans = q_spans if cu_seqlens_k is cu_seqlens_q else _spans(cu_seqlens_k)
     out, lse = _attend(q, k, v, q_spans * group if group > 1 else q_spans, k_spans, softmax_scale, group)
-    return (out, lse, None) if return_attn_probs else out
+    return (out, lse.contiguous(), out.new_empty(0)) if return_attn_probs else out
 
 
 def flash_attn_qkvpacked_func(
@@ -133,6 +140,69 @@ def flash_attn_qkvpacked_func(
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_func` of q, kv[:, :, 0] and kv[:, :, 1]. q: [B, L, N, H]; kv: [B, S, 2, M, H]."""
+    _require(kv.ndim == 5 and kv.shape[2] == 2, "kv must be (B, S, 2, M, H)", tuple(kv.shape))
+    k, v = kv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_varlen_func` of qkv[:, 0], qkv[:, 1], qkv[:, 2]. qkv: [T, 3, N, H]."""
+    _require(qkv.ndim == 4 and qkv.shape[1] == 3, "qkv must be (T, 3, N, H)", tuple(qkv.shape))
+    q, k, v = qkv.unbind(1)
+    rest = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *rest)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_varlen_func` of q, kv[:, 0] and kv[:, 1]. q: [T, N, H]; kv: [U, 2, M, H]."""
+    _require(kv.ndim == 4 and kv.shape[1] == 2, "kv must be (U, 2, M, H)", tuple(kv.shape))
+    k, v = kv.unbind(1)
+    rest = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *rest)
 
 
 def _group(q: Tensor, heads: int, key_heads: int) -> int:
