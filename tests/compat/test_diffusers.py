@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from torch import nn
 pytest.importorskip("diffusers")
 
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed, WanTransformerBlock
 
+from uvg_engine.backends import native, packed_weights
 from uvg_engine.compat.diffusers import accelerate, restore
 
 CONFIG = {
@@ -213,3 +217,136 @@ def test_saved_weights_are_read_by_diffusers(tmp_path):
     with torch.no_grad():
         again = accelerate(WanTransformer3DModel.from_pretrained(tmp_path))(**given).sample
         assert torch.equal(again, ours(**given).sample)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_under_autocast_it_is_as_near_to_the_truth_as_diffusers(weights):
+    truth, given = model(), inputs()
+    with torch.no_grad():
+        true = truth(**given).sample
+        plain = truth.to(weights)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            theirs = plain(**given).sample
+            ours = accelerate(plain)(**given).sample
+    assert ours.dtype == theirs.dtype and apart(ours, true) < 2 * apart(theirs, true)
+
+
+def test_gradients_under_autocast_are_those_of_diffusers():
+    found, given = [], inputs()
+    for each in (accelerate(model()), model()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = each(**given).sample
+        out.float().square().mean().backward()
+        found.append(each.blocks[0].attn1.to_q.weight.grad)
+    assert found[0].dtype == torch.float32 and apart(*found) < 0.05
+
+
+def test_repeated_blocks_compile_by_their_name():
+    ours, given = accelerate(model()), inputs()
+    with torch.no_grad():
+        before = ours(**given).sample
+        ours.compile_repeated_blocks(fullgraph=True, backend="eager")
+        assert all(block._compiled_call_impl is not None for block in ours.blocks)
+        assert torch.equal(ours(**given).sample, before)
+
+
+def test_it_can_be_pickled():
+    ours, given = accelerate(model()), inputs()
+    again = pickle.loads(pickle.dumps(ours))
+    with torch.no_grad():
+        assert torch.equal(again(**given).sample, ours(**given).sample)
+
+
+def test_a_cache_of_blocks_is_turned_on_afterwards():
+    hooks = pytest.importorskip("diffusers.hooks")
+    if not hasattr(hooks, "FirstBlockCacheConfig"):
+        pytest.skip("a diffusers without this cache")
+    given, found = inputs(), []
+    others = given | {"hidden_states": 1.01 * given["hidden_states"]}
+    for each in (accelerate(model()), model()):
+        each.enable_cache(hooks.FirstBlockCacheConfig(threshold=10.0))
+        with torch.no_grad(), each.cache_context("cond"):
+            found.append([each(**call).sample for call in (given, others)])
+    for mine, theirs in zip(*found, strict=True):
+        assert apart(mine, theirs) < 2e-5
+    with torch.no_grad():
+        assert apart(found[0][1], accelerate(model())(**others).sample) > 1e-4  # the second block was not computed
+
+    ours = model()
+    ours.enable_cache(hooks.FirstBlockCacheConfig(threshold=10.0))
+    with pytest.raises(ValueError, match=r"transformer\.blocks\.0 must have its own forward, got partial"):
+        accelerate(ours)
+    assert {type(block) for block in ours.blocks} == {WanTransformerBlock}
+    ours.disable_cache()
+    accelerate(ours).enable_cache(hooks.FirstBlockCacheConfig(threshold=10.0))
+    with pytest.raises(ValueError, match=r"transformer\.blocks\.0 must have its own forward, got partial"):
+        restore(ours)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_hook_that_was_removed_leaves_nothing(before):
+    given, ours = inputs(), model()
+    want = accelerate(model())
+    if not before:
+        accelerate(ours)
+    for name in ("attn1", "attn2.norm_q", "attn1.to_q", "attn1.to_out.1", "norm1", "ffn", "ffn.net.0.proj", ""):
+        registry = HookRegistry.check_if_exists_or_initialize(ours.blocks[1].get_submodule(name))
+        registry.register_hook(ModelHook(), "own")
+        registry.remove_hook("own", recurse=False)
+    assert "forward" in vars(ours.blocks[1].attn1)
+    with torch.no_grad():
+        assert torch.equal(accelerate(ours)(**given).sample, want(**given).sample)
+
+
+class OwnRope(WanRotaryPosEmbed):
+    pass
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda rope: setattr(rope, "__class__", OwnRope), "must be WanRotaryPosEmbed, got OwnRope"),
+        (lambda rope: setattr(rope, "forward", rope.forward.__func__), "must have no hooks and its own forward"),
+        (lambda rope: rope.register_forward_hook(lambda *call: None), "must have no hooks and its own forward"),
+    ],
+)
+def test_rotations_of_its_own_are_refused(change, told):
+    made = model()
+    change(made.rope)
+    with pytest.raises(ValueError, match=rf"transformer\.rope {told}"):
+        accelerate(made)
+    assert type(made.blocks[0]) is WanTransformerBlock
+
+
+def test_a_block_is_given_what_the_accelerated_rope_gives():
+    ours = accelerate(model())
+    theirs = WanRotaryPosEmbed.forward(ours.rope, inputs()["hidden_states"])
+    with pytest.raises(ValueError, match="rotary_emb must be what the accelerated rope gives, got tuple"):
+        ours.blocks[0](torch.zeros(2, 36, 48), torch.zeros(2, 7, 48), torch.zeros(2, 6, 48), theirs)
+
+
+def test_restore_leaves_what_it_did_not_turn():
+    class Own(WanTransformerBlock):
+        pass
+
+    made = model()
+    made.blocks[0].__class__ = Own
+    assert type(restore(made).blocks[0]) is Own
+    with pytest.raises(ValueError, match="transformer must be a WanTransformer3DModel, got Linear"):
+        restore(nn.Linear(2, 2))
+
+
+def test_positions_beyond_the_rotations_are_refused_on_every_device():
+    """On a GPU nobody else would: the op would have to read its spans back."""
+    with pytest.raises(ValueError, match=r"latents must have at most 32 patches along an axis, got \[1, 1, 33\]"):
+        accelerate(model()).rope(torch.zeros(1, 4, 1, 2, 66, device="meta"))
+
+
+def test_undone_it_keeps_no_packed_weights():
+    gc.collect()  # of what other tests left
+    before, ours = packed_weights.kept_bytes(), accelerate(model())
+    with torch.no_grad():
+        ours(**inputs())
+    assert packed_weights.kept_bytes() > before or native.cpu() is None
+    restore(ours)
+    assert packed_weights.kept_bytes() == before

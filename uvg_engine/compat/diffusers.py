@@ -10,6 +10,7 @@ Letters: B samples, L rows of a sample, C condition rows, D width, N heads, H he
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from uvg_engine import ops
+from uvg_engine.backends import packed_weights
 from uvg_engine.compat.flash_attn import flash_attn_func
 from uvg_engine.reference.qk_norm_rope import VIDEO
 
@@ -47,32 +49,49 @@ def accelerate(transformer: Model) -> Model:
     """Let the blocks of a WanTransformer3DModel compute with `uvg_engine.ops`, forward and backward; returns it.
 
     Weights, names, configuration and what `save_pretrained` writes stay as they are, and so does the result within
-    rounding. A projection that is not a plain nn.Linear (LoRA, quantised, hooked) is called as it is. Raises ValueError
-    on another model, on dropout of its own, and, when it is called, on attention processors, attention backends, fused
-    projections, and on attentions, norms, activations, dropouts or ffn with hooks or with something in their place
-    (adapters of norms): those would be ignored. Not for offloading leaf by leaf, which hooks every layer.
+    rounding. A projection that is not a plain nn.Linear (LoRA, quantised, hooked), or whose product autocast would
+    round, is called as it is. Raises ValueError on another model, on dropout, rotations or blocks of its own, on those
+    that offloading or a cache has hooked (turn these on afterwards), and, when it is called, on attention processors, a
+    model's attention backend, fused projections, and on attentions, norms, activations, dropouts or ffn with hooks or
+    with something in their place (adapters of norms): those would be ignored. Not for offloading leaf by leaf, which
+    hooks every layer, nor for caches that hook attentions; FirstBlockCache and MagCache hook blocks.
     """
-    model: Any = transformer
-    _require(type(model) is WanTransformer3DModel, "transformer must be a WanTransformer3DModel", _name(model))
-    for block in model.blocks:
+    blocks = _of_wan(transformer).blocks
+    for block in blocks:
         known = type(block) in (WanTransformerBlock, _Block)
         _require(known, "transformer.blocks must be WanTransformerBlocks", _name(block))
         for part in (block.attn1.to_out, block.attn2.to_out, block.ffn.net):
             _require_no_dropout(part[1])
-    _turn(model, _Rope, _Block)
+    if type(transformer.rope) is not _Rope:
+        _require_own("transformer.rope", transformer.rope, (WanRotaryPosEmbed,))
+    _turn(transformer, {WanRotaryPosEmbed: _Rope, WanTransformerBlock: _Block})
     return transformer
 
 
 def restore(transformer: Model) -> Model:
-    """Undo `accelerate`; returns the transformer."""
-    _turn(transformer, WanRotaryPosEmbed, WanTransformerBlock)
+    """Undo `accelerate`, and forget the packed weights; returns the transformer. Raises ValueError on another model,
+    and on blocks that offloading or a cache has hooked since."""
+    _turn(_of_wan(transformer), {_Rope: WanRotaryPosEmbed, _Block: WanTransformerBlock})
+    for weight in transformer.blocks.parameters():
+        if type(weight) is nn.Parameter:  # others need not have memory
+            packed_weights.forget(weight)
     return transformer
 
 
-def _turn(transformer: Any, rope: type, block: type) -> None:
-    transformer.rope.__class__ = rope
-    for each in transformer.blocks:
-        each.__class__ = block
+def _of_wan(model: Any) -> Any:
+    _require(type(model) is WanTransformer3DModel, "transformer must be a WanTransformer3DModel", _name(model))
+    return model
+
+
+def _turn(transformer: Any, kinds: dict[type, type]) -> None:
+    parts = {"rope": transformer.rope} | {f"blocks.{i}": block for i, block in enumerate(transformer.blocks)}
+    turning = {name: part for name, part in parts.items() if type(part) in kinds}
+    for name, part in turning.items():
+        if not _calls_its_class(part):  # a hook holds on to the forward that it found
+            _require(False, f"transformer.{name} must have its own forward", _name(part.forward))
+    for part in turning.values():
+        vars(part).pop("forward", None)
+        part.__class__ = kinds[type(part)]
 
 
 @dataclass(frozen=True)
@@ -107,6 +126,7 @@ class _Rope(WanRotaryPosEmbed):
         samples, _, *sizes = hidden_states.shape
         grid = [size // patch for size, patch in zip(sizes, self.patch_size, strict=True)]
         rows, device, cos, sin = math.prod(grid), hidden_states.device, self.freqs_cos, self.freqs_sin
+        _require(max(grid) <= len(cos), f"latents must have at most {len(cos)} patches along an axis", grid)
         start = torch.arange(samples, dtype=torch.int32, device=device) * rows
         columns = [start, *(torch.full_like(start, value) for value in (rows, VIDEO, *grid))]
         rope_spans = torch.stack(columns, 1)
@@ -118,6 +138,7 @@ class _Rope(WanRotaryPosEmbed):
 class _Block(WanTransformerBlock):
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
         """hidden_states [B, L, D], encoder_hidden_states [B, C, D], temb [B, 6, D] or, for every row, [B, L, 6, D]."""
+        _require(type(rotary_emb) is _Rows, "rotary_emb must be what the accelerated rope gives", _name(rotary_emb))
         rows: _Rows = rotary_emb
         for name, kinds in _PARTS.items():
             _require_own(name, getattr(self, name), kinds)
@@ -145,10 +166,18 @@ class _Block(WanTransformerBlock):
         _require_own("ffn.net[0]", ffn.net[0], (GELU,))
         _require_no_dropout(ffn.net[1])
         first, last = ffn.net[0].proj, ffn.net[2]
-        if not (_plain(first) and _plain(last)):
+        if not (_plain(first, f) and _plain(last, f)):
             return ffn(f)
         w1, b1, w2, b2 = (each.unsqueeze(0) for each in (first.weight, first.bias, last.weight, last.bias))
         return ops.moe_mlp(f, w1, b1, w2, b2, rows.group_offsets)
+
+
+_Block.__name__ = WanTransformerBlock.__name__  # by it diffusers finds what to compile, others what not to split
+with contextlib.suppress(ModuleNotFoundError):  # an older diffusers has no caches that ask for a block's class
+    from diffusers.hooks import _helpers
+
+    # not by `register`, which imports every model of diffusers
+    _helpers.TransformerBlockRegistry._registry[_Block] = _helpers.TransformerBlockMetadata(0, _cls=_Block)
 
 
 def _attend(attn: Any, x: Tensor, condition: Tensor | None, rows: _Rows | None) -> Tensor:
@@ -182,21 +211,38 @@ def _attend(attn: Any, x: Tensor, condition: Tensor | None, rows: _Rows | None) 
 def _project(layer: Any, x: Tensor) -> Tensor:
     """[..., D] -> [rows, F]."""
     x = x.flatten(0, -2)
-    return ops.linear(x, layer.weight, layer.bias) if _plain(layer) else layer(x)
+    return ops.linear(x, layer.weight, layer.bias) if _plain(layer, x) else layer(x)
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:
     return ops.qk_norm_rope(x, None, norm.weight, None, eps=norm.eps)[0]
 
 
-def _plain(layer: nn.Module) -> bool:
-    """Whether a call of the layer is its product and nothing else."""
-    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not _hooked(layer)
+def _plain(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a call of the layer on x is its product, in the dtype that both have, and nothing else."""
+    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or _hooked(layer):
+        return False
+    return layer.weight.dtype == x.dtype == _multiplied_in(x)
+
+
+def _multiplied_in(x: Tensor) -> torch.dtype:
+    """The dtype to which torch would round x for a product: under autocast that of autocast."""
+    device = x.device.type
+    follows = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if follows else x.dtype
 
 
 def _hooked(module: nn.Module) -> bool:
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" in module.__dict__ or any(own)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or not _calls_its_class(module)
+
+
+def _calls_its_class(module: nn.Module) -> bool:
+    """Whether a call runs the forward of the module's class, which a hook that was removed leaves with the module."""
+    if "forward" not in module.__dict__:
+        return True
+    forward: Any = module.__dict__["forward"]
+    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
 
 
 def _require_as_made(attn: Any) -> None:
