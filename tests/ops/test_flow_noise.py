@@ -80,6 +80,8 @@ class TestFlowNoise(ConstantOpSuite):
         Mistake(r"latent_spans must lie in \[0, 24\)", {"latent_spans": tiled((1, 0, 6, 18))}),
         Mistake(r"latent_spans must lie in \[0, 24\)", {"latent_spans": lambda s: s - 1}),
         Mistake(r"token_spans must lie in \[0, 18\)", {"token_spans": tiled((4, 9, 0, 6))}),
+        Mistake("latent_spans must not overlap", {"latent_spans": spans((0, 1), (1, 0), (0, 6), (7, 17))}),
+        Mistake("token_spans must not overlap", {"token_spans": spans((0, 4), (3, 9), (12, 0), (13, 5))}),
         Mistake(r"vocab must be in \[1, 2\^31\)", {"vocab": 0}),
         Mistake(r"vocab must be in \[1, 2\^31\)", {"vocab": 2**31}),
         Mistake(r"mask_id must be -1 or in \[0, vocab\)", {"mask_id": 50}),

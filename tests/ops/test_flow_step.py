@@ -89,6 +89,8 @@ class TestFlowStep(ConstantOpSuite):
         Mistake(r"latent_spans must lie in \[0, 21\)", {"latent_spans": tiled((7, 0, 13, 2))}),
         Mistake(r"latent_spans must lie in \[0, 21\)", {"latent_spans": lambda s: s - 1}),
         Mistake(r"token_spans must lie in \[0, 12\)", {"token_spans": tiled((5, 4, 0, 4))}),
+        Mistake("latent_spans must not overlap", {"latent_spans": spans((0, 7), (7, 0), (6, 13), (20, 1))}),
+        Mistake("token_spans must not overlap", {"token_spans": spans((0, 5), (5, 4), (9, 0), (8, 3))}),
         *(
             Mistake(f"{name} must be given where its coefficient is not zero", {name: None})
             for name in ("last", "m1", "m2")

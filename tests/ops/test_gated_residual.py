@@ -44,6 +44,7 @@ class TestGatedResidual(DifferentiableOpSuite):
         Mistake(r"spans must lie in \[0, 11\)", {"spans": lambda s: s + torch.tensor([1, 0], dtype=torch.int32)}),
         Mistake(r"spans must lie in \[0, 11\)", {"spans": lambda s: s - torch.tensor([1, 0], dtype=torch.int32)}),
         Mistake(r"spans must lie in \[0, 11\)", {"spans": lambda s: -s}),
+        Mistake("spans must not overlap", {"spans": spans((0, 3), (3, 0), (2, 7), (10, 1))}),
     )
 
 

@@ -55,8 +55,14 @@ class TestGatedResidualNorm(DifferentiableOpSuite):
         Mistake(r"weight must be \(13,\)", {"weight": torch.ones(12)}),
         Mistake(r"bias must be \(13,\)", {"bias": torch.ones(12)}),
         Mistake(r"spans must be an int32 \(S, 2\)", {"norm_spans": lambda s: s.long()}),
+        Mistake("norm_dtype must be a floating-point dtype", {"norm_dtype": torch.int32}),
+        Mistake("norm_dtype must be a floating-point dtype", {"norm_dtype": "float32"}),
         Mistake(
             r"spans must lie in \[0, 11\)", {n: spans((1, 11), (0, 0), (0, 0), (0, 0)) for n in ("spans", "norm_spans")}
+        ),
+        Mistake(
+            "spans must not overlap",
+            dict.fromkeys(("spans", "norm_spans"), spans((0, 3), (3, 0), (2, 7), (10, 1))),
         ),
     )
 
@@ -80,6 +86,15 @@ def test_the_norm_is_rounded_once(backend):
     out, normed = gated_residual_norm(**made, norm_dtype=BF16)
     wide = gated_residual_norm(**made)[1]
     assert out.dtype == wide.dtype == FP32 and torch.equal(normed, wide.to(BF16))
+
+
+def test_a_wider_norm_is_rounded_once_of_two_tables_too(backend):
+    made = TestGatedResidualNorm.cases[0].inputs(BF16)
+    out, normed = gated_residual_norm(**made, norm_dtype=FP32)
+    equal = made | {"norm_spans": made["norm_spans"].clone()}
+    again, normed_again = gated_residual_norm(**equal, norm_dtype=FP32)
+    assert made["spans"] is made["norm_spans"] and torch.equal(again, out)
+    torch.testing.assert_close(normed_again, normed, rtol=1e-5, atol=1e-5)
 
 
 def test_two_tables_are_two_ops(backend):

@@ -90,6 +90,7 @@ class TestQkNormRope(DifferentiableOpSuite):
         Mistake("rope_table must not require a gradient", {"rope_table": lambda t: t.clone().requires_grad_()}),
         Mistake(r"rope_spans must lie in \[0, 18\)", {"rope_spans": spans((14, 5, TEXT, 0, 0, 0))}),
         Mistake(r"rope_spans must lie in \[0, 18\)", {"rope_spans": spans((-1, 5, TEXT, 0, 0, 0))}),
+        Mistake("rope_spans must not overlap", {"rope_spans": spans((0, 5, TEXT, 0, 0, 0), (4, 5, TEXT, 0, 0, 0))}),
         Mistake("rope_spans must be of kind 0 or 1", {"rope_spans": spans((0, 5, 2, 0, 0, 0))}),
         Mistake(r"rope_spans must have len = F\*Y\*X for video", {"rope_spans": spans((0, 12, VIDEO, 2, 3, 3))}),
         Mistake(r"rope_spans must have len = F\*Y\*X for video", {"rope_spans": spans((0, 12, VIDEO, 2, -3, -2))}),

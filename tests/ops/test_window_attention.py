@@ -62,6 +62,8 @@ class TestWindowAttention(DifferentiableOpSuite):
         Mistake("video_spans must not be negative", {"video_spans": grids((0, 1, -3, -4), (12, 2, 2, 3))}),
         Mistake(r"video_spans must lie in \[0, 33\)", {"video_spans": grids((0, 1, 3, 4), (30, 2, 2, 3))}),
         Mistake(r"text_spans must lie in \[0, 33\)", {"text_spans": spans((24, 4), (28, 6))}),
+        Mistake("video_spans and text_spans must not overlap", {"text_spans": spans((24, 4), (27, 3))}),
+        Mistake("video_spans and text_spans must not overlap", {"video_spans": grids((0, 1, 3, 4), (11, 2, 2, 3))}),
     )
 
 

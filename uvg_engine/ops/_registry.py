@@ -275,7 +275,19 @@ def require_spans(name: str, spans: Tensor, last: int = 2, dims: int = 2) -> Non
 
 def require_inside(name: str, spans: Tensor, num_rows: int) -> None:
     """Every (start, len, ...) lies in [0, num_rows). Reads values: for the `check` of `define`."""
-    if not _inside(values_of(spans), spans.shape[-1], num_rows):
+    _require_inside(name, spans, values_of(spans), num_rows)
+
+
+def require_apart(name: str, spans: Tensor, num_rows: int) -> None:
+    """As `require_inside`, and no row is in two of them."""
+    values = values_of(spans)
+    _require_inside(name, spans, values, num_rows)
+    if not _apart(values, spans.shape[-1]):
+        raise ValueError(f"{name} must not overlap, got {spans.tolist()}")
+
+
+def _require_inside(name: str, spans: Tensor, values: bytes, num_rows: int) -> None:
+    if not _inside(values, spans.shape[-1], num_rows):
         raise ValueError(f"{name} must lie in [0, {num_rows}), got {spans.tolist()}")
 
 
@@ -283,6 +295,14 @@ def require_inside(name: str, spans: Tensor, num_rows: int) -> None:
 def _inside(spans: bytes, last: int, num_rows: int) -> bool:
     starts, lengths = np.frombuffer(spans, np.int32).reshape(-1, last)[:, :2].astype(np.int64).T
     return not bool(((starts < 0) | (lengths < 0) | (starts + lengths > num_rows)).any())
+
+
+@functools.lru_cache(maxsize=4096)
+def _apart(spans: bytes, last: int) -> bool:
+    starts, lengths = np.frombuffer(spans, np.int32).reshape(-1, last)[:, :2].astype(np.int64).T
+    order = np.lexsort((lengths, starts))  # those of no row before those that begin with it
+    ends = np.maximum.accumulate((starts + lengths)[order])
+    return not bool(((starts[order][1:] < ends[:-1]) & (lengths[order][1:] > 0)).any())
 
 
 def require_tiles(name: str, spans: Tensor, num_rows: int) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,11 +15,11 @@ from uvg_engine.ops._registry import (
     define_backward,
     kernel_of,
     require,
+    require_apart,
     require_floating,
     require_inside,
     require_shape,
     require_spans,
-    values_of,
 )
 from uvg_engine.reference.spans import accumulation_dtype
 
@@ -58,18 +56,8 @@ def require_attention(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans:
 
 def check_spans(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> None:
     """Spans lie inside the rows, and those of q do not overlap. Reads values: for the `check` of `define`."""
-    require_inside("q_spans", q_spans, q.shape[0])
+    require_apart("q_spans", q_spans, q.shape[0])
     require_inside("k_spans", k_spans, k.shape[0])
-    if not _disjoint(values_of(q_spans)):
-        raise ValueError(f"q_spans must not overlap, got {q_spans.tolist()}")
-
-
-@functools.lru_cache(maxsize=4096)
-def _disjoint(spans: bytes) -> bool:
-    starts, lengths = np.frombuffer(spans, np.int32).reshape(-1, 2).astype(np.int64).T
-    order = np.lexsort((lengths, starts))  # those of no row before those that begin with it
-    ends = np.maximum.accumulate((starts + lengths)[order])
-    return not bool(((starts[order][1:] < ends[:-1]) & (lengths[order][1:] > 0)).any())
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, q_spans: Tensor, k_spans: Tensor, scale: float) -> tuple[Tensor, Tensor]:

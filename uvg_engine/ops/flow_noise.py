@@ -13,8 +13,8 @@ from uvg_engine.ops._registry import (
     define,
     no_gradient,
     require,
+    require_apart,
     require_floating,
-    require_inside,
     require_int64,
     require_shape,
     require_spans,
@@ -92,8 +92,8 @@ def require_numbers(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
 
 def _check(data: Tensor, tokens: Tensor, *rest: Any) -> None:
     latent_spans, token_spans = rest[4:6]
-    require_inside("latent_spans", latent_spans, len(data))
-    require_inside("token_spans", token_spans, len(tokens))
+    require_apart("latent_spans", latent_spans, len(data))
+    require_apart("token_spans", token_spans, len(tokens))
 
 
 def _fake(data: Tensor, tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,8 +13,8 @@ from uvg_engine.ops._registry import (
     define,
     no_gradient,
     require,
+    require_apart,
     require_floating,
-    require_inside,
     require_int64,
     require_shape,
 )
@@ -122,8 +122,8 @@ def jump_coins(jump_prob: Tensor, seeds: Tensor, steps: Tensor, token_spans: Ten
 
 def _check(x: Tensor, v_cond: Tensor, v_uncond: Any, guidance: Tensor, coefs: Tensor, *rest: Any) -> None:
     last, m1, m2, latent_spans, tokens, *_, token_spans = rest
-    require_inside("latent_spans", latent_spans, len(x))
-    require_inside("token_spans", token_spans, len(tokens))
+    require_apart("latent_spans", latent_spans, len(x))
+    require_apart("token_spans", token_spans, len(tokens))
     if last is None or m1 is None or m2 is None:
         asked = _used_columns(coefs)
         for name, value, columns in (("last", last, 1 << 2), ("m1", m1, 1 << 4 | 1 << 8), ("m2", m2, 1 << 5)):

@@ -13,8 +13,8 @@ from uvg_engine.ops._registry import (
     define,
     define_backward,
     require,
+    require_apart,
     require_floating,
-    require_inside,
     require_shape,
     require_spans,
 )
@@ -28,7 +28,8 @@ def gated_residual(h: Tensor, y: Tensor, gate: Tensor | None = None, spans: Tens
     h: [T, D], the residual stream (fp32 in training; bf16 allowed). y: [T, D], any floating dtype. gate: [S, D], fp32
     as a rule, with spans int32 [S, 2]. Returns [T, D] in h's dtype; the sum runs in fp32.
     Source: DiT adaLN as in Wan2.1.
-    Raises ValueError on a shape or dtype it does not serve, or a span beyond the rows.
+    Raises ValueError on a shape or dtype it does not serve, and, of tables on the CPU, on spans that overlap or lie
+    beyond the rows.
     """
     check_arguments(h, y, gate, spans)
     return _fwd(h, y, gate, spans)
@@ -48,7 +49,7 @@ def check_arguments(h: Tensor, y: Tensor, gate: Tensor | None, spans: Tensor | N
 
 def _check(h: Tensor, y: Tensor, gate: Any, spans: Tensor | None) -> None:
     if spans is not None:
-        require_inside("spans", spans, h.shape[0])
+        require_apart("spans", spans, h.shape[0])
 
 
 def _fake(h: Tensor, y: Tensor, gate: Any, spans: Any) -> Tensor:

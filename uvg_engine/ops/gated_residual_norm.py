@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from uvg_engine.ops._plans import planned
-from uvg_engine.ops._registry import autograd, define, define_backward, require_inside
+from uvg_engine.ops._registry import autograd, define, define_backward, require, require_apart
 from uvg_engine.ops.gated_residual import check_arguments as check_residual
 from uvg_engine.ops.gated_residual import gated_residual
 from uvg_engine.ops.modulated_layer_norm import check_arguments as check_norm
@@ -40,17 +40,20 @@ def gated_residual_norm(
     check_residual(h, y, gate, spans)
     check_norm(h, shift, scale, norm_spans, weight, bias)
     dtype = h.dtype if norm_dtype is None else norm_dtype
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    require(floating, "norm_dtype must be a floating-point dtype", dtype)
     if spans is None or norm_spans is None or spans is norm_spans:
         table = norm_spans if spans is None else spans
         return _fwd(h, y, gate, shift, scale, table, weight, bias, eps, dtype)[:2]
     out = gated_residual(h, y, gate, spans)
-    normed = modulated_layer_norm(out, shift, scale, norm_spans, weight=weight, bias=bias, eps=eps)
+    x = out if dtype == out.dtype else out.to(accumulation_dtype(out.dtype))  # to be rounded once
+    normed = modulated_layer_norm(x, shift, scale, norm_spans, weight=weight, bias=bias, eps=eps)
     return out, normed.to(dtype)
 
 
 def _check(h: Tensor, y: Tensor, gate: Any, shift: Any, scale: Any, spans: Tensor | None, *rest: Any) -> None:
     if spans is not None:
-        require_inside("spans", spans, h.shape[0])
+        require_apart("spans", spans, h.shape[0])
 
 
 def _fake(h: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -13,8 +13,8 @@ from uvg_engine.ops._registry import (
     define,
     define_backward,
     require,
+    require_apart,
     require_floating,
-    require_inside,
     require_shape,
     require_spans,
 )
@@ -37,7 +37,8 @@ def modulated_layer_norm(
     x: [T, D] bf16, fp16, fp32 or fp64. shift, scale: [S, D], fp32 as a rule, both or neither. spans: int32 [S, 2] of
     (start, len), given with them; together they cover every row once. weight, bias: [D] or None (ones, zeros).
     Returns [T, D] in x's dtype. Statistics in fp32. Source: adaLN of DiT as in Wan2.1.
-    Raises ValueError on a shape or dtype it does not serve, or a span beyond the rows.
+    Raises ValueError on a shape or dtype it does not serve, and, of tables on the CPU, on spans that overlap or lie
+    beyond the rows.
     """
     check_arguments(x, shift, scale, spans, weight, bias)
     return _fwd(x, shift, scale, spans, weight, bias, eps)[0]
@@ -67,7 +68,7 @@ def check_arguments(
 
 def _check(x: Tensor, shift: Any, scale: Any, spans: Tensor | None, *rest: Any) -> None:
     if spans is not None:
-        require_inside("spans", spans, x.shape[0])
+        require_apart("spans", spans, x.shape[0])
 
 
 def _fake(x: Tensor, shift: Any, scale: Any, spans: Any, weight: Any, bias: Any, eps: float) -> tuple[Tensor, ...]:

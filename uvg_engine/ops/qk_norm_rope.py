@@ -18,8 +18,8 @@ from uvg_engine.ops._registry import (
     define,
     define_backward,
     require,
+    require_apart,
     require_floating,
-    require_inside,
     require_shape,
     require_spans,
     values_of,
@@ -47,7 +47,8 @@ def qk_norm_rope(
     dtypes. Statistics in fp32. Source: Wan2.1 (video), GPT-NeoX's rotate-half (text).
     k and weight_k None: q alone; the second result is empty, [0]. rope_spans, rope_table and num_heads None: no
     rotation.
-    Raises ValueError on a shape or dtype it does not serve, a span beyond the rows or a position beyond the table.
+    Raises ValueError on a shape or dtype it does not serve, and, of tables on the CPU, on spans that overlap or lie
+    beyond the rows and on positions beyond the table.
     """
     require_floating("q", q, "T, D")
     width = q.shape[1]
@@ -88,7 +89,7 @@ def _check(
     *rest: Any,
 ) -> None:
     if rope_spans is not None and rope_table is not None:
-        require_inside("rope_spans", rope_spans, q.shape[0])
+        require_apart("rope_spans", rope_spans, q.shape[0])
         _check_grids(values_of(rope_spans), rope_table.shape[1])
 
 

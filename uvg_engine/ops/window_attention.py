@@ -14,6 +14,7 @@ from uvg_engine.ops._registry import (
     define_backward,
     describe,
     require,
+    require_apart,
     require_floating,
     require_inside,
     require_shape,
@@ -43,7 +44,8 @@ def window_attention(
     scale: 1/sqrt(H) unless given. Returns (out [T, N, H] in q's dtype, lse [N, T] fp32, natural log, not
     differentiable). A row of no span gives 0 and -inf. A window that reaches over the whole grid gives what
     `flash_attention` gives. Source: sliding tile attention (arXiv 2502.04507), with text.
-    Raises ValueError on a shape or dtype it does not serve, or a span beyond the rows.
+    Raises ValueError on a shape or dtype it does not serve, and, of tables on the CPU, on spans that overlap or lie
+    beyond the rows.
     """
     require_floating("q", q, "T, N, H")
     require(0 not in q.shape[1:], "q must have N > 0 heads of width H > 0", tuple(q.shape))
@@ -66,6 +68,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, video_spans: Tensor, text_spans: Ten
     rows = torch.stack([video_spans[:, 0], lengths.int()], 1)
     require_inside("video_spans", rows, len(q))
     require_inside("text_spans", text_spans, len(q))
+    require_apart("video_spans and text_spans", torch.cat([rows, text_spans]), len(q))
 
 
 def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
