@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from uvg_engine.backends import devices
 
 Table = tuple[tuple[tuple[int, int], ...], ...]  # [B][M] of (start, len)
-_tables = WeakTensorKeyDictionary()  # tensor: (its version, its table); an attribute would go with copies and into files
+_tables = WeakTensorKeyDictionary()  # its version, and the table; as an attribute copies and files would have them
 
 
 @dataclass(frozen=True)
