@@ -56,23 +56,24 @@ def accelerate(transformer: Model) -> Model:
     with something in their place (adapters of norms): those would be ignored. Not for offloading leaf by leaf, which
     hooks every layer, nor for caches that hook attentions; FirstBlockCache and MagCache hook blocks.
     """
-    blocks = _of_wan(transformer).blocks
-    for block in blocks:
+    model = _of_wan(transformer)
+    for block in model.blocks:
         known = type(block) in (WanTransformerBlock, _Block)
         _require(known, "transformer.blocks must be WanTransformerBlocks", _name(block))
         for part in (block.attn1.to_out, block.attn2.to_out, block.ffn.net):
             _require_no_dropout(part[1])
-    if type(transformer.rope) is not _Rope:
-        _require_own("transformer.rope", transformer.rope, (WanRotaryPosEmbed,))
-    _turn(transformer, {WanRotaryPosEmbed: _Rope, WanTransformerBlock: _Block})
+    if type(model.rope) is not _Rope:
+        _require_own("transformer.rope", model.rope, (WanRotaryPosEmbed,))
+    _turn(model, {WanRotaryPosEmbed: _Rope, WanTransformerBlock: _Block})
     return transformer
 
 
 def restore(transformer: Model) -> Model:
     """Undo `accelerate`, and forget the packed weights; returns the transformer. Raises ValueError on another model,
     and on blocks that offloading or a cache has hooked since."""
-    _turn(_of_wan(transformer), {_Rope: WanRotaryPosEmbed, _Block: WanTransformerBlock})
-    for weight in transformer.blocks.parameters():
+    model = _of_wan(transformer)
+    _turn(model, {_Rope: WanRotaryPosEmbed, _Block: WanTransformerBlock})
+    for weight in model.blocks.parameters():
         if type(weight) is nn.Parameter:  # others need not have memory
             packed_weights.forget(weight)
     return transformer
