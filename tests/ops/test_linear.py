@@ -211,6 +211,23 @@ def test_a_write_behind_torchs_back_can_be_told(on_cpu):
     assert torch.equal(linear(x, weight), linear(x, weight.clone())) and not torch.equal(linear(x, weight), stale)
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_fused_step_is_seen(on_cpu, optimizer):
+    """It changes no version, and here one row, none of whose values is looked at."""
+    weight = torch.nn.Parameter(torch.ones(700, 40))
+    x, step = torch.ones(3, 40), optimizer([weight], lr=0.5, fused=True, weight_decay=0.0)
+    with torch.no_grad():
+        before, version = linear(x, weight), weight._version
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[335] = 1.0
+        step.step()
+        assert weight._version == version, "torch tells it: the hook of packed_weights is not needed any more"
+        assert not torch.equal(linear(x, weight), before)
+        with packed_weights.kept(False):
+            want = linear(x, weight)
+        assert torch.equal(linear(x, weight), want)
+
+
 def test_another_part_may_be_packed_meanwhile(on_cpu):
     """By another thread, while this one adds up what is kept."""
     whole, x = torch.randn(64, 40), torch.ones(3, 40)
