@@ -36,6 +36,7 @@ BEST_DOT = {(8, 0): r"mma\.sync", (9, 0): r"wgmma\.mma_async", (10, 0): r"tcgen0
 TMA = r"cp\.async\.bulk\.tensor"
 _WIDTH = r"(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[bfus](\d+)\b"
 _SINGLE_16_BIT = r"(?:ld|st)\.global(?:\.(?!v\d)\w+(?:::\w+)*)*?\.[bfus]16\b"
+_FUSIBLE = r"\b(?:fma\.rn|mad\.rn|mul|add|sub)(?:\.ftz)?\.f(?:16|32|64)(?:x2)?\b"  # without .rn, ptxas may fuse it
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _MARKS = {  # of a program's lines and blocks, in its digest
     **dict.fromkeys((tokenize.COMMENT, tokenize.NL), ""),
@@ -101,6 +102,8 @@ class Compiled:
             yield f"{self.where} stores {wide_share(self.ptx, 'st'):.0%} of its bytes by 128-bit accesses"
         if "vector" in self.expects and (found := re.search(_SINGLE_16_BIT, self.ptx)):
             yield f"{self.where} has a 16-bit access: {found.group()}"
+        if "rounded" in self.expects and (found := re.search(_FUSIBLE, self.ptx)):
+            yield f"{self.where} may fuse a product with a sum: {found.group()}"
 
     def sass(self) -> Counter[str]:
         """How often each machine instruction stands in the code, by its first word."""
@@ -165,7 +168,7 @@ def compile_op(op: str, capability: tuple[int, int], every: bool = True) -> list
         with _launch.recording(capability) as launches:
             case.call()
         for launch in launches:
-            options = {**launch.options, **_launch.EVERY_LAUNCH}
+            options = {**_launch.EVERY_LAUNCH, **launch.options}
             binary = launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **options)
             if binary.hash in found:
                 continue

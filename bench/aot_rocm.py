@@ -61,7 +61,7 @@ def compile_op(op: str) -> list[Compiled]:
         for launch in launches:
             options = {name: value for name, value in launch.options.items() if name != "maxnreg"}
             binary = launch.kernel.run(
-                *launch.args, grid=launch.grid, warmup=True, **{**options, **_launch.EVERY_LAUNCH}
+                *launch.args, grid=launch.grid, warmup=True, **{**_launch.EVERY_LAUNCH, **options}
             )
             text = binary.asm["amdgcn"]
             registers, scratch = (

@@ -30,6 +30,9 @@ NO_LARGE_TILES = (12, 0)
 COUNTS = ("num_rows", "num_keys", "num_spans", "num_samples", "num_tokens", "num_slots", "num_blocks", "num_tiles")
 COUNTS += ("latent_blocks", "walked", "Q_SPANS", "K_SPANS")
 EVERY_LAUNCH = {"enable_fp_fusion": True}  # said aloud: Triton is about to change its default
+# Of kernels with two ways to a result, of which a neighbour in the batch decides: a compiler may fuse a product with a
+# sum in one of them alone.
+ROUND_EACH = {"enable_fp_fusion": False}
 
 _log = logging.getLogger("uvg_engine.kernels")
 _recorder: ContextVar[list[Launch] | None] = ContextVar("uvg_kernels_recorder", default=None)
@@ -59,7 +62,7 @@ class AotCase:
     call: makes meta tensors and calls `forward`, `backward`. expects: kernel name to what its machine code must show:
     "dot" (the chip's own tensor-core instructions), "mma" (any that it has), "tma" (descriptor loads, from sm_90 on),
     "wide" (128-bit global accesses move three quarters of the bytes at least), "vector" (the same of the stores alone,
-    and no single 16-bit access).
+    and no single 16-bit access), "rounded" (no product is fused with a sum).
     flops: kernel name to floating-point operations of one launch, where the arithmetic counts for the time.
     tiles: name of a persistent kernel to what tells how many tiles (at most) the programs of a launch walk over.
     No spills, and shared memory within the chip's limit, are asked of every kernel. tested: the tests compile it too,
@@ -142,10 +145,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     device = tensors_of(args)[0].device
     _tell_once(kernel, device, args, options)
     if device.type != "cuda":
-        kernel[grid](*args, **options, **EVERY_LAUNCH)
+        kernel[grid](*args, **EVERY_LAUNCH | options)
         return
     with torch.cuda.device(device), _may_load() if _captured() else contextlib.nullcontext():
-        kernel[grid](*args, **options, **EVERY_LAUNCH)
+        kernel[grid](*args, **EVERY_LAUNCH | options)
 
 
 def _captured() -> bool:

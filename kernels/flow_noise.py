@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uvg_engine.kernels import _philox
 from uvg_engine.kernels._configs import Table, options
-from uvg_engine.kernels._launch import COUNTS, SM80, AotCase, blocks, launch, packed
+from uvg_engine.kernels._launch import COUNTS, ROUND_EACH, SM80, AotCase, blocks, launch, packed
 from uvg_engine.kernels._rows import FlowConfig, owners_of_block, run_of_row, span_block
 
 NOISE = Table(  # (oldest capability, bytes of a latent): one 128-bit access a thread; in fp32 two spill on sm_80
@@ -138,6 +138,7 @@ def forward(
         *(flow_noise_kernel, (latent_blocks + blocks(len(tokens), config.BLOCK_L),), *given, x, velocity, noisy),
         *(step, vocab, mask_id, len(data), len(tokens), len(latent_spans), latent_blocks),
         BLOCK_S=span_block(len(latent_spans)),
+        **ROUND_EACH,
         **options(config),
     )
     return x, velocity, noisy
@@ -153,7 +154,7 @@ def _aot_call(dtype: torch.dtype, samples: int) -> None:
     forward(new(16 * 21 * 60 * 104 * samples), tokens, sigma, kappa, seeds, 7, spans, spans, 256384)
 
 
-_EXPECTS = {"flow_noise_kernel": ("vector",)}
+_EXPECTS = {"flow_noise_kernel": ("vector", "rounded")}
 AOT_CASES = tuple(
     AotCase(f"B={samples} 480x832 {str(dtype)[6:]}", lambda a=(dtype, samples): _aot_call(*a), _EXPECTS)
     for dtype, samples in ((torch.float32, 4), (torch.bfloat16, 4), (torch.float16, 4))

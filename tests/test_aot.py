@@ -187,6 +187,7 @@ WIDE, NARROW = "ld.global.v4.b32 { }; st.global.v2.b64 [ ];", "@%p1 ld.global.L1
         ({"capability": (10, 0), "expects": ("dot",), "ptx": "mma.sync.aligned"}, "no tcgen05"),
         ({"capability": (9, 0), "expects": ("tma",)}, "no cp"),
         ({"expects": ("wide",), "ptx": 10 * NARROW + WIDE}, "62% of its bytes"),
+        ({"expects": ("rounded",), "ptx": "mul.rn.f32 %f1; add.f32 %f2;"}, "may fuse a product with a sum: add.f32"),
     ],
 )
 def test_faults_are_found(changes, match):
