@@ -4,8 +4,8 @@ A packed weight hangs on the weight's storage and goes with it; together they ta
 in a 16-bit dtype whose products are computed in fp32 (fp16; bf16 too where the CPU has no instructions for it). It is
 made again when the weight was written to, which its version tells, and after a step of one of torch's optimizers with
 `fused=True`, which changes no version. Other writes that the version does not see (`weight.data`, `weight.numpy()`,
-other libraries) are seen where they change one of 64 values that are looked at, as a new checkpoint does; after one that
-may change few values or only in part of the weight, call `forget(weight)`. `UVG_PACKED_WEIGHTS=0` or `kept(False)`
+other libraries) are seen where they change one of 64 values that are looked at, as a new checkpoint does; after one
+that may change few values or only in part of the weight, call `forget(weight)`. `UVG_PACKED_WEIGHTS=0` or `kept(False)`
 packs for every call instead: slower, the same bits. So it is for weights made under inference_mode, which have no
 version, and for those that are stored in another dtype than that of the products.
 """
