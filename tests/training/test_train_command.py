@@ -46,6 +46,18 @@ def test_train_stop_and_resume(file, tmp_path, capsys):
     assert main([*command, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"model": str(run / "model"), "step": 4, "total_steps": 4}
     assert steps_of(run) == [1, 2, 3, 4]
+    model = (run / "model" / "model.safetensors").read_bytes()
+    assert main([*command, "--resume", "--stop-at", "3"]) == 2
+    told = capsys.readouterr()
+    assert (
+        told.err.endswith("error: stop_at must be at least 4, the step that the run has reached, got 3\n")
+        and not told.out
+    )
+    for more in ((), ("--stop-at", "4")):
+        assert main([*command, "--resume", *more]) == 0
+        told = capsys.readouterr()
+        assert "nothing is left to train: the run has reached step 4" in told.err and "at step 4 of 4" in told.out
+    assert (run / "model" / "model.safetensors").read_bytes() == model and steps_of(run) == [1, 2, 3, 4]
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert Engine.from_pretrained(run / "model").caption(torch.zeros(8, 32, 32, 3, dtype=torch.uint8), num_steps=1)
 
@@ -81,6 +93,11 @@ def test_train_from_a_folder_of_videos(file, tmp_path, capsys):
         ({"model": {**TINY["model"], "depth": 9}}, "unknown ['depth']"),
         ({"model": "7b"}, "config must be one of 1.3b, 14b, digits, got '7b'"),
         ({"init": "elsewhere"}, "init must be KIND:PATH"),
+        ({"codec": {**TINY["codec"], "mean": None, "keep": 5}}, "codec settings must fit their type"),
+        ({"codec": {"type": "pixel", "block": [4, 8, 8], "keep": [1, 1, 1], "mean": [0.0] * 3}}, "got mean alone"),
+        ({"text_encoder": {"type": "hash", "text_dim": "16"}}, "text_encoder settings must fit their type"),
+        ({"tokenizer": {"type": "word", "words": 5}}, "a word tokenizer config must be"),
+        ({"data": {"type": ["digits"]}}, "data.type must be one of digits, folder, got ['digits']"),
         ({"defaults": {"nmae": "x"}}, "nmae"),
         ({"defaults": {"jobs": 5}}, "jobs must be a mapping of generate, caption, joint, got 5"),
         ({"defaults": {"jobs": {"joint": 3}}}, "jobs.joint must be a mapping, got 3"),
@@ -126,7 +143,7 @@ def test_ctrl_c_tells_how_to_go_on(file, tmp_path, every, place):
 
 @pytest.mark.timeout(900)  # three new interpreters
 def test_two_ranks_equal_one_process_that_accumulates(file, tmp_path):
-    """A rank's part of the batch is a micro-batch of one process; both halves are added and halved, so bitwise."""
+    """A rank's part of the batch is a micro-batch of one process; both halves are added up, so bitwise."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     train = ["-m", "uvg_engine.cli", "train", "-c", file(), "-o", str(tmp_path / "ranks")]
     done = subprocess.run(

@@ -42,11 +42,11 @@ def test_the_shipped_file_survives_a_round_trip(tmp_path):
     ("path", "value", "message"),
     [
         (["modle"], {}, "unknown ['modle'], missing []"),
-        (["stages", 0, "learning_rate"], 1.0, "unknown ['learning_rate'], missing []"),
+        (["stages", 0, "learning_rate"], 1.0, "stages[0] must name known settings, got unknown ['learning_rate']"),
         (["times", "std"], 1.0, "unknown ['std'], missing []"),
         (["stages"], "video", "stages must be a list, got 'video'"),
         (["stages"], [], "stages must not be empty, got []"),
-        (["stages", 0], "video", "stage must be a mapping, got 'video'"),
+        (["stages", 0], "video", "stages[0] must be a mapping, got 'video'"),
         (["stages", 1, "name"], "one", "stage names must differ, got ['one', 'one']"),
         (["stages", 0, "text"], "poem", "stage one: text must be one of none, prompt, caption, got 'poem'"),
         (["stages", 0, "steps"], 0, "stage one: steps must be at least 1, got 0"),
@@ -116,6 +116,10 @@ def test_what_has_no_default_must_be_there(tmp_path, name):
         (b"\xff\xfe\x00\x01", "must be YAML"),
         (b"", "must be a mapping, got NoneType"),
         (b"- 1", "must be a mapping, got list"),
+        (b"seed: 1\nmodel: digits\nseed: 2", "must be YAML: found 'seed' a second time .* line 3"),
+        (b"stages:\n  - {name: one, lr: 1.0e-3, text: none, lr: 2.0e-3}", "found 'lr' a second time"),
+        (b"seed: 2026-13-45", "must be YAML: month must be in 1"),
+        (b"{1: 2, no: 3, sed: 4, stages: []}", r"unknown \[1, False, 'sed'\]"),
     ],
 )
 def test_what_is_no_training_file_is_told_in_one_line(tmp_path, content, message):
@@ -147,3 +151,16 @@ def test_differences_name_each_setting():
     del two["ema"]
     assert differences(one, two) == ["ema", "model.layers", "seed", "stages[1].lr"]
     assert differences(one, {**one, "stages": one["stages"][:1]}) == ["stages"]
+    assert differences({"block": (4, 8), 1: 2}, {"block": [4, 8], 1: 2}) == [], "a file has lists where Python may not"
+    assert differences({"block": (4, 8), 1: 2}, {"block": [4, 9], "a": 2}) == ["1", "a", "block[1]"]
+
+
+def test_a_name_may_be_merged_and_said_anew(tmp_path):
+    """A merge key is YAML's own way to say a thing twice; what is written beside it counts."""
+    first, *_ = stages = [stage("one", lr=1e-3), stage("two", "prompt", lr=2e-3)]
+    text = (
+        yaml.safe_dump({**TINY})
+        + f"stages:\n  - &first {first}\n  - {{<<: *first, name: two, text: prompt, lr: 2.0e-3}}\n"
+    )
+    (tmp_path / "train.yaml").write_text(text)
+    assert TrainConfig.from_yaml(tmp_path / "train.yaml") == tiny(*stages)

@@ -8,7 +8,7 @@ from tiny_run import stage, tiny
 
 from uvg_engine.model.univigu import UniViGU
 from uvg_engine.training.batch import make_batch
-from uvg_engine.training.losses import compute_losses
+from uvg_engine.training.losses import compute_losses, noisy_counts
 from uvg_engine.training.pieces import make_dataset, make_pieces, model_config
 
 SIZE = 12
@@ -21,8 +21,8 @@ class Setting:
     stage: object
 
 
-def setting(text="caption", loss="ce", source="mask", **shares):
-    """A model with heads that are not zero, and one batch for it."""
+def setting(text="caption", loss="ce", source="mask", part=range(SIZE), **shares):
+    """A model with heads that are not zero, and one batch of the positions `part` for it."""
     config = tiny(stage("only", text, **shares), loss=loss, source=source, times={"text_power": 2.0})
     dataset = make_dataset(config)
     pieces = make_pieces(config, dataset)
@@ -30,7 +30,7 @@ def setting(text="caption", loss="ce", source="mask", **shares):
     model = UniViGU(model_config(config, pieces))
     for head in (model.text_head.linear, model.video_head.proj_out):
         torch.nn.init.normal_(head.weight, std=0.3)
-    positions = range(SIZE)
+    positions = part
     batch = make_batch(dataset.batch(positions), positions, config.stages[0], config, model.config, pieces, 0)
     return Setting(model, batch, config.stages[0])
 
@@ -113,3 +113,13 @@ def test_clean_streams_teach_nothing():
     )
     one, two = (compute_losses(s.model, batch, s.stage).total for batch in (s.batch, moved))
     assert torch.equal(one, two)
+
+
+def test_parts_of_a_step_add_up_to_the_whole():
+    s = setting()
+    counts = noisy_counts(s.batch)
+    parts = [compute_losses(s.model, setting(part=[i]).batch, s.stage, counts=counts) for i in range(SIZE)]
+    got = compute_losses(s.model, s.batch, s.stage)
+    for name in ("total", "video", "text"):
+        assert sum(getattr(part, name).item() for part in parts) == pytest.approx(getattr(got, name).item(), rel=1e-5)
+    assert any(part.video == 0 for part in parts) and any(part.text == 0 for part in parts)

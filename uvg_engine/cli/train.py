@@ -43,6 +43,8 @@ def train(
     if chief and not json:
         parameters = sum(p.numel() for p in trainer.model.parameters())
         print(f"{parameters:,} parameters, {settings.total_steps} steps, from step {trainer.step}", file=sys.stderr)
+        if trainer.step in (stop_at, settings.total_steps):
+            print(f"nothing is left to train: the run has reached step {trainer.step}", file=sys.stderr)
     try:
         if chief:
             with Progress(trainer.stage.name, settings.total_steps, done=trainer.step, unit="") as bar:

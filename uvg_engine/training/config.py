@@ -163,7 +163,9 @@ class TrainConfig:
         values = dict(values)
         if not isinstance(values.get("stages"), list):
             raise ValueError(f"stages must be a list, got {values.get('stages')!r}")
-        values["stages"] = tuple(_build(Stage, "stage", stage) for stage in values["stages"])
+        values["stages"] = tuple(
+            _build(Stage, f"stages[{index}]", stage) for index, stage in enumerate(values["stages"])
+        )
         if "times" in values:
             values["times"] = _build(TimeSampling, "times", values["times"])
         if isinstance(values.get("betas"), list):
@@ -177,8 +179,8 @@ class TrainConfig:
         if not path.is_file():
             raise ValueError(f"training file must exist, got {path}")
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must be a mapping, got {type(values).__name__}")
@@ -192,19 +194,33 @@ def differences(one: Any, two: Any, name: str = "") -> list[str]:
     """Names, as in stages[1].lr, of the settings in which two configs of `to_dict` differ."""
     if isinstance(one, dict) and isinstance(two, dict):
         prefix, absent = f"{name}." if name else "", object()
-        pairs = [(prefix + key, one.get(key, absent), two.get(key, absent)) for key in sorted({*one, *two})]
-    elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+        names = sorted({*one, *two}, key=str)
+        pairs = [(f"{prefix}{key}", one.get(key, absent), two.get(key, absent)) for key in names]
+    elif isinstance(one, list | tuple) and isinstance(two, list | tuple) and len(one) == len(two):
         pairs = [(f"{name}[{index}]", *pair) for index, pair in enumerate(zip(one, two))]
     else:
         return [] if one == two else [name]
     return [found for inner, a, b in pairs for found in differences(a, b, inner)]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as it is, but for a name that a mapping has twice: of the two values one would go without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        names: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
+                raise yaml.MarkedYAMLError(problem=f"found {key.value!r} a second time", problem_mark=key.start_mark)
+            names.add(key.value)
+        return node
+
+
 def _build(cls: type[T], what: str, values: Any) -> T:
     if not isinstance(values, dict):
         raise ValueError(f"{what} must be a mapping, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted(set(values) - set(fields), key=str)
     missing = sorted(
         name
         for name, f in fields.items()

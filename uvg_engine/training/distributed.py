@@ -1,4 +1,4 @@
-"""Data-parallel training: one process a core or machine, gradients averaged once a step.
+"""Data-parallel training: one process a core or machine, gradients added up once a step.
 
 Start with `torchrun --nproc-per-node N -m uvg_engine.cli train ...`. Each rank takes its part of every batch: a run
 with N ranks computes what a single process computes with N times `accumulate`.
@@ -7,7 +7,7 @@ with N ranks computes what a single process computes with N times `accumulate`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, distributed
@@ -22,30 +22,40 @@ def start() -> tuple[int, int]:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace each gradient by its mean over the ranks, in one all-reduce. A gradient that no rank has stays None."""
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace each gradient by its sum over the ranks, in one all-reduce. A gradient that no rank has stays None."""
     if not distributed.is_initialized():
         return
     parameters = [p for p in parameters if p.requires_grad]
     present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
     distributed.all_reduce(present)
     chosen = [p for p, count in zip(parameters, present.tolist(), strict=True) if count]
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in chosen]
-    flat = torch.cat([g.flatten() for g in grads])
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in chosen])
     distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    for p, mean in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):
-        p.grad = mean.view_as(p)
+    for p, total in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):
+        p.grad = total.view_as(p)
 
 
-def mean_over_ranks(values: list[float]) -> list[float]:
-    """Mean of each number over the ranks that have it (nan: has none)."""
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Sum of each number over the ranks."""
     if not distributed.is_initialized():
-        return values
-    x = torch.tensor(values, dtype=torch.float64)
-    both = torch.stack([x.nan_to_num(0.0), (~x.isnan()).double()])
-    distributed.all_reduce(both)
-    return (both[0] / both[1]).tolist()
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(total)
+    return total.tolist()
+
+
+def require_same(values: Mapping[str, int]) -> None:
+    """Wait for all ranks. Raises ValueError, on every rank, where one has another value of a name than the others."""
+    if not distributed.is_initialized():
+        return
+    low = torch.tensor(list(values.values()), dtype=torch.int64)
+    high = low.clone()
+    distributed.all_reduce(low, distributed.ReduceOp.MIN)
+    distributed.all_reduce(high, distributed.ReduceOp.MAX)
+    for (name, value), differs in zip(values.items(), (low != high).tolist(), strict=True):
+        if differs:
+            raise ValueError(f"every rank must have the same {name}, got {value} in rank {distributed.get_rank()}")
 
 
 def barrier() -> None:

@@ -1,14 +1,16 @@
-"""The loss of a packed batch: lambda_v * mean video error + lambda_t * mean token loss."""
+"""The loss of an optimiser step: lambda_v * mean video error + lambda_t * mean token loss.
+
+The means are those of all samples of the step, whatever number of parts (micro-batches, ranks) it is computed in.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from uvg_engine.model.blocks import Reading
-from uvg_engine.model.layout import Selection
 from uvg_engine.model.univigu import UniViGU
 from uvg_engine.ops import linear_cross_entropy
 from uvg_engine.training.batch import Batch
@@ -17,34 +19,44 @@ from uvg_engine.training.config import Stage
 
 @dataclass(frozen=True)
 class Losses:
-    """total has a gradient; video and text are the two means, for the log (nan where the batch has none)."""
+    """total has a gradient; video and text are the two means, for the log (nan where nothing counts).
+
+    Of a part of a step each is its share: added up over the parts they are those of the step.
+    """
 
     total: Tensor
     video: Tensor
     text: Tensor
 
 
-def compute_losses(model: UniViGU, batch: Batch, stage: Stage, loss: str = "ce") -> Losses:
+def noisy_counts(batch: Batch) -> list[float]:
+    """How many latent values and how many tokens count in the two means."""
+    return [float(batch.video_weight.sum(dtype=torch.float64)), float(batch.text_weight.sum(dtype=torch.float64))]
+
+
+def compute_losses(
+    model: UniViGU, batch: Batch, stage: Stage, loss: str = "ce", counts: Sequence[float] | None = None
+) -> Losses:
     """Forward of both streams and the two means.
 
-    DESIGN's lambda_t = video tokens / text tokens on *sums* makes the two means weigh the same; lambda_t here is the
-    factor on top of that (1: as published).
+    counts: `noisy_counts` of the whole step that the batch is a part of; None: it is the whole. DESIGN's lambda_t =
+    video tokens / text tokens on *sums* makes the two means weigh the same; lambda_t here is the factor on top of that
+    (1: as published).
     """
+    own_video, own_text = noisy_counts(batch)
+    all_video, all_text = counts or (own_video, own_text)
     layout = batch.layout
     condition = model.condition_kv(batch.cond, layout.cond_lens)
-    want_text = layout.num_text > 0 and stage.text != "none"
-    reading = None
-    if layout.num_text and not want_text:
-        reading = Reading(Selection.of_read(layout, [True] * layout.num_samples, [False] * layout.num_samples))
-    out = model.packed(batch.latents, batch.tokens, layout, batch.time_v, batch.time_t, condition, reading=reading)
-    nan = torch.tensor(float("nan"), dtype=torch.float32)
-    total, video, text = batch.latents.new_zeros(()), nan, nan
-    count = batch.video_weight.sum()
-    if out.velocity is not None and count > 0:
+    out = model.packed(batch.latents, batch.tokens, layout, batch.time_v, batch.time_t, condition)
+    total = batch.latents.new_zeros(())
+    video, text = (torch.tensor(0.0 if count else float("nan"), dtype=torch.float32) for count in (all_video, all_text))
+    if own_video:
+        assert out.velocity is not None
         error = (out.velocity - batch.velocity).square() * batch.video_weight
-        video = error.sum() / count
+        video = error.sum() / all_video
         total = total + stage.lambda_v * video
-    if out.text_hidden is not None and batch.text_weight.sum() > 0:
+    if own_text:
+        assert out.text_hidden is not None
         rows = torch.nonzero(batch.text_weight).flatten()
         head = model.text_head.linear
         extra = {} if loss == "ce" else {"current": batch.tokens[rows], "rate": batch.rate[rows]}
@@ -56,6 +68,6 @@ def compute_losses(model: UniViGU, batch: Batch, stage: Stage, loss: str = "ce")
             loss=loss,
             **extra,
         )
-        text = per_token.mean()
+        text = per_token.sum() / all_text
         total = total + stage.lambda_t * text
     return Losses(total, video.detach(), text.detach())

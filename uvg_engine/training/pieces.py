@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from uvg_engine.media.codec import PixelCodec, codec_from_config
 from uvg_engine.media.text_encoder import text_encoder_from_config
 from uvg_engine.media.tokenizer import WordTokenizer, tokenizer_from_config
 from uvg_engine.model.config import UniViGUConfig, named_config
+from uvg_engine.model.patches import patch_grid
 from uvg_engine.training.batch import Pieces
 from uvg_engine.training.config import TrainConfig
 from uvg_engine.training.data.digits import DigitsDataset
@@ -16,6 +19,7 @@ from uvg_engine.training.data.digits_text import vocabulary
 from uvg_engine.training.data.folder import FolderDataset
 
 FIT_SAMPLES = 512
+FIT_BYTES = 1 << 26  # of pixels at a time; the codec needs some 12 times as much for them
 
 
 def make_dataset(config: TrainConfig) -> Any:
@@ -23,7 +27,7 @@ def make_dataset(config: TrainConfig) -> Any:
     settings = dict(config.data)
     kind = settings.pop("type", None)
     makers = {"digits": DigitsDataset, "folder": FolderDataset}
-    if kind not in makers:
+    if not isinstance(kind, str) or kind not in makers:
         raise ValueError(f"data.type must be one of {', '.join(makers)}, got {kind!r}")
     if kind == "digits":
         settings.setdefault("seed", config.seed)
@@ -55,16 +59,30 @@ def data_order(position: int, size: int, seed: int) -> int:
 
 
 def make_pieces(config: TrainConfig, dataset: Any) -> Pieces:
-    """Codec (fitted on the data when its statistics are absent), tokenizer (words of the data) and text encoder."""
-    codec = codec_from_config(config.codec)
-    if isinstance(codec, PixelCodec) and "std" not in config.codec:
-        count = min(FIT_SAMPLES, len(dataset))
-        parts = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
-        codec = codec.fit([dataset.batch(part)["frames"] for part in parts])
+    """Codec (fitted on the data when its statistics are absent), tokenizer (words of the data) and text encoder.
+
+    Raises ValueError on settings that do not fit one another, the model or the data, before a clip is read.
+    """
+    codec = _made("codec", codec_from_config, config.codec)
     settings = config.tokenizer
     if settings == {"type": "word"}:
         settings = {"type": "word", "words": _words(dataset)}
-    return Pieces(codec, tokenizer_from_config(settings), text_encoder_from_config(config.text_encoder))
+    tokenizer = _made("tokenizer", tokenizer_from_config, settings)
+    pieces = Pieces(codec, tokenizer, _made("text_encoder", text_encoder_from_config, config.text_encoder))
+    patch_grid(
+        codec.latent_shape(dataset.clip_shape)[1:], model_config(config, pieces)
+    )  # errors, before clips are read
+    if not isinstance(codec, PixelCodec):
+        return pieces
+    given = {"mean", "std"} & set(config.codec)
+    if len(given) == 1:
+        raise ValueError(f"codec must have both mean and std, or neither to have them fitted, got {given.pop()} alone")
+    if given:
+        return pieces
+    count = min(FIT_SAMPLES, len(dataset))
+    size = max(1, min(64, FIT_BYTES // (3 * math.prod(dataset.clip_shape))))
+    parts = (range(start, min(start + size, count)) for start in range(0, count, size))
+    return replace(pieces, codec=codec.fit(dataset.batch(part)["frames"] for part in parts))
 
 
 def saved_pieces(config: TrainConfig, saved: Mapping[str, Any]) -> Pieces:
@@ -98,6 +116,13 @@ def model_config(config: TrainConfig, pieces: Pieces) -> UniViGUConfig:
     if config.source == "mask" and pieces.tokenizer.mask_id is None:
         raise ValueError("source must be uniform for a tokenizer without a mask token, got 'mask'")
     return model
+
+
+def _made(name: str, make: Callable[[Mapping[str, Any]], Any], settings: Mapping[str, Any]) -> Any:
+    try:
+        return make(settings)
+    except TypeError as error:  # a number where a list should be, and the like
+        raise ValueError(f"{name} settings must fit their type, got {settings!r}: {error}") from error
 
 
 def _words(dataset: Any) -> list[str]:
