@@ -58,9 +58,34 @@ def test_file_and_name_are_on_the_disk_and_readable(tmp_path, monkeypatch):
         temporary.write_text("new")
         temporary.chmod(0o600)
     assert synced == [("file", False), ("folder", True)]
-    assert path.read_text() == "new" and stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert path.read_text() == "new"
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(Path(tmp_path, "none", "note")):
         pass
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def test_permissions_are_those_of_the_file_before_or_of_the_umask(tmp_path, umask):
+    """A new file was readable by all, whatever the umask said, and so was one that had been kept from others."""
+    path = tmp_path / "a.safetensors"
+    write_weights({"w": torch.zeros(2)}, path)  # safetensors' own files are 0600
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    for mode in (0o600, 0o664, 0o400):
+        path.chmod(mode)
+        write_weights({"w": torch.ones(2)}, path)
+        assert stat.S_IMODE(path.stat().st_mode) == mode and open_weights(path)["w"].read().sum() == 2
+
+
+def test_any_name_that_the_system_takes(tmp_path):
+    for name in ("é" * 125 + ".txt", "n" * 255):
+        with replacing(tmp_path / name) as temporary:
+            temporary.write_text("new")
+        assert (tmp_path / name).read_text() == "new"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+_LETTERS = 40  # of a file's name, in the temporary one: with all of them it may be too long for the system
 
 
 @contextlib.contextmanager
@@ -14,16 +17,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path in the same folder that takes path's place when the block ends, or is removed if it raises.
 
     Any number of threads and processes may write one path at a time; the last one stays. After the block the file and
-    its name are on the disk. Raises OSError where the folder does not take it.
+    its name are on the disk, with the permissions of the file that was there, or those that the umask leaves a new one.
+    Raises OSError where the folder does not take it.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name[:_LETTERS]}.{secrets.token_hex(8)}.tmp")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
+        mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
         yield temporary
-        temporary.chmod(0o644)  # 0600, mkstemp's and safetensors', would follow the file into its place
         _to_disk(temporary)
+        temporary.chmod(mode)  # safetensors makes its files anew, 0600
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
