@@ -100,7 +100,10 @@ def test_shapes_and_refusals():
         codec.decode(torch.zeros(23, 1, 1, 1))
     with pytest.raises(ValueError, match="finite"):
         codec.decode(torch.full((24, 1, 1, 1), float("nan")))
-    for bad in [{"keep": (3, 2, 2)}, {"std": [0.0] * 24}, {"mean": [0.0] * 3}, {"mean": [float("nan")] * 24}]:
+    bad_means = [[0.0] * 3, [float("nan")] * 24, [None] * 24, ["loud"] * 24, [10**400] * 24, 5]
+    bad_blocks = [(2.5, 4, 4), (True, 4, 4), ("2", 4, 4), (4, 4), 4, None]  # 2.5 was taken as 2
+    bad_ones = [{"keep": (3, 2, 2)}, {"std": [0.0] * 24}]
+    for bad in [*bad_ones, *({"mean": mean} for mean in bad_means), *({"block": block} for block in bad_blocks)]:
         with pytest.raises(ValueError):
             PixelCodec(**bad)
 
@@ -152,5 +155,7 @@ def test_wan_codec_from_a_folder(wan_vae, tmp_path):
             codec_from_config({"type": "wan_vae", "path": nowhere})
     with pytest.raises(ValueError, match="neither"):
         WanVAECodec()
+    with pytest.raises(ValueError, match="normalise must be true or false, got .no."):
+        WanVAECodec(vae=wan_vae, normalise="no")
     with pytest.raises(ValueError, match="made from a path"):
         WanVAECodec(vae=wan_vae).to_config()

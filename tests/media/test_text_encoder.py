@@ -53,7 +53,7 @@ def test_caching_changes_nothing_and_inputs_are_checked():
     for bad in ("red", [3], [None], 3, None, np.array("red"), np.array([b"red"]), np.array([["red"]])):
         with pytest.raises(ValueError, match="list of strings"):
             encoder.encode(bad)
-    for bad in ({"text_dim": 7}, {"text_dim": 0}, {"max_len": 0}):
+    for bad in ({"text_dim": 7}, {"text_dim": 0}, {"text_dim": 8.0}, {"max_len": 0}, {"max_len": 3.7}, {"max_len": "3"}):
         with pytest.raises(ValueError):
             HashTextEncoder(**bad)
 
@@ -61,7 +61,7 @@ def test_caching_changes_nothing_and_inputs_are_checked():
 def test_config():
     encoder = text_encoder_from_config({"type": "hash", "text_dim": 32, "max_len": 9})
     assert text_encoder_from_config(encoder.to_config()).to_config() == encoder.to_config()
-    for bad in ({"type": "clip"}, {"type": "hash", "dim": 3}, {"type": "umt5", "path": "missing"}):
+    for bad in ({"type": "clip"}, {"type": ["hash"]}, {"type": "hash", "dim": 3}, {"type": "umt5", "path": "missing"}):
         with pytest.raises(ValueError):
             text_encoder_from_config(bad)
 
@@ -124,3 +124,5 @@ def test_umt5_from_a_folder(umt5, tmp_path):
             ValueError, match=rf"path must be a folder with a transformers UMT5 encoder, got '{nowhere}'$"
         ):
             text_encoder_from_config({**config, "path": nowhere})
+    with pytest.raises(ValueError, match="zero_past_prompt must be true or false, got .no."):
+        text_encoder_from_config({**config, "zero_past_prompt": "no"})

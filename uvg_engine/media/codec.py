@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 
+from uvg_engine.media._arguments import arguments, flag, is_positive, of_type
+
 
 def codec_from_config(config: Mapping[str, Any]) -> PixelCodec | WanVAECodec:
     """The codec that `config["type"]` names: "pixel" or "wan_vae". Raises ValueError for any other."""
-    kinds: dict[Any, type[PixelCodec] | type[WanVAECodec]] = {"pixel": PixelCodec, "wan_vae": WanVAECodec}
-    kind = config.get("type")
-    if kind not in kinds:
-        raise ValueError(f'codec type must be "pixel" or "wan_vae", got {kind!r}')
-    return kinds[kind].from_config(config)
+    kinds: dict[str, type[PixelCodec] | type[WanVAECodec]] = {"pixel": PixelCodec, "wan_vae": WanVAECodec}
+    return of_type("codec", kinds, config).from_config(config)
 
 
 class PixelCodec:
@@ -123,7 +122,7 @@ class PixelCodec:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PixelCodec:
         """Inverse of `to_config`. Raises ValueError for an unknown key."""
-        return cls(**_arguments(config, "pixel", {"block", "keep", "mean", "std"}))
+        return cls(**arguments("codec", "pixel", {"block", "keep", "mean", "std"}, config))
 
     def _raw(self, frames_BFHWc: torch.Tensor) -> torch.Tensor:
         _check_frames(frames_BFHWc, 5)
@@ -137,9 +136,13 @@ class PixelCodec:
         return x.reshape(batch, channels, f, h, w)
 
     def _stats(self, name: str, values: Sequence[float] | None, default: float) -> tuple[float, ...]:
-        numbers = tuple(float(v) for v in values) if values is not None else (default,) * self.channels
+        rule = f"{name} must be {self.channels} finite numbers"
+        try:
+            numbers = tuple(map(float, values)) if values is not None else (default,) * self.channels
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{rule}, got {values!r:.80}") from error
         if len(numbers) != self.channels or not all(map(math.isfinite, numbers)):
-            raise ValueError(f"{name} must be {self.channels} finite numbers, got {len(numbers)}: {numbers[:8]}")
+            raise ValueError(f"{rule}, got {len(numbers)}: {numbers[:8]}")
         return numbers
 
     @staticmethod
@@ -166,7 +169,7 @@ class WanVAECodec:
     ) -> None:
         if (path is None) == (vae is None):
             raise ValueError("give either path or vae, got " + ("neither" if vae is None else "both"))
-        self.path, self.normalise = None if path is None else str(path), bool(normalise)
+        self.path, self.normalise = None if path is None else str(path), flag("normalise", normalise)
         self.vae = (_load_wan_vae(str(path)) if vae is None else vae).to(device=device, dtype=dtype).eval()
         self.vae.requires_grad_(False)
         config = self.vae.config
@@ -235,7 +238,7 @@ class WanVAECodec:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> WanVAECodec:
         """Inverse of `to_config`. Raises ValueError for an unknown key or an unreadable folder."""
-        return cls(**_arguments(config, "wan_vae", {"path", "normalise"}))
+        return cls(**arguments("codec", "wan_vae", {"path", "normalise"}, config))
 
 
 def _load_wan_vae(path: str) -> Any:
@@ -255,10 +258,10 @@ def _load_wan_vae(path: str) -> Any:
 
 
 def _triple(name: str, values: Sequence[int]) -> tuple[int, int, int]:
-    numbers = tuple(int(v) for v in values)
-    if len(numbers) != 3 or min(numbers) < 1:
-        raise ValueError(f"{name} must be three positive integers, got {numbers}")
-    return numbers
+    numbers = tuple(values) if isinstance(values, Iterable) else ()
+    if len(numbers) != 3 or not all(map(is_positive, numbers)):
+        raise ValueError(f"{name} must be three positive integers, got {values!r:.80}")
+    return int(numbers[0]), int(numbers[1]), int(numbers[2])
 
 
 def _dct_rows(keep: int, size: int) -> list[list[float]]:
@@ -294,13 +297,3 @@ def _check_frames(frames: torch.Tensor, ndim: int) -> None:
 def _check_finite(latent: torch.Tensor) -> None:
     if not torch.isfinite(latent).all():
         raise ValueError("latent must be finite, got NaN or infinity")
-
-
-def _arguments(config: Mapping[str, Any], kind: str, names: set[str]) -> dict[str, Any]:
-    """The constructor arguments in a config dict of this type."""
-    if config.get("type", kind) != kind:
-        raise ValueError(f'codec config type must be "{kind}", got {config["type"]!r}')
-    unknown = set(config) - names - {"type"}
-    if unknown:
-        raise ValueError(f"codec config of type {kind} has {sorted(names)}, got unknown {sorted(unknown)}")
-    return {name: config[name] for name in names if name in config}

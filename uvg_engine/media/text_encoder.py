@@ -17,16 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from uvg_engine.media._arguments import arguments, flag, of_type, positive
 from uvg_engine.media.tokenizer import load_hf_tokenizer, split_words, string_list
 
 
 def text_encoder_from_config(config: Mapping[str, Any]) -> HashTextEncoder | UMT5TextEncoder:
     """The encoder that `config["type"]` names: "hash" or "umt5". Raises ValueError for any other."""
-    kinds: dict[Any, type[HashTextEncoder] | type[UMT5TextEncoder]] = {"hash": HashTextEncoder, "umt5": UMT5TextEncoder}
-    kind = config.get("type")
-    if kind not in kinds:
-        raise ValueError(f'text encoder type must be "hash" or "umt5", got {kind!r}')
-    return kinds[kind].from_config(config)
+    kinds: dict[str, type[HashTextEncoder] | type[UMT5TextEncoder]] = {"hash": HashTextEncoder, "umt5": UMT5TextEncoder}
+    return of_type("text encoder", kinds, config).from_config(config)
 
 
 class HashTextEncoder:
@@ -36,11 +34,9 @@ class HashTextEncoder:
     """
 
     def __init__(self, text_dim: int = 128, max_len: int = 64) -> None:
-        if text_dim < 2 or text_dim % 2:
-            raise ValueError(f"text_dim must be even and positive, got {text_dim}")
-        if max_len < 1:
-            raise ValueError(f"max_len must be at least 1, got {max_len}")
-        self.text_dim, self.max_len = int(text_dim), int(max_len)
+        self.text_dim, self.max_len = positive("text_dim", text_dim), positive("max_len", max_len)
+        if self.text_dim % 2:
+            raise ValueError(f"text_dim must be even, got {text_dim}")
         self._positions = _positions(self.max_len, self.text_dim)
         self._vectors: dict[str, torch.Tensor] = {}
 
@@ -59,7 +55,7 @@ class HashTextEncoder:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> HashTextEncoder:
         """Inverse of `to_config`. Raises ValueError for an unknown key."""
-        return cls(**_arguments(config, "hash", {"text_dim", "max_len"}))
+        return cls(**arguments("text encoder", "hash", {"text_dim", "max_len"}, config))
 
     def _encode_one(self, text: str) -> torch.Tensor:
         words = split_words(text)[: self.max_len]
@@ -98,11 +94,9 @@ class UMT5TextEncoder:
     ) -> None:
         if (path is None) == (model is None) or (model is None) != (tokenizer is None):
             raise ValueError("give either path, or model and tokenizer")
-        if max_len < 1:
-            raise ValueError(f"max_len must be at least 1, got {max_len}")
+        self.max_len, self.zero_past_prompt = positive("max_len", max_len), flag("zero_past_prompt", zero_past_prompt)
         self.path = None if path is None else str(path)
         self.tokenizer_path = None if tokenizer_path is None else str(tokenizer_path)
-        self.max_len, self.zero_past_prompt = int(max_len), bool(zero_past_prompt)
         self.model = (_load_umt5(str(path), dtype) if model is None else model).to(device=device, dtype=dtype).eval()
         self.model.requires_grad_(False)
         self.tokenizer = load_hf_tokenizer(self.tokenizer_path or str(path)) if tokenizer is None else tokenizer
@@ -127,7 +121,8 @@ class UMT5TextEncoder:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> UMT5TextEncoder:
         """Inverse of `to_config`. Raises ValueError for an unknown key or an unreadable folder."""
-        return cls(**_arguments(config, "umt5", {"path", "tokenizer_path", "max_len", "zero_past_prompt"}))
+        names = {"path", "tokenizer_path", "max_len", "zero_past_prompt"}
+        return cls(**arguments("text encoder", "umt5", names, config))
 
     def _encode_one(self, text: str) -> torch.Tensor:
         text = re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
@@ -183,13 +178,3 @@ def _positions(length: int, text_dim: int) -> torch.Tensor:
     angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(half) / half)[None]
     table = 0.5 * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
     return torch.from_numpy((np.round(table * 65536) / 65536).astype(np.float32))
-
-
-def _arguments(config: Mapping[str, Any], kind: str, names: set[str]) -> dict[str, Any]:
-    """The constructor arguments in a config dict of this type."""
-    if config.get("type", kind) != kind:
-        raise ValueError(f'text encoder config type must be "{kind}", got {config["type"]!r}')
-    unknown = set(config) - names - {"type"}
-    if unknown:
-        raise ValueError(f"text encoder config of type {kind} has {sorted(names)}, got unknown {sorted(unknown)}")
-    return {name: config[name] for name in names if name in config}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from uvg_engine.files import replacing
+from uvg_engine.media._arguments import of_type
 
 _PIECES = re.compile(r"\w+(?:['-]\w+)*|[^\w\s]")
 _NO_SPACE_BEFORE = frozenset(",.;:!?")
@@ -55,11 +56,8 @@ def _string(text: Any) -> str:
 
 def tokenizer_from_config(config: Mapping[str, Any]) -> WordTokenizer | HFTokenizer:
     """The tokenizer that `config["type"]` names: "word" or "hf". Raises ValueError for any other."""
-    kinds: dict[Any, type[WordTokenizer] | type[HFTokenizer]] = {"word": WordTokenizer, "hf": HFTokenizer}
-    kind = config.get("type")
-    if kind not in kinds:
-        raise ValueError(f'tokenizer type must be "word" or "hf", got {kind!r}')
-    return kinds[kind].from_config(config)
+    kinds: dict[str, type[WordTokenizer] | type[HFTokenizer]] = {"word": WordTokenizer, "hf": HFTokenizer}
+    return of_type("tokenizer", kinds, config).from_config(config)
 
 
 class WordTokenizer:
@@ -143,7 +141,7 @@ class WordTokenizer:
         """Read what `save` wrote. Raises ValueError for a file that is missing or is not such json."""
         try:
             config = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"path must be a word tokenizer's json, got {str(path)!r}: {error}") from error
         return cls.from_config(config)
 
