@@ -58,7 +58,6 @@ def test_plays_where_people_play_it(tmp_path):
         assert abs(stream.average_rate - Fraction(30000, 1001)) < Fraction(1, 100)
         frame = next(container.decode(stream))
         assert (int(frame.colorspace), int(frame.color_range)) == (1, 1)
-    assert (tmp_path / "a.mp4").stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (2, 31, 33), (1, 2, 300)])
@@ -81,6 +80,7 @@ def test_default_scale():
         2,
         12,
     ]
+    assert default_scale(3001, 4000) == default_scale(2, 4000) == 1, "twice as large is more than players take"
     assert all(default_scale(s, s) * s >= 256 and default_scale(s, s) * s % 2 == 0 for s in range(1, 300))
 
 
@@ -91,6 +91,16 @@ def test_gif(tmp_path):
     assert fps == pytest.approx(10, rel=0.2)
     small, _ = resize_video(frames, (8, 32, 32))
     assert (small.float() - video.float()).abs().mean() < 1
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
+def test_a_name_with_a_colon_is_no_protocol(suffix, tmp_path, monkeypatch):
+    """FFmpeg took 12:30.mp4 for a place of the protocol "12"."""
+    monkeypatch.chdir(tmp_path)
+    write_video(f"12:30{suffix}", moving_square())
+    assert os.listdir() == [f"12:30{suffix}"]
+    if suffix != ".png":
+        assert read_video(f"12:30{suffix}")[0].shape == (8, 256, 256, 3)
 
 
 def test_png_is_a_contact_sheet(tmp_path):
@@ -239,6 +249,29 @@ def test_bad_files_are_one_clear_error(tmp_path):
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "avi", "gif"])
+def test_a_file_that_is_cut_off_is_told(suffix, tmp_path):
+    """FFmpeg plays what is there of it and says nothing."""
+    path, video = tmp_path / f"a.{suffix}", moving_square()
+    if suffix in ("mp4", "gif"):
+        write_video(path, video, scale=4)
+    else:
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg4", rate=8)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+            for image in video.numpy():
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+    whole = path.read_bytes()
+    assert len(read_video(path)[0]) == 8
+    for length in (len(whole) - 20, len(whole) * 2 // 3, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(VideoError, match=rf"a.{suffix}: truncated: {length} bytes of at least "):
+            read_video(path)
+    path.write_bytes(whole + bytes(3))
+    assert len(read_video(path)[0]) == 8
+
+
 def test_hostile_bytes_never_escape_videoerror(tmp_path):
     write_video(tmp_path / "good.mp4", moving_square(3), 8, scale=1)
     good = (tmp_path / "good.mp4").read_bytes()
@@ -297,8 +330,9 @@ def test_resize():
     big = video.repeat_interleave(3, 1).repeat_interleave(3, 2)
     assert torch.equal(resize_video(big, (8, 32, 32))[0], video)
     assert resize_video(video[:1], (1, 1, 1))[1].startswith("video fitted: 1 frame of 32x32")
-    with pytest.raises(ValueError, match="shape"):
-        resize_video(video, (0, 32, 32))
+    for shape in ((0, 32, 32), (8.0, 32, 32), (8, 32), (True, 32, 32)):
+        with pytest.raises(ValueError, match="shape must be"):
+            resize_video(video, shape)
 
 
 def test_trajectory_picture(tmp_path):

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from uvg_engine.files import replacing
+from uvg_engine.media._arguments import is_positive
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ _log = logging.getLogger(__name__)
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,ogg,asf,gif,apng,yuv4mpegpipe"
 )
+_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # that an mp4 or mov begins with
 _MAX_BYTES = 1 << 30
 _VISIBLE = 256  # a shorter side below this many pixels is shown enlarged
 _FASTEST_GIF = 50  # frames a second; players take a frame of less than 0.02 s as "very slow"
@@ -44,13 +46,13 @@ def read_video(path: str | os.PathLike[str]) -> tuple[torch.Tensor, float]:
     fits in memory. Raises VideoError: no such file, empty, no video, no frames, truncated, corrupt.
     """
     path = _existing(path)
-    _check_boxes(path)
+    _check_whole(path)
     import av
 
     kept: list[np.ndarray] = []
     stride = count = 0
     try:
-        with av.open(str(path), options={"format_whitelist": _FORMATS}, metadata_errors="ignore") as container:
+        with av.open(_plain(path), options={"format_whitelist": _FORMATS}, metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise VideoError(f"{path}: no video stream in this file")
             stream = container.streams.video[0]
@@ -101,7 +103,7 @@ def write_video(
         with replacing(path) as temporary:
             writers[path.suffix.lower()](temporary, frames, float(fps), scale)
     except OSError as error:  # PyAV's errors are OSErrors too
-        what = f"no such folder:  {path.parent}" if error.errno == errno.ENOENT else error.strerror or str(error)
+        what = f"no such folder: {path.parent}" if error.errno == errno.ENOENT else error.strerror or str(error)
         raise VideoError(f"{path}: cannot be written: {what}") from error
     except VideoError as error:  # a writer knows the temporary name alone
         raise VideoError(f"{path}: {error}") from error
@@ -121,9 +123,9 @@ def resize_video(frames_FHWc: torch.Tensor, shape: Sequence[int]) -> tuple[torch
     is not kept. Deterministic.
     """
     frames = _check_frames(frames_FHWc)
-    want = tuple(int(size) for size in shape)
-    if len(want) != 3 or min(want) < 1:
-        raise ValueError(f"shape must be (F, H, W), all positive, got {tuple(shape)}")
+    want = tuple(shape)
+    if len(want) != 3 or not all(map(is_positive, want)):
+        raise ValueError(f"shape must be (F, H, W), all positive integers, got {want}")
     have = tuple(frames.shape[:3])
     if have == want:
         return frames, None
@@ -136,11 +138,12 @@ def resize_video(frames_FHWc: torch.Tensor, shape: Sequence[int]) -> tuple[torch
 
 
 def default_scale(height: int, width: int) -> int:
-    """Pixel enlargement at which a video can be looked at: 1 from 256 pixels, else even, as yuv420p likes."""
+    """Pixel enlargement at which a video can be looked at: 1 from 256 pixels and where 2 would be too large, else even,
+    as yuv420p likes."""
     short, long = min(height, width), max(height, width)
     if short >= _VISIBLE and height % 2 == 0 and width % 2 == 0:
         return 1
-    return max(2, 2 * min(math.ceil(_VISIBLE / (2 * short)), _WIDEST // (2 * long)))
+    return 2 * min(math.ceil(_VISIBLE / (2 * short)), _WIDEST // (2 * long)) or 1
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: float, scale: int | None) -> None:
@@ -154,7 +157,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, scale: int | None) ->
     even = height % 2 == 0 and width % 2 == 0
     pix_fmt = "yuv420p" if even and (scale > 1 or min(height, width) >= _VISIBLE) else "yuv444p"
     try:
-        with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        with av.open(_plain(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
             stream.options = {"crf": "12", "preset": "medium"}
@@ -220,26 +223,64 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _check_boxes(path: Path) -> None:
-    """Refuse an mp4 whose top-level boxes run past the file's end: FFmpeg would play what is there and say nothing."""
+def _plain(path: Path) -> str:
+    """The name as FFmpeg takes it for a file's: in one such as 12:30.mp4 it sees the protocol "12"."""
+    return os.path.abspath(path)
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a file that is shorter than it says itself: FFmpeg would play what is there and say nothing. Containers
+    made for streams (ts, flv, ogg, wmv) tell no length."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        at, num_boxes = 0, 0
-        while at < size:
-            file.seek(at)
-            head = file.read(16)
-            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
-            if num_boxes == 0 and kind != b"ftyp":
-                return  # another container
-            if length == 1:
-                length = int.from_bytes(head[8:16], "big")
-            elif length == 0:
-                return  # "to the end of the file"
-            if at + length > size and kind.isalnum():
-                raise VideoError(f"{path}: truncated: {size} bytes of at least {at + length}")
-            if length < 8:
-                return  # trailing bytes that are no box; FFmpeg decides
-            at, num_boxes = at + length, num_boxes + 1
+        start = file.read(8)
+        if start[4:] in _BOXES:
+            end = _end_of_boxes(file, size)
+        elif start[:4] == b"\x1a\x45\xdf\xa3":
+            end = _end_of_segment(file)
+        elif start[:4] == b"RIFF":  # the length of what follows these 8 bytes, or of all; -1: not known
+            end = int.from_bytes(start[4:], "little", signed=True)
+        elif start[:3] == b"GIF":  # ends in a semicolon, and maybe zeros
+            file.seek(-min(size, 64), os.SEEK_END)
+            end = 0 if file.read().rstrip(b"\0").endswith(b";") else size + 1
+        else:
+            return
+    if end > size:
+        raise VideoError(f"{path}: truncated: {size} bytes of at least {end}")
+
+
+def _end_of_boxes(file: BinaryIO, size: int) -> int:
+    """Of an mp4 or mov: the end of the top-level box that runs past the file's; 0 where none does."""
+    at = 0
+    while at < size:
+        file.seek(at)
+        head = file.read(16)
+        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        if length == 1:
+            length = int.from_bytes(head[8:16], "big")
+        if at + length > size and kind.isalnum():
+            return at + length
+        if length < 8:  # 0: to the end of the file; else trailing bytes that are no box; FFmpeg decides
+            return 0
+        at += length
+    return 0
+
+
+def _end_of_segment(file: BinaryIO) -> int:
+    """Of an mkv or webm: the end of its segment; 0 where that is not known."""
+    file.seek(4)
+    file.seek(_ebml_size(file), os.SEEK_CUR)
+    known = file.read(4) == b"\x18\x53\x80\x67"
+    length = _ebml_size(file) if known else 0
+    return length and file.tell() + length
+
+
+def _ebml_size(file: BinaryIO) -> int:
+    """A size in EBML: as many bytes as the first has zeros at its front, and one more. 0 where it is not known."""
+    first = int.from_bytes(file.read(1), "big")
+    width = 9 - first.bit_length()
+    value = int.from_bytes(bytes([first & 0xFF >> width]) + file.read(width - 1), "big")
+    return 0 if width > 8 or value == (1 << 7 * width) - 1 else value
 
 
 def _check_frames(frames: torch.Tensor) -> torch.Tensor:
