@@ -21,6 +21,9 @@ def test_sigmas_with_shift():
     assert SigmaSchedule(6, 3.0).sigmas() == pytest.approx((1, 15 / 16, 6 / 7, 3 / 4, 3 / 5, 3 / 8, 0))
     assert SigmaSchedule(4).sigmas() == (1.0, 0.75, 0.5, 0.25, 0.0)
     assert SigmaSchedule(1, 3.0).sigmas() == (1.0, 0.0)
+    for shift in (1e-6, 0.3, 3.0, 1e4):  # ends where it begins, exactly
+        levels = SigmaSchedule(9, shift).sigmas()
+        assert (levels[0], levels[-1]) == (1.0, 0.0) and list(levels) == sorted(set(levels), reverse=True)
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 3.5])
@@ -86,7 +89,12 @@ def test_joint_plan(rule):
 @pytest.mark.parametrize("call, match", [
     (lambda: FlowSettings(steps=0), "steps must be an integer of at least 1, got 0"),
     (lambda: FlowSettings(steps=2.5), "steps must be an integer"),
+    (lambda: FlowSettings(steps=True), "steps must be an integer"),
+    (lambda: FlowSettings(steps=10**9), "steps must be at most 100000, got 1000000000"),
     (lambda: FlowSettings(shift=0.0), "shift must be finite and positive, got 0"),
+    (lambda: plan("generate", FlowSettings(shift=1e-300)), "steps and shift must leave the noise levels apart"),
+    (lambda: plan("caption", FlowSettings(caption_shift=1e30)), "must leave the noise levels apart, got 50 and 1e"),
+    (lambda: FlowSettings(round_times="no"), "round_times must be true or false, got .no."),
     (lambda: FlowSettings(solver="heun"), "solver must be one of euler, unipc, got 'heun'"),
     (lambda: FlowSettings(text_rule="x"), "text_rule must be one of"),
     (lambda: FlowSettings(guidance=float("nan")), "guidance must be finite"),

@@ -47,6 +47,9 @@ class FlowSettings:
             raise ValueError(f"text_rule must be one of {', '.join(JUMP_RULES)}, got {self.text_rule!r}")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be finite, got {self.guidance}")
+        for name in ("round_times", "integer_times"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         self.schedule("generate"), self.schedule("caption"), Kappa(self.kappa_power)  # their own errors, told now
 
     def schedule(self, kind: str) -> SigmaSchedule:

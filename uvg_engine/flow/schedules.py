@@ -5,6 +5,7 @@ t runs from 0 (source) to 1 (data); sigma = 1 - t; the model's own time input is
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 MODEL_TIMES = 1000.0
+MOST_STEPS = 100_000  # a plan is made whole, before the work starts
 JUMP_RULES = ("euler", "exact", "progress")
 """When a token may change: the Euler step of its rate, the exact transition, or the published joint rule."""
 
@@ -22,9 +24,9 @@ RATE_FLOOR = 1e-6  # 1 - kappa is taken no smaller, so that the rate stays finit
 class SigmaSchedule:
     """Noise levels of N steps: linspace(1, end, N+1) without its last, shifted, then 0.
 
-    steps: N >= 1. shift: s in s*sigma / (1 + (s-1)*sigma); 1 leaves them even. Quirks of diffusers' UniPC scheduler,
-    off by default: end=1e-3 (where the linspace ends) and below_one=1e-6 (taken off a first sigma of 1: its
-    logarithms need that, ours do not). Source: Wan2.1 and the published Uni-ViGU code; diffusers.
+    steps: N, from 1 to MOST_STEPS. shift: s in s*sigma / (1 + (s-1)*sigma); 1 leaves them even. Quirks of diffusers'
+    UniPC scheduler, off by default: end=1e-3 (where the linspace ends) and below_one=1e-6 (taken off a first sigma of
+    1: its logarithms need that, ours do not). Source: Wan2.1 and the published Uni-ViGU code; diffusers.
     """
 
     steps: int
@@ -33,8 +35,10 @@ class SigmaSchedule:
     below_one: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be an integer of at least 1, got {self.steps}")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise ValueError(f"steps must be an integer of at least 1, got {self.steps!r}")
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"steps must be at most {MOST_STEPS}, got {self.steps}")
         if not (math.isfinite(self.shift) and self.shift > 0):
             raise ValueError(f"shift must be finite and positive, got {self.shift}")
         for name, value in (("end", self.end), ("below_one", self.below_one)):
@@ -42,12 +46,18 @@ class SigmaSchedule:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
 
     def sigmas(self) -> tuple[float, ...]:
-        """The N+1 levels, falling from 1 to 0; fp32 numbers, as the published schedulers hold them."""
+        """The N+1 levels, falling from 1 to 0; fp32 numbers, as the published schedulers hold them.
+
+        Raises ValueError where two of them are the same such number.
+        """
         even = [1 + (self.end - 1) * i / self.steps for i in range(self.steps)]
-        out = [self.shift * s / (1 + (self.shift - 1) * s) for s in even]
+        out = [self.shift * s / (self.shift * s + (1 - s)) for s in even]
         if abs(out[0] - 1) < 1e-6:
             out[0] -= self.below_one
-        return (*torch.tensor(out, dtype=torch.float64).float().tolist(), 0.0)
+        levels = (*torch.tensor(out, dtype=torch.float64).float().tolist(), 0.0)
+        if any(a <= b for a, b in itertools.pairwise(levels)):
+            raise ValueError(f"steps and shift must leave the noise levels apart, got {self.steps} and {self.shift}")
+        return levels
 
 
 @dataclass(frozen=True)
