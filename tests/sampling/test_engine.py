@@ -4,16 +4,18 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import SHAPE, TEXT_LENGTH, alone, bits, make_engine, make_model, make_video, mixed_requests
+from tiny import SHAPE, TEXT_LENGTH, WORDS, alone, bits, make_engine, make_model, make_video, mixed_requests
 
 import uvg_engine
 from uvg_engine import sampling
-from uvg_engine.media import HashTextEncoder, read_video, resize_video, write_video
+from uvg_engine.media import HashTextEncoder, WordTokenizer, read_video, resize_video, write_video
 from uvg_engine.sampling import CaptionResult, Engine, GenerateResult, JointResult, Request
+from uvg_engine.sampling.engine import _located
 
 LATENT = (12, 2, 4, 4)
 
@@ -185,6 +187,25 @@ def test_a_saved_engine_comes_back_with_the_same_bits(tmp_path, source):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
+class NoConfig(WordTokenizer):
+    def to_config(self):
+        raise ValueError("made from an object")
+
+
+def test_parts_that_cannot_be_saved_are_told_before_the_weights_are_written(tmp_path):
+    with pytest.raises(ValueError, match="made from an object"):
+        make_engine(tokenizer=NoConfig(WORDS)).save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_paths_in_the_folder_are_found_and_saved_from_anywhere(tmp_path, monkeypatch):
+    """They were relative to the folder that one was in when the engine was loaded."""
+    (tmp_path / "model" / "vae").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    found = _located({"type": "wan_vae", "path": "vae", "other_path": "elsewhere"}, Path("model"))
+    assert found == {"type": "wan_vae", "path": str(tmp_path / "model" / "vae"), "other_path": "elsewhere"}
+
+
 @pytest.mark.parametrize("dtypes", [{"dtype": torch.bfloat16}, {"compute_dtype": torch.bfloat16}], ids=str)
 def test_bf16(tmp_path, dtypes):
     """Near fp32, and as independent of the neighbours."""
@@ -225,11 +246,15 @@ BROKEN = [
     ("engine.json must be a readable json file", lambda folder: (folder / "engine.json").write_text("{")),
     ("engine.json must be a readable json file", lambda folder: (folder / "engine.json").write_bytes(b"\xff\xfe")),
     ("engine.json must hold a json object, got list", lambda folder: (folder / "engine.json").write_text("[]")),
+    ("engine.json must be a readable json file", lambda folder: (folder / "engine.json").write_text("[" * 100_000)),
     ("engine.json must have format 1, got 2", change("engine.json", format=2)),
     ("engine.json must have format 1, got None", change("engine.json", format=None)),
     ("engine.json must name codec, defaults, .*, got defaults", change("engine.json", codec=None)),
     ("engine.json must hold a json object for each part, got 5", change("engine.json", codec=5)),
     ('codec type must be "pixel" or "wan_vae"', change("engine.json", codec={"type": "jpeg"})),
+    ('codec type must be "pixel" or "wan_vae"', change("engine.json", codec={"type": ["pixel"]})),
+    ("block must be three positive integers", change("engine.json", codec={"type": "pixel", "block": [2, None, 4]})),
+    ("text_dim must be a positive integer, got .16.", change("engine.json", text_encoder={"type": "hash", "text_dim": "16"})),
     ("defaults must be a mapping, got 5", change("engine.json", defaults=5)),
     ("text_dim 16 like the model, got 8", change("engine.json", text_encoder={"type": "hash", "text_dim": 8})),
     ("must have the model.s shapes", change("config.json", ffn_dim=50)),

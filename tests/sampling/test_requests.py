@@ -1,5 +1,6 @@
 """What cannot be run is told in one line each, before any work starts; what is left out is filled in."""
 
+import json
 import math
 import os
 import warnings
@@ -98,6 +99,7 @@ MISFITS = [
     (r"video must be uint8 .F, H, W, 3., got .* \(16, 16, 3\)", lambda path: Request("caption", video=VIDEO[0])),
     (r"video must be uint8 .F, H, W, 3., got .* \(0, 16, 16, 3\)", lambda path: Request("caption", video=VIDEO[:0])),
     (r"video must be uint8 .F, H, W, 3., got .* \(4, 16, 16, 1\)", lambda path: Request("caption", video=GREY)),
+    ("must make fewer than 2.31 latent values, got", lambda path: Request("joint", "a", height=2**17, width=2**17)),
     ("none.mp4: no such file", lambda path: Request("caption", video=path / "none.mp4")),
     ("is a folder, not a video file", lambda path: Request("caption", video=os.fspath(path))),
 ]  # fmt: skip
@@ -182,6 +184,7 @@ SETTINGS = [
     (r"jobs.joint must name fields of FlowSettings, got unknown \['stpes'\]", {"jobs": {"joint": {"stpes": 3}}}),
     ("jobs.joint must be settings of a flow, .*: steps must be an integer", {"jobs": {"joint": {"steps": 0}}}),
     ("jobs.joint must be settings of a flow, .*: must be real number", {"jobs": {"joint": {"guidance": "5"}}}),
+    ("jobs.joint must be settings .*: integer_times must be true or false", {"jobs": {"joint": {"integer_times": 1}}}),
     (r"got unknown \['colour'\], missing \[\]", {"colour": 1}),
 ]
 
@@ -205,6 +208,8 @@ def test_defaults_come_back_from_plain_values():
     assert EngineDefaults.from_dict(defaults.to_dict()) == defaults
     assert defaults.jobs["generate"].steps == 7 and defaults.jobs["joint"] == FlowSettings()
     assert defaults.jobs["caption"].text_rule == "exact"
+    plain = json.loads(json.dumps(EngineDefaults(4, 16, 16, 7, fps=np.float32(12.5)).to_dict()))
+    assert EngineDefaults.from_dict(plain).fps == 12.5
 
 
 def test_the_engine_fills_in_what_a_request_leaves_out():

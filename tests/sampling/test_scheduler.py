@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -85,6 +87,8 @@ def test_cancel(engine):
     assert bits(kept.result) == bits(alone(engine, generate(0, 3)))
     scheduler.cancel(kept)
     assert kept.result.seed == 0, "what is done stays"
+    with pytest.raises(ValueError, match="handle must be one of this scheduler.s"):
+        scheduler.cancel(engine.scheduler().submit(generate(0)))
 
 
 def test_cancel_from_the_callback(engine):
@@ -203,6 +207,85 @@ def test_an_error_of_a_whole_step_leaves_every_request_where_it_was(engine):
     assert len(list(scheduler.drain())) == 3
     for handle, request in zip(handles, SOUND, strict=True):
         assert bits(handle.result) == bits(alone(engine, request))
+
+
+class InterruptedCodec(PixelCodec):
+    """Ctrl-C comes in every second call of a method."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.calls = Counter()
+
+    def count(self, name):
+        self.calls[name] += 1
+        if self.calls[name] % 2 == 0:
+            raise KeyboardInterrupt
+
+    def encode(self, frames):
+        self.count("encode")
+        return super().encode(frames)
+
+    def decode(self, latent):
+        self.count("decode")
+        return super().decode(latent)
+
+
+def test_ctrl_c_at_the_start_or_the_end_of_a_request_loses_none():
+    model, ended, interrupted = make_model(), [], 0
+    requests = (*SOUND, Request("caption", video=make_video(1), seed=4, num_steps=2), generate(5, 4), generate(6, 4))
+    codec = InterruptedCodec((2, 4, 4), (1, 2, 2))
+    scheduler = make_engine(model, codec=codec).scheduler()
+    handles = [scheduler.submit(request) for request in requests]
+    while not scheduler.idle:
+        try:
+            ended += scheduler.step()
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted == sum(count // 2 for count in codec.calls.values()) >= 4 and min(codec.calls.values()) > 1
+    assert sorted(map(id, ended)) == sorted(map(id, handles))
+    for handle, request in zip(handles, requests, strict=True):
+        assert bits(handle.result) == bits(alone(make_engine(model), request))
+
+
+class LargeCodec(PixelCodec):
+    """Runs out of memory while it holds something."""
+
+    def decode(self, latent):
+        held = latent.clone()
+        self.held = weakref.ref(held)
+        raise torch.OutOfMemoryError("no memory")
+
+
+def test_a_failed_request_holds_no_memory_of_the_functions_that_failed():
+    engine = make_engine(codec=LargeCodec((2, 4, 4), (1, 2, 2)))
+    scheduler = engine.scheduler()
+    handle = scheduler.submit(generate(0, 1))
+    assert scheduler.step() == [handle] and engine.codec.held() is None
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        _ = handle.result
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_that_changed_while_nothing_ran_are_seen(dtype):
+    """Keys and values of the condition that says nothing, and the head in another dtype, were those of before."""
+    model = make_model()
+    model.compute_dtype = dtype
+    engine = make_engine(model)
+    scheduler = engine.scheduler()
+    for factor in (1.0, 1.5):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(factor)
+        handles = [scheduler.submit(request) for request in SOUND]
+        assert len(list(scheduler.drain())) == 3
+        for handle, request in zip(handles, SOUND, strict=True):
+            assert bits(handle.result) == bits(alone(engine, request))
+
+
+def test_a_result_holds_no_memory_of_its_neighbours(engine):
+    for result in engine.run([generate(i) for i in range(3)] + [SOUND[2]]):
+        for tensor in (result.latent, result.frames, *(result.trajectory.frames if result.trajectory else ())):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_stream_takes_from_an_endless_source_only_what_has_room():

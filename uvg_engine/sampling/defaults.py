@@ -43,6 +43,7 @@ class EngineDefaults:
         if not isinstance(self.name, str):
             raise ValueError(f"name must be a string, got {self.name!r}")
         check_fps(self.fps)
+        object.__setattr__(self, "fps", float(self.fps))  # json knows no numbers of numpy
         if self.source not in SOURCES:
             raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
         check_temperature(self.temperature)

@@ -125,11 +125,13 @@ class Engine:
             "text_encoder": self.text_encoder.to_config(),
             "defaults": self.defaults.to_dict(),
         }
+        files = {TOKENIZER_FILE: self.tokenizer.to_config(), ENGINE_FILE: config}
+        texts = {name: json.dumps(value, ensure_ascii=False, indent=1) + "\n" for name, value in files.items()}
         folder.mkdir(parents=True, exist_ok=True)
         save_pretrained(self.model, folder)
-        for name, value in ((TOKENIZER_FILE, self.tokenizer.to_config()), (ENGINE_FILE, config)):
+        for name, text in texts.items():
             with replacing(folder / name) as temporary:
-                temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+                temporary.write_text(text, encoding="utf-8")
 
     @property
     def mask_id(self) -> int:
@@ -294,7 +296,7 @@ def _find(source: str | os.PathLike[str]) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a readable json file, got {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a json object, got {type(value).__name__}")
@@ -306,7 +308,7 @@ def _located(config: Any, folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{ENGINE_FILE} must hold a json object for each part, got {config!r}")
     inside = {
-        k: str(folder / v)
+        k: str((folder / v).absolute())  # also of the next `save_pretrained`, into another folder
         for k, v in config.items()
         if k.endswith("path") and isinstance(v, str) and (folder / v).exists()
     }

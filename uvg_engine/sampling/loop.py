@@ -69,13 +69,16 @@ class Loop:
         self.model: UniViGU = engine.model
         self.savings = savings
         self._null = rows_of(engine.text_encoder.null(), engine)
-        self._null_kv: ConditionKV | None = None
-        head = self.model.text_head.linear
-        self._head = [p.detach().to(self.model.dtype) for p in (head.weight, head.bias)]
-        self._packed: Packed | None = None
-        self._reading: tuple[Packed, list[bool], list[bool], Reading | None] | None = None
         self._replays = engine.replays
         self._tables: weakref.WeakValueDictionary[tuple, TimeTables] = weakref.WeakValueDictionary()  # by times
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what the steps left: where no request is under way, the weights may be others by the next one."""
+        self._null_kv: ConditionKV | None = None
+        self._head: list[Tensor] | None = None
+        self._packed: Packed | None = None
+        self._reading: tuple[Packed, list[bool], list[bool], Reading | None] | None = None
 
     @property
     def _looks_later(self) -> bool:
@@ -232,6 +235,9 @@ class Loop:
         drawn = torch.zeros(len(wanted), dtype=torch.int64, device=device)
         if hidden is None or not bool(wanted.any()):
             return drawn
+        if self._head is None:
+            head = self.model.text_head.linear
+            self._head = [p.detach().to(self.model.dtype) for p in (head.weight, head.bias)]
         place = torch.cat([torch.full_like(d, r) for d, r in zip(drawing, reads)]).cumsum(0) - 1  # in `hidden`
         lens = torch.tensor([len(s.tokens) for s in states])
         heats = [0.0 if s.now.argmax else float(s.prepared.temperature) for s in states]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import warnings
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ def prepare(request: Request, engine: Engine) -> Prepared:
         grid = patch_grid(latent_shape[1:], engine.model.config)
     except ValueError as error:
         raise ValueError(f"frames, height and width must suit the model, got {size}: {error}") from error
+    if math.prod(latent_shape) >= 2**31:  # kernels count them in 32 bits
+        raise ValueError(f"frames, height and width must make fewer than 2^31 latent values, got {size}")
     job = plan(request.kind, request.settings(defaults.jobs[request.kind]))
     prompt_tokens: tuple[int, ...] = ()
     text_len, frames = defaults.text_length, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -84,6 +85,7 @@ class Scheduler:
             self._loop = Loop(engine, self.savings)
         self._waiting: deque[Handle] = deque()
         self._active: list[Handle] = []
+        self._unsettled: deque[Handle] = deque()  # have moved, and step() was interrupted before it looked at them
         self._finished: list[Handle] = []  # not yet returned by step()
 
     @property
@@ -114,28 +116,39 @@ class Scheduler:
         return handle
 
     def cancel(self, handle: Handle) -> None:
-        """Forget a request; its result is then a SamplingError. Nothing happens to one that is done."""
+        """Forget a request; its result is then a SamplingError. Nothing happens to one that is done.
+
+        Raises ValueError on a handle of another scheduler.
+        """
+        if handle.done:
+            return
         if handle in self._waiting:
             self._waiting.remove(handle)
         elif handle in self._active:
             self._active.remove(handle)
         else:
-            return
+            raise ValueError("handle must be one of this scheduler's, got another's")
         self._retire(handle, error=SamplingError("request was cancelled"))
 
     def step(self) -> list[Handle]:
         """Start what has room, advance every active request by one step. Returns those that are done, in order.
 
         A request that cannot be started or finished is done as well: its `result` raises. An error that concerns the
-        whole batch (no memory, say) or comes from the callback is raised here; no request is lost by it.
+        whole batch (no memory, say), comes from the callback or from Ctrl-C is raised here; no request is lost by it.
         """
         with cpu_by_default():
-            self._admit()
+            if not self._unsettled:
+                self._admit()
+                self._loop.advance([self._state(handle) for handle in self._active])
+                self._unsettled.extend(self._active)
             running = list(self._active)
-            self._loop.advance([self._state(handle) for handle in running])
-            for handle in running:
-                self._settle(handle, self._state(handle))
+            while self._unsettled:
+                if not self._unsettled[0].done:
+                    self._settle(self._unsettled[0])
+                self._unsettled.popleft()
         self._active = [handle for handle in running if not handle.done]
+        if not self._active:
+            self._loop.forget()
         if self.callback is not None:
             for handle in running:
                 self.callback(handle.steps_done, handle.num_steps, handle.request)
@@ -151,20 +164,21 @@ class Scheduler:
         """Start waiting requests while there is room."""
         rows = sum(handle.num_rows for handle in self._active)
         while self._waiting and (not self._active or rows + self._waiting[0].num_rows <= self.max_rows):
-            handle = self._waiting.popleft()
+            handle = self._waiting[0]
             try:
                 self._start(handle)
             except Exception as error:  # one request's encoder must not end the others
                 self._retire(handle, error=error)
                 self._finished.append(handle)
-                continue
-            self._active.append(handle)
-            rows += handle.num_rows
+            else:
+                self._active.append(handle)
+                rows += handle.num_rows
+            self._waiting.popleft()
 
     def _start(self, handle: Handle) -> None:
         prepared = handle._prepared
         assert prepared is not None
-        handle._state, handle._prepared = State(prepared, self.engine, self.savings), None
+        state = State(prepared, self.engine, self.savings)
         if prepared.request.trajectory:
             kind = prepared.request.kind
             handle._recorder = Recorder(
@@ -173,27 +187,33 @@ class Scheduler:
                 self._decode_video if kind != "caption" else None,
                 (lambda ids: self.engine.decode(ids, stop_at_eos=False)) if kind != "generate" else None,
             )
+        handle._state, handle._prepared = state, None
 
-    def _settle(self, handle: Handle, state: State) -> None:
+    def _settle(self, handle: Handle) -> None:
         """After a step: record it, and take the result where it was the last."""
-        if handle._recorder is not None or state.done:  # what the step left is read now
-            state.look()  # a device that failed concerns all requests: raised by `step`
+        if handle._recorder is not None or self._state(handle).done:  # what the step left is read now
+            self._state(handle).look()  # a device that failed concerns all requests: raised by `step`
         try:
-            if state.failed:
-                raise SamplingError("the model gave no distribution for a token (NaN or infinite logits)")
-            if handle._recorder is not None:
-                latent = state.estimate.view(state.prepared.latent_shape)
-                handle._recorder.record(state.step, 1 - state.steps[state.step - 1].sigma_next, latent, state.tokens)
-            if state.done:
-                self._retire(handle, result=self._result(handle, state))
+            self._tell(handle, self._state(handle))
         except Exception as error:  # told by handle.result: it concerns one request only
             self._retire(handle, error=error)
         if handle.done:
             self._finished.append(handle)
 
+    def _tell(self, handle: Handle, state: State) -> None:
+        if state.failed:
+            raise SamplingError("the model gave no distribution for a token (NaN or infinite logits)")
+        if handle._recorder is not None:
+            latent = state.estimate.view(state.prepared.latent_shape)
+            handle._recorder.record(state.step, 1 - state.steps[state.step - 1].sigma_next, latent, state.tokens)
+        if state.done:
+            self._retire(handle, result=self._result(handle, state))
+
     @staticmethod
     def _retire(handle: Handle, *, result: Result | None = None, error: Exception | None = None) -> None:
         """Store the outcome and let go of everything else."""
+        if error is not None:  # lives as long as the handle, and with it what the functions that failed held
+            traceback.clear_frames(error.__traceback__)
         handle._steps_done = handle.steps_done
         handle._result, handle._error = result, error
         handle._state = handle._prepared = handle._recorder = None
@@ -216,7 +236,7 @@ class Scheduler:
             return CaptionResult(self.engine.decode(ids), ids, state.seed, trajectory)
         prompt = request.prompt or ""
         latent = state.latents.view(state.prepared.latent_shape)
-        frames, latent = self._decode_video(latent), latent.cpu()
+        frames, latent = self._decode_video(latent), latent.to("cpu", copy=True)  # not a piece of the batch's memory
         if request.kind == "generate":
             return GenerateResult(prompt, frames, fps, state.seed, latent, trajectory)
         return JointResult(prompt, frames, fps, self.engine.decode(ids), ids, state.seed, latent, trajectory)

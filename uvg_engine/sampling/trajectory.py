@@ -54,12 +54,13 @@ class Recorder:
         """Call after each step. step: steps done, from 1. estimate: latent [C, f, h, w]. tokens: int64 [L]."""
         if step not in self._wanted:
             return
+        frames = [self._decode_video(estimate)] if self._decode_video is not None else []
+        texts = [self._decode_text(tokens)] if self._decode_text is not None else []
+        self._wanted.remove(step)  # a step that was interrupted further on is told again
         self._steps.append(step)
         self._times.append(time)
-        if self._decode_video is not None:
-            self._frames.append(self._decode_video(estimate))
-        if self._decode_text is not None:
-            self._texts.append(self._decode_text(tokens))
+        self._frames += frames
+        self._texts += texts
 
     def finish(self) -> Trajectory:
         """What was recorded."""
