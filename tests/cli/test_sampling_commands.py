@@ -1,8 +1,10 @@
 """uvg generate, caption, joint: the files they write and read, and what they say of a caller's mistakes."""
 
+import io
 import json
 import os
 import shutil
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 
 from uvg_engine import Engine
+from uvg_engine.cli._files import print_json
 from uvg_engine.media import read_video, write_video
 
 PROMPT = "a red seven moving right, fast"
@@ -155,6 +158,26 @@ def test_a_video_of_another_size_is_fitted_with_a_note(uvg, model):
     assert ran.code == 0 and ran.err == "note: large.mp4: video fitted: 5 frames of 90x50 -> 8 frames of 32x32\n"
 
 
+def test_names_of_files_that_are_no_text(uvg, model):
+    """Any bytes may be one. They were an error where they were told, after the work."""
+    for name in ("a\udcff.gif", "b.gif"):
+        write_video(name, clip())
+    line = ("caption", "a\udcff.gif", "b.gif", "--model", model, "--seed", 1)
+    ran = uvg(*line)
+    assert ran.code == 0 and ran.out.startswith("a\\udcff.gif: ")
+    assert [result["file"] for result in document(uvg(*line, "--json"))["results"]] == ["a\udcff.gif", "b.gif"]
+    ran = uvg("generate", PROMPT, "-o", "c\udcff.mp4", "--model", model, "--seed", 1)
+    assert ran.code == 0 and ran.out == "c\\udcff.mp4: 8 frames of 32x32, seed 1\n" and "c\udcff.mp4" in os.listdir()
+
+
+def test_json_where_stdout_is_ascii(monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
+    monkeypatch.setattr(sys, "stdout", written)
+    print_json({"prompt": "é 红"})
+    written.seek(0)
+    assert json.load(written) == {"prompt": "é 红"}
+
+
 @pytest.mark.parametrize("job", ["generate", "joint"])
 def test_notes_on_prompts_that_the_model_cannot_follow(uvg, model, job):
     ran = uvg(job, "a purple elephant", "a red one", "-o", "a.png", "--model", model)
@@ -218,12 +241,15 @@ def test_a_bad_video_is_one_clear_error(uvg, model, kind):
         ("-o a.mp4 --size 8x32", "--size must be FRAMESxHEIGHTxWIDTH, such as 8x32x32, got '8x32'"),
         ("-o a.mp4 --size 0x32x32", "--size must be FRAMESxHEIGHTxWIDTH, such as 8x32x32, got '0x32x32'"),
         ("-o a.mp4 --size 5x32x32", "multiples of the block (4, 8, 8), got (5, 32, 32)"),
+        ("-o a.mp4 --size 8x80000x80000", "make fewer than 2^31 latent values, got (8, 80000, 80000)"),
         ("-o a.mp4 --steps 0", "num_steps must be an integer of at least 1, got 0"),
+        ("-o a.mp4 --steps 1000000000", "steps must be at most 100000, got 1000000000"),
         ("-o a.mp4 --fps 0", "fps must be a number in [0.01, 1000], got 0.0"),
         ("-o a.gif --fps nan", "fps must be a number in [0.01, 1000], got nan"),
         ("-o a.png --fps 8", "--fps must go with a .mp4 or .gif, got a.png"),
         ("-o a.mp4 --guidance nan", "guidance must be finite, got nan"),
         ("-o a.mp4 --shift 0", "shift must be finite and positive, got 0.0"),
+        ("-o a.mp4 --shift 1e-300", "steps and shift must leave the noise levels apart, got 2 and 1e-300"),
         ("-o a.mp4 --solver rk4", "solver must be one of euler, unipc, got 'rk4'"),
         ("-o a.mp4 --text-rule magic", "text_rule must be one of euler, exact, progress, got 'magic'"),
         ("-o a.mp4 --temperature -1", "temperature must be finite and at least 0, got -1.0"),

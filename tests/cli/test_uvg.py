@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from uvg_engine import __version__
 from uvg_engine.cli._notes import notes_on_stderr
 
 COMMANDS = ("generate", "caption", "joint", "train", "export", "eval", "data", "data export", "doctor", "bench")
@@ -45,8 +47,7 @@ def test_a_command_group_alone_shows_its_help(uvg, command):
 
 
 def test_version(uvg):
-    from uvg_engine import __version__
-
+    assert __version__ == version("uvg-engine"), "pyproject.toml has another one"
     ran = uvg("--version")
     assert (ran.code, ran.out, ran.err) == (0, f"uvg-engine {__version__}\n", "")
 
@@ -96,7 +97,7 @@ def test_what_is_nobodys_mistake_has_its_traceback(uvg, broken_model):
 
 
 def test_ctrl_c_leaves_nothing_behind(model, tmp_path):
-    line = (*UVG, "generate", "an unheard word", "-o", "a.mp4", "--steps", "1000000", "--model", model)
+    line = (*UVG, "generate", "an unheard word", "-o", "a.mp4", "--steps", "100000", "--model", model)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(line, cwd=tmp_path, text=True, preexec_fn=_listen_to_ctrl_c, **pipes)
     try:

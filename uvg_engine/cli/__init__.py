@@ -8,6 +8,7 @@ Nothing heavy is imported before a command runs: `uvg --help` is quick.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 
 import typer
 
+from uvg_engine import __version__
 from uvg_engine.cli._notes import notes_on_stderr
 from uvg_engine.cli.bench import bench
 from uvg_engine.cli.caption import caption
@@ -50,9 +52,7 @@ def _root(
     trace: bool = typer.Option(False, "--traceback", help="Show where in the code an error arose, also for a mistake."),
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
-
-        print(f"uvg-engine {installed('uvg-engine')}")
+        print(f"uvg-engine {__version__}")
     elif context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -60,7 +60,7 @@ def _root(
 def main(args: Sequence[str] | None = None) -> int:
     """Run `uvg` with these arguments (None: the program's own). Returns the exit code."""
     args = list(sys.argv[1:] if args is None else args)
-    _open_closed_streams()
+    _prepare_streams()
     keep_freed_memory()
     wait_briefly()
     try:
@@ -78,11 +78,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return _flushed(_failed(error, "--traceback" in args))
 
 
-def _open_closed_streams() -> None:
-    """What is written to a stdout or stderr that the caller closed goes nowhere; no file of ours takes its number."""
+def _prepare_streams() -> None:
+    """What is written to a stdout or stderr that the caller closed goes nowhere; no file of ours takes its number.
+    Letters that stdout does not have are escaped: an error would come after the work."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the names of files may be bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _failed(error: Exception, trace: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,5 +40,6 @@ def pictures(path: Path | None, count: int, taken: Sequence[Path]) -> list[Path 
 
 
 def print_json(document: Any) -> None:
-    """The one document of --json."""
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    """The one document of --json, which stays json whatever stdout can hold."""
+    utf8 = "utf" in (sys.stdout.encoding or "").lower()
+    print(json.dumps(document, indent=2, ensure_ascii=not utf8))
