@@ -277,6 +277,7 @@ def test_wrong_shapes_are_told():
     for args, rule in (
         ((x_v[:, :3], x_t, time_v, time_t, cond), "x_v must be"),
         ((x_v[..., :-1], x_t, time_v, time_t, cond), "divisible by the patch"),
+        ((x_v[:, :, :0], x_t, time_v, time_t, cond), "none of them 0"),
         ((x_v, x_t[:2], time_v, time_t, cond), "x_t must be"),
         ((x_v, x_t, time_v[:2], time_t, cond), "time_v must be"),
         ((x_v, x_t, time_v, time_t, cond[..., 1:]), "cond must be"),

@@ -286,8 +286,8 @@ class UniViGU(nn.Module):
     ) -> tuple[int, Grid, int]:
         config = self.config
         require(
-            x_v.dim() == 5 and x_v.shape[1] == config.in_channels,
-            f"x_v must be (B, {config.in_channels}, F, Y, X)",
+            x_v.dim() == 5 and x_v.shape[1] == config.in_channels and x_v.numel() > 0,
+            f"x_v must be (B, {config.in_channels}, F, Y, X), none of them 0",
             tuple(x_v.shape),
         )
         batch = x_v.shape[0]
