@@ -155,7 +155,7 @@ def test_wan_codec_from_a_folder(wan_vae, tmp_path):
             codec_from_config({"type": "wan_vae", "path": nowhere})
     with pytest.raises(ValueError, match="neither"):
         WanVAECodec()
-    with pytest.raises(ValueError, match="normalise must be true or false, got .no."):
+    with pytest.raises(ValueError, match="normalise must be true or false, got 'no'"):
         WanVAECodec(vae=wan_vae, normalise="no")
     with pytest.raises(ValueError, match="made from a path"):
         WanVAECodec(vae=wan_vae).to_config()

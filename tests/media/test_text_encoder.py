@@ -53,7 +53,7 @@ def test_caching_changes_nothing_and_inputs_are_checked():
     for bad in ("red", [3], [None], 3, None, np.array("red"), np.array([b"red"]), np.array([["red"]])):
         with pytest.raises(ValueError, match="list of strings"):
             encoder.encode(bad)
-    for bad in ({"text_dim": 7}, {"text_dim": 0}, {"text_dim": 8.0}, {"max_len": 0}, {"max_len": 3.7}, {"max_len": "3"}):
+    for bad in ({"text_dim": 7}, {"text_dim": 0}, {"text_dim": 8.0}, {"max_len": 0}, {"max_len": "3"}):
         with pytest.raises(ValueError):
             HashTextEncoder(**bad)
 
@@ -124,5 +124,5 @@ def test_umt5_from_a_folder(umt5, tmp_path):
             ValueError, match=rf"path must be a folder with a transformers UMT5 encoder, got '{nowhere}'$"
         ):
             text_encoder_from_config({**config, "path": nowhere})
-    with pytest.raises(ValueError, match="zero_past_prompt must be true or false, got .no."):
+    with pytest.raises(ValueError, match="zero_past_prompt must be true or false, got 'no'"):
         text_encoder_from_config({**config, "zero_past_prompt": "no"})

@@ -254,7 +254,6 @@ BROKEN = [
     ('codec type must be "pixel" or "wan_vae"', change("engine.json", codec={"type": "jpeg"})),
     ('codec type must be "pixel" or "wan_vae"', change("engine.json", codec={"type": ["pixel"]})),
     ("block must be three positive integers", change("engine.json", codec={"type": "pixel", "block": [2, None, 4]})),
-    ("text_dim must be a positive integer, got .16.", change("engine.json", text_encoder={"type": "hash", "text_dim": "16"})),
     ("defaults must be a mapping, got 5", change("engine.json", defaults=5)),
     ("text_dim 16 like the model, got 8", change("engine.json", text_encoder={"type": "hash", "text_dim": 8})),
     ("must have the model.s shapes", change("config.json", ffn_dim=50)),

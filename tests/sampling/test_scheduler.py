@@ -87,7 +87,7 @@ def test_cancel(engine):
     assert bits(kept.result) == bits(alone(engine, generate(0, 3)))
     scheduler.cancel(kept)
     assert kept.result.seed == 0, "what is done stays"
-    with pytest.raises(ValueError, match="handle must be one of this scheduler.s"):
+    with pytest.raises(ValueError, match="handle must be one of this scheduler's"):
         scheduler.cancel(engine.scheduler().submit(generate(0)))
 
 

@@ -37,7 +37,7 @@ def positive(name: str, value: Any) -> int:
 
 def is_positive(value: Any) -> bool:
     """Whether it is an integer above 0."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def flag(name: str, value: Any) -> bool:
