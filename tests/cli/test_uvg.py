@@ -63,6 +63,7 @@ def test_version(uvg):
         ("generate one -o a.mp4 --bogus", "--bogus"),
         ("generate one -o a.mp4 --steps many", "--steps"),
         ("generate one -o a.mp4 --threads 0", "--threads"),
+        ("generate one -o a.mp4 --threads 100000", "--threads"),  # it ended the process
         ("joint one", "--output"),
         ("caption", "FILE"),
         ("train", "--config"),

@@ -24,7 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 Trajectory = Annotated[Path | None, typer.Option(help="A .png that shows how noise became the result.")]
 Precision = Annotated[str, typer.Option(help="full, or int8: the blocks' products in bytes, faster and less exact.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: as torch finds.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; default: as torch finds.")]
 
 
 def set_threads(threads: int | None) -> None:
