@@ -182,12 +182,12 @@ def forget_foreign_cache(build_dir: Path, generator: str | None) -> None:
         return
     entries = dict(line.partition("=")[::2] for line in cache.read_text().splitlines() if "=" in line)
     compilers = {value for name, value in entries.items() if name.startswith("CMAKE_CXX_COMPILER:")}
-    wish = os.environ.get("CXX")  # which CMake asks for once
+    wish = shlex.split(os.environ.get("CXX", ""))  # which CMake asks for once
     ours = (
         entries.get("CMAKE_HOME_DIRECTORY:INTERNAL") == str(ROOT)
         and entries.get("Python_EXECUTABLE:UNINITIALIZED", sys.executable) == sys.executable
         and (generator is None or entries.get("CMAKE_GENERATOR:INTERNAL") == generator)
-        and (wish is None or shutil.which(shlex.split(wish)[0]) in compilers)
+        and (not wish or shutil.which(wish[0]) in compilers)
         and Path(entries.get("CMAKE_COMMAND:INTERNAL", "")).is_file()
     )
     if not ours:

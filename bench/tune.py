@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench.case import BOTH, FORWARD, SIZES
-from bench.one_case import SLACK, _difference, _moved, _pass, _tensors, cases
+from bench.one_case import SLACK, _moved, _pass, _tensors, cases, difference
 from bench.timing import Clock
 from uvg_engine import backends
 
@@ -103,7 +103,7 @@ def tune_op(op: str, size: str, dtype: torch.dtype, clock: Clock) -> Iterator[st
     call = _pass(case.call, inputs, (), what)
 
     def wrong(got: Any, want: Any) -> str:
-        return "" if case.draws else _difference(_tensors(got), _tensors(want), SLACK[dtype], case.agree)
+        return "" if case.draws else difference(_tensors(got), _tensors(want), SLACK[dtype], case.agree)
 
     with backends.force("triton"):
         want = call()

@@ -74,7 +74,7 @@ def test_the_two_ways_give_the_same(job, threads_restored):
     torch.set_num_threads(1)
     values = [throughput._values(throughput.make(way, job, "digits", 2, 2, 3, "float32")()) for way in throughput.WAYS]
     assert len(values[0]) == (2 if job == "joint" else 1) and all(len(each) for each in values[0])
-    assert throughput.difference(*values, throughput.SLACK["float32"], throughput.AGREE) == ""
+    assert throughput.difference(*values, throughput.SLACK["float32"], throughput.AGREE["float32"]) == ""
 
 
 def test_ways_that_differ_are_told_and_not_timed(monkeypatch, capsys):

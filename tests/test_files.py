@@ -82,6 +82,10 @@ def test_permissions_are_those_of_the_file_before_or_of_the_umask(tmp_path, umas
         path.chmod(mode)
         write_weights({"w": torch.ones(2)}, path)
         assert stat.S_IMODE(path.stat().st_mode) == mode and open_weights(path)["w"].read().sum() == 2
+    path.chmod(0o600)
+    with replacing(path) as temporary:
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o600, "nobody else reads it while it is written"
+        temporary.write_text("new")
 
 
 def test_any_name_that_the_system_takes(tmp_path):

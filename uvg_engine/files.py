@@ -22,7 +22,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:_LETTERS]}.{secrets.token_hex(8)}.tmp")
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    readers = 0o600 if path.exists() else 0o666  # not more, while it is written, than may read the file
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, readers))
     try:
         mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
         yield temporary

@@ -174,7 +174,7 @@ class _Block(WanTransformerBlock):
 
 
 _Block.__name__ = WanTransformerBlock.__name__  # by it diffusers finds what to compile, others what not to split
-with contextlib.suppress(ModuleNotFoundError):  # an older diffusers has no caches that ask for a block's class
+with contextlib.suppress(ImportError, AttributeError):  # an older diffusers has no caches that ask for a block's class
     from diffusers.hooks import _helpers
 
     # not by `register`, which imports every model of diffusers

@@ -240,9 +240,8 @@ def _check_whole(path: Path) -> None:
             end = _end_of_segment(file)
         elif start[:4] == b"RIFF":  # the length of what follows these 8 bytes, or of all; -1: not known
             end = int.from_bytes(start[4:], "little", signed=True)
-        elif start[:3] == b"GIF":  # ends in a semicolon, and maybe zeros
-            file.seek(-min(size, 64), os.SEEK_END)
-            end = 0 if file.read().rstrip(b"\0").endswith(b";") else size + 1
+        elif start[:3] == b"GIF":
+            end = _end_of_blocks(file)
         else:
             return
     if end > size:
@@ -264,6 +263,30 @@ def _end_of_boxes(file: BinaryIO, size: int) -> int:
             return 0
         at += length
     return 0
+
+
+def _end_of_blocks(file: BinaryIO) -> int:
+    """Of a gif: where its blocks end, the last one maybe past the file's end. What follows them is not looked at."""
+
+    def colors(flags: bytes) -> int:  # bytes of a table of colors; none where the file ends before its flags
+        return 3 << (flags[0] & 7) + 1 if flags and flags[0] & 0x80 else 0
+
+    file.seek(10)
+    at = 13 + colors(file.read(1))
+    while True:
+        file.seek(at)
+        head = file.read(10)
+        if head[:1] == b"!":
+            at += 2
+        elif head[:1] == b",":
+            at += 11 + colors(head[9:])
+        else:
+            return at
+        length = 1
+        while length:  # each part begins with its length, the last one has none
+            file.seek(at)
+            length = int.from_bytes(file.read(1), "big")
+            at += 1 + length
 
 
 def _end_of_segment(file: BinaryIO) -> int:

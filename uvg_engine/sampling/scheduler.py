@@ -133,8 +133,9 @@ class Scheduler:
     def step(self) -> list[Handle]:
         """Start what has room, advance every active request by one step. Returns those that are done, in order.
 
-        A request that cannot be started or finished is done as well: its `result` raises. An error that concerns the
-        whole batch (no memory, say), comes from the callback or from Ctrl-C is raised here; no request is lost by it.
+        A request that cannot be started or finished is done as well: its `result` raises. An error of the whole batch
+        (no memory, say) or of the callback, and Ctrl-C in an encoder or a codec, are raised here; no request is lost by
+        them.
         """
         with cpu_by_default():
             if not self._unsettled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -63,15 +63,14 @@ def make_pieces(config: TrainConfig, dataset: Any) -> Pieces:
 
     Raises ValueError on settings that do not fit one another, the model or the data, before a clip is read.
     """
-    codec = _made("codec", codec_from_config, config.codec)
+    codec = codec_from_config(config.codec)
     settings = config.tokenizer
     if settings == {"type": "word"}:
         settings = {"type": "word", "words": _words(dataset)}
-    tokenizer = _made("tokenizer", tokenizer_from_config, settings)
-    pieces = Pieces(codec, tokenizer, _made("text_encoder", text_encoder_from_config, config.text_encoder))
-    patch_grid(
-        codec.latent_shape(dataset.clip_shape)[1:], model_config(config, pieces)
-    )  # errors, before clips are read
+    tokenizer = tokenizer_from_config(settings)
+    pieces = Pieces(codec, tokenizer, text_encoder_from_config(config.text_encoder))
+    model = model_config(config, pieces)
+    patch_grid(codec.latent_shape(dataset.clip_shape)[1:], model)  # errors, before clips are read
     if not isinstance(codec, PixelCodec):
         return pieces
     given = {"mean", "std"} & set(config.codec)
@@ -116,13 +115,6 @@ def model_config(config: TrainConfig, pieces: Pieces) -> UniViGUConfig:
     if config.source == "mask" and pieces.tokenizer.mask_id is None:
         raise ValueError("source must be uniform for a tokenizer without a mask token, got 'mask'")
     return model
-
-
-def _made(name: str, make: Callable[[Mapping[str, Any]], Any], settings: Mapping[str, Any]) -> Any:
-    try:
-        return make(settings)
-    except TypeError as error:  # a number where a list should be, and the like
-        raise ValueError(f"{name} settings must fit their type, got {settings!r}: {error}") from error
 
 
 def _words(dataset: Any) -> list[str]:
