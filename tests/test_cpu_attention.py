@@ -29,6 +29,18 @@ def bits(x):
     return torch.where(x.isnan(), torch.nan, x).view(torch.int32)
 
 
+def on_threads(call, *numbers):
+    """What a call gives on each number of threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for number in numbers:
+            torch.set_num_threads(number)
+            results.append(call())
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
 @pytest.mark.parametrize("kind", ["plain", "references", "small", "infinite"])
 @pytest.mark.parametrize("keys", [1, 16, 70, 257, 600])
 @pytest.mark.parametrize("heads, width", [(1, 128), (3, 16), (2, 80), (2, 33)])
@@ -53,17 +65,10 @@ def test_few_and_many_queries_in_one_call(isa_restored):
     q = torch.cat([q, q * 0.5])
     q_spans = torch.tensor([[[0, 2]], [[5, 13]], [[2, 3]], [[18, 1]]], dtype=torch.int32)
     k_spans = torch.tensor([[[300, 300]], [[0, 300]], [[0, 0]], [[0, 600]]], dtype=torch.int32)
-    before = torch.get_num_threads()
     for isa in usable():
         native.core().use_isa(isa)
         with backends.force("cpu"):
-            try:
-                seen = []
-                for threads in (1, 2, 3):
-                    torch.set_num_threads(threads)
-                    seen.append(ops.flash_attention(q, k, v, q_spans, k_spans))
-            finally:
-                torch.set_num_threads(before)
+            seen = on_threads(lambda: ops.flash_attention(q, k, v, q_spans, k_spans), 1, 2, 3)
             for spans in zip(q_spans, k_spans, strict=True):
                 rows = slice(int(spans[0][0, 0]), int(spans[0].sum()))
                 alone = ops.flash_attention(q, k, v, *(x[None] for x in spans))
@@ -91,17 +96,10 @@ def test_gradients_of_few_and_many_queries_in_one_call(dtype, isa_restored):
         out, _ = ops.flash_attention(*qkv, *tables)
         return torch.autograd.grad(out, qkv, dout)
 
-    before = torch.get_num_threads()
     for isa in usable():
         native.core().use_isa(isa)
         with backends.force("cpu"):
-            try:
-                seen = []
-                for threads in (1, 2, 3, 8):
-                    torch.set_num_threads(threads)
-                    seen.append(gradients(*spans))
-            finally:
-                torch.set_num_threads(before)
+            seen = on_threads(lambda: gradients(*spans), 1, 2, 3, 8)
             for table, table_k in zip(*spans, strict=True):
                 alone = gradients(table[None], table_k[None])
                 for got in seen:
@@ -124,17 +122,10 @@ def test_gradients_beside_samples_that_share_keys(dtype, isa_restored):
         out, _ = ops.flash_attention(*leaves, spans, k_spans)
         return torch.autograd.grad(out[rows], leaves, dout[rows])
 
-    before = torch.get_num_threads()
     for isa in usable():
         native.core().use_isa(isa)
         with backends.force("cpu"):
-            try:
-                seen = []
-                for threads in (1, 3):
-                    torch.set_num_threads(threads)
-                    seen.append(gradients(slice(None), q_spans, sharing))
-            finally:
-                torch.set_num_threads(before)
+            seen = on_threads(lambda: gradients(slice(None), q_spans, sharing), 1, 3)
             for s in range(len(q_spans)):
                 rows = slice(int(q_spans[s, 0, 0]), int(q_spans[s].sum()))
                 first, count = sharing[s, 0].tolist()
